@@ -1,0 +1,35 @@
+# make quickstart   raw text to a model that speaks the language, on a laptop (runs/quickstart/report/report.html)
+# make test         the tests
+# make lint         ruff and shellcheck
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+SHELL_SCRIPTS := $(wildcard slurm/*.sh slurm/*.sbatch apptainer/*.sh .ci/run)
+
+.PHONY: quickstart test lint clean
+
+quickstart: $(VENV)/installed
+	slurm/pipeline.sh quickstart --local
+
+test: $(VENV)/installed-dev
+	pytest
+
+lint: $(VENV)/installed-dev
+	ruff check .
+	shellcheck $(SHELL_SCRIPTS)
+
+# torch first and alone: a CPU-only machine may have its own build of that version, and what comes later must not replace it.
+$(VENV)/installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 ..."; exit 2; }
+	@[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
+	pip install --quiet "$$(grep '^torch==' requirements.txt)"
+	pip install --quiet -r requirements.txt
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+	pip install --quiet -r requirements-dev.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs

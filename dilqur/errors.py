@@ -1,0 +1,45 @@
+"""A person's mistake gets one line (what, where, what to do) and exit code 2, never a traceback."""
+
+import errno
+import functools
+import os
+import sys
+
+
+class InputError(Exception):
+    """What is wrong, where (file and line), and what to do about it, in one line. Exit code 2."""
+
+
+class AlreadyFinished(Exception):
+    """The stage's result is there and still belongs to its inputs: nothing to do. Exit code 0."""
+
+
+def program(main):
+    """Decorate a program's `main`: turns the exceptions above, a full disk and Ctrl-C into one line and an exit code."""
+
+    @functools.wraps(main)
+    def run(*args, **kwargs):
+        rank = os.environ.get("RANK", "0")
+        who = "" if rank == "0" else f"[rank {rank}] "
+        try:
+            return main(*args, **kwargs)
+        except AlreadyFinished as done:
+            if rank == "0":
+                print(done)
+        except InputError as mistake:
+            _leave(f"{who}error: {mistake}", 2)
+        except OSError as problem:
+            if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            where = f" at {problem.filename}" if problem.filename else ""
+            _leave(f"{who}error: no space left on the device{where}: free some, or choose another --output_dir", 2)
+        except KeyboardInterrupt:
+            _leave(f"{who}interrupted", 130)
+        return None
+
+    return run
+
+
+def _leave(line, code):
+    print(" ".join(line.split("\n")), file=sys.stderr, flush=True)
+    sys.exit(code)
