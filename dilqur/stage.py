@@ -138,7 +138,8 @@ class Stage:
         if done.get("program") != self.program.name:
             raise InputError(f"{self.folder}: holds a result of {done.get('program')}, not of {self.program.name}; choose another --output_dir")
         now, then = self._arguments(), done["arguments"]
-        changed = [k for k in now if k in then and now[k] != then[k] and k not in ("num_proc", "report_to")]
+        may_change = getattr(self.settings, "may_change", ())
+        changed = [k for k in now if k in then and now[k] != then[k] and k not in may_change]
         if changed:
             raise InputError(f"{self.folder}: finished with {changed[0]} = {then[changed[0]]!r}, now {now[changed[0]]!r}; {again}")
         for path, record in done["inputs"].items():

@@ -1,0 +1,333 @@
+"""The training loop, under cpt.py and mlm.py: settings, set-up, loop, finish.
+
+It knows no strategy: what DDP, FSDP2 and ZeRO do differently is asked of dilqur/distributed.py. A run is a function of its
+recipe: the same losses on the same number of processes, to the bit, whether or not it was killed on the way.
+"""
+
+import math
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+from typing_extensions import Required, TypedDict
+
+from dilqur.batches import IGNORE, TokenSamples, batches, evaluation_batches, split_batch
+from dilqur.errors import InputError
+from dilqur.interrupt import Interrupt
+from dilqur.metrics import Metrics
+from dilqur.optimizer import SCHEDULES, freeze_all_but, learning_rate_at, make_optimizer
+from dilqur.recipe import to_dict
+from dilqur.stage import ModelPath, ShardsPath, StageSettings, read_manifest
+from dilqur.tokenizer import TextTokenizer
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Ratio = Annotated[float, Field(ge=0, le=1)]
+
+
+class DatasetShare(TypedDict, total=False):
+    __pydantic_config__ = {"extra": "forbid"}
+    path: Required[ShardsPath]
+    weight: Annotated[float, Field(gt=0)]
+
+
+# -- settings ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class TrainingSettings(StageSettings):
+    """What every run on this loop can be told. `may_change`: what a resumed run may have otherwise than the first one."""
+
+    may_change: ClassVar = (
+        "max_steps", "num_train_epochs", "per_device_train_batch_size", "save_steps", "save_total_limit", "eval_steps", "eval_samples",
+        "logging_steps", "report_to", "dataloader_num_workers", "resume_from_checkpoint", "stop_at_step", "max_minutes")
+
+    model_name_or_path: ModelPath | None = field(default=None, metadata={"help": "model folder, or the stage that made it"})
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = field(
+        default="sdpa", metadata={"help": "as in transformers"})
+    use_liger_kernel: bool = field(default=False, metadata={"help": "Liger's fused loss and layers; on a GPU only"})
+    bf16: bool = field(default=False, metadata={"help": "bfloat16 products; weights and optimizer stay fp32"})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute activations: less memory, a third slower"})
+
+    datasets: list[DatasetShare] = field(metadata={"help": "{path: token shards, weight: share of tokens}, …"})
+    eval_datasets: list[DatasetShare] | None = field(default=None, metadata={"help": "token shards held out, for eval_loss"})
+    continue_data: bool = field(default=False, metadata={"help": "go on in the data where the stage of the model stopped"})
+    max_length: Positive = field(default=2048, metadata={"help": "tokens a sample"})
+    global_batch_size: Positive = field(metadata={"help": "sequences a step over all GPUs; accumulation is derived"})
+    per_device_train_batch_size: Positive = field(default=8, metadata={"help": "most sequences a GPU holds at once: a ceiling"})
+    dataloader_num_workers: Count = field(default=0, metadata={"help": "processes that read ahead, for each GPU"})
+
+    max_steps: Positive | None = field(default=None, metadata={"help": "optimizer steps; or num_train_epochs"})
+    num_train_epochs: Annotated[float, Field(gt=0)] | None = field(default=None, metadata={"help": "times the datasets are seen"})
+    learning_rate: Annotated[float, Field(gt=0)] = field(metadata={"help": "peak of the schedule"})
+    lr_scheduler_type: Literal[SCHEDULES] = field(default="cosine", metadata={"help": "after the warm-up"})
+    min_lr_ratio: Ratio = field(default=0.0, metadata={"help": "the schedule's floor, as a share of learning_rate"})
+    warmup_steps: Count = field(default=0, metadata={"help": "steps of linear warm-up"})
+    adam_beta1: Ratio = field(default=0.9, metadata={"help": "AdamW"})
+    adam_beta2: Ratio = field(default=0.95, metadata={"help": "AdamW"})
+    adam_epsilon: Annotated[float, Field(gt=0)] = field(default=1e-8, metadata={"help": "AdamW"})
+    weight_decay: Annotated[float, Field(ge=0)] = field(default=0.1, metadata={"help": "on matrices; vectors have none"})
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = field(default=1.0, metadata={"help": "clip; none: do not"})
+    unfrozen_parameters: list[str] | None = field(default=None, metadata={"help": "train only names like these, e.g. *embed_tokens*"})
+
+    save_steps: Positive = field(default=500, metadata={"help": "steps between checkpoints"})
+    save_total_limit: Positive | None = field(default=2, metadata={"help": "complete checkpoints kept; none: all"})
+    eval_steps: Positive | None = field(default=None, metadata={"help": "steps between evaluations; none: at the end"})
+    eval_samples: Positive | None = field(default=None, metadata={"help": "samples an evaluation; none: all"})
+    logging_steps: Positive = field(default=1, metadata={"help": "steps between the lines of a log (metrics.jsonl has all)"})
+    report_to: list[Literal["tensorboard", "wandb"]] = field(default_factory=list, metadata={"help": "accelerate's trackers"})
+    seed: Count = field(default=42, metadata={"help": "decides the order of the samples, and a new model's weights"})
+
+    resume_from_checkpoint: str = field(default="auto", metadata={"help": "auto (the newest complete one), none, or a folder"})
+    stop_at_step: Positive | None = field(default=None, metadata={"help": "save and stop after this step; start again to go on"})
+    max_minutes: Annotated[float, Field(gt=0)] | None = field(default=None, metadata={"help": "save and stop after so long"})
+
+
+def check_training(settings):
+    """All that can be known to go wrong before torch is loaded. Returns (samples, start position, steps).
+
+    Raises InputError for keys that do not fit together, a tokenizer that is not the shards', ids the model has no row for,
+    a global batch that does not divide, and a continuation in other data.
+    """
+    if bool(settings.max_steps) == bool(settings.num_train_epochs):
+        raise InputError("give max_steps or num_train_epochs, one of them")
+    samples = TokenSamples(settings.datasets, settings.max_length, settings.seed)
+    start = _start_position(settings, samples)
+    steps = settings.max_steps or max(1, round(settings.num_train_epochs * samples.samples_per_epoch / settings.global_batch_size))
+    if settings.warmup_steps >= steps:
+        raise InputError(f"warmup_steps {settings.warmup_steps} leaves none of the {steps} steps: lower it, or train longer")
+    split_batch(settings.global_batch_size, settings.per_device_train_batch_size, int(os.environ.get("WORLD_SIZE", 1)))
+    for dataset in settings.eval_datasets or []:
+        held_out = TokenSamples([dataset], settings.max_length, settings.seed)
+        if held_out.tokenizer_hash != samples.tokenizer_hash:
+            raise InputError(f"eval_datasets: {dataset['path']} was packed with another tokenizer than {settings.datasets[0]['path']}")
+    return samples, start, steps
+
+
+def check_model(settings, samples, config, tokenizer_path):
+    """Do model and shards belong together? config: the model's, as a dict. Raises InputError."""
+    tokenizer = TextTokenizer(tokenizer_path)
+    if tokenizer.hash != samples.tokenizer_hash:
+        raise InputError(f"datasets: {settings.datasets[0]['path']} was packed with another tokenizer than the one in "
+                         f"{tokenizer_path} (packed with {samples.shards[0].manifest['tokenizer']}); pack again with the model's")
+    if samples.vocab_size > config["vocab_size"]:
+        raise InputError(f"datasets: token ids go up to {samples.vocab_size - 1}, the model has rows for {config['vocab_size']}: "
+                         "transplant the tokenizer first (scripts/transplant_tokenizer.py)")
+    if settings.max_length > config.get("max_position_embeddings", settings.max_length):
+        raise InputError(f"max_length {settings.max_length} is more than the model's {config['max_position_embeddings']} positions")
+    pad, eos = config.get("pad_token_id"), config.get("eos_token_id")
+    if pad is not None and pad in (eos if isinstance(eos, list) else [eos]):
+        raise InputError(f"{settings.model_name_or_path}: pad_token_id is eos_token_id ({pad}): a model would never learn to stop")
+
+
+def _start_position(settings, samples):
+    if not settings.continue_data:
+        return 0
+    folder = Path(settings.model_name_or_path or ".").parent
+    data = read_manifest(folder)["result"].get("data")
+    if not data:
+        raise InputError(f"continue_data: {folder} is no training stage: give false, to begin with the first sample")
+    if data["fingerprint"] != samples.fingerprint():
+        raise InputError(f"continue_data: {folder} was trained on other shards, weights, max_length or seed: make them the same, "
+                         "or give false, to begin a new order")
+    return data["end_position"]
+
+
+# -- set-up, loop, finish ---------------------------------------------------------------------------------------------
+
+
+def train(settings, stage, model, compute_loss, write_model):
+    """Train `model` as `settings` say, in `stage`'s folder; leave `model/` and a manifest there, or a checkpoint and REQUEUE.
+
+    compute_loss(model, batch, tokens): the summed loss of `batch` divided by `tokens`, a 0-d tensor. write_model(reader, folder):
+    write the trained model, from a CheckpointReader, into an empty folder. Raises InputError as `check_training`.
+    """
+    import torch
+    from accelerate.utils import send_to_device
+
+    from dilqur.checkpoint import CheckpointReader, CheckpointWriter, complete_checkpoints, load_checkpoint
+    from dilqur.distributed import add_up, backward_scale, gradient_norm, make_accelerator, prepare, strategy
+
+    # set-up
+    samples, start, max_steps = check_training(settings)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    batch_size, accumulation = split_batch(settings.global_batch_size, settings.per_device_train_batch_size, world)
+    accelerator = make_accelerator(settings.bf16, batch_size, accumulation, settings.max_grad_norm, settings.report_to, stage.folder)
+    main = accelerator.is_main_process
+    if main:
+        stage.open()
+    accelerator.wait_for_everyone()
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trainable = freeze_all_but(model, settings.unfrozen_parameters)
+    optimizer = make_optimizer(model, settings.learning_rate, (settings.adam_beta1, settings.adam_beta2), settings.adam_epsilon,
+                               settings.weight_decay, fused=torch.cuda.is_available())
+    model.train()
+    sizes = {"parameters": sum(p.numel() for p in model.parameters()), "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+    model, optimizer = prepare(accelerator, model, optimizer)
+    plain = accelerator.unwrap_model(model)
+
+    interrupt = Interrupt(stage.folder, settings.max_minutes, settings.stop_at_step)
+    metrics = Metrics(stage.folder, max_steps, accelerator if settings.report_to else None, settings.logging_steps)
+    writer = CheckpointWriter(stage.folder / "checkpoints", accelerator, keep=settings.save_total_limit)
+    identity = {"recipe": _plain(settings), "seed": settings.seed, "data": {"fingerprint": samples.fingerprint(), "start_position": start},
+                "trainable": trainable, "strategy": strategy(accelerator), "sizes": sizes}
+    step = 0
+    if checkpoint := _checkpoint_to_resume(settings, complete_checkpoints(writer.folder)):
+        reader = CheckpointReader(checkpoint)
+        _refuse_other_run(settings, reader, identity)
+        load_checkpoint(reader, plain, optimizer)
+        step = reader.trainer["step"]
+    if main:
+        interrupt.clear_stale()
+        metrics.start(step)
+        tokens_step = settings.global_batch_size * settings.max_length
+        metrics.say(_summary({
+            "strategy": f"{strategy(accelerator)}, {world} process{'es' * (world > 1)} on {accelerator.device.type}",
+            "parameters": f"{sizes['parameters']:,}, of them trained {sizes['trainable']:,}",
+            "batch": f"{settings.global_batch_size} = {batch_size} a device × {accumulation} accumulated × {world} processes; {tokens_step:,} tokens a step",
+            "steps": f"{step} to {max_steps}; {max_steps * settings.global_batch_size / samples.samples_per_epoch:.2f} epochs of {samples.samples_per_epoch:,} samples",
+            "data": f"{max_steps * tokens_step * samples.bytes_per_token / 1e6:,.2f} MB of text seen at the end, from position {start}",
+            "resumed": str(checkpoint or "no"),
+        }))
+    if settings.report_to:
+        accelerator.init_trackers("dilqur", config={k: v for k, v in identity["recipe"].items() if isinstance(v, str | int | float)})
+    accelerator.wait_for_everyone()  # clear_stale is over
+
+    def save(after):
+        position = start + after * settings.global_batch_size
+        writer.save(plain, optimizer, after, {**identity, "position": position, "tokens": after * settings.global_batch_size * settings.max_length})
+
+    def evaluate():
+        """Mean loss a token of the held-out samples, over all ranks."""
+        model.eval()
+        total = count = 0.0
+        with torch.no_grad():
+            for dataset in settings.eval_datasets:
+                held_out = TokenSamples([dataset], settings.max_length, settings.seed)
+                for batch in evaluation_batches(held_out, batch_size, accelerator.process_index, world, settings.eval_samples):
+                    batch = send_to_device(batch, accelerator.device)
+                    total += compute_loss(model, batch, 1).item()
+                    count += (batch["labels"] != IGNORE).sum().item()
+        model.train()
+        total, count = add_up(accelerator, total, count)
+        return total / count
+
+    # loop
+    scale, saved_at, stopped, clock = backward_scale(accelerator), step, None, time.perf_counter()
+    stream = batches(samples, start + step * settings.global_batch_size, max_steps - step, batch_size, accumulation,
+                     accelerator.process_index, world, settings.dataloader_num_workers, pin_memory=torch.cuda.is_available())
+    while step < max_steps:
+        reason = interrupt.reason(step) if main else None
+        micro_batches = next(stream)
+        data_wait = time.perf_counter() - clock
+        valid = sum(int((b["labels"] != IGNORE).sum()) for b in micro_batches)
+        tokens, stop = add_up(accelerator, valid, reason is not None)  # before the first backward, over ranks and micro-batches
+        if stop:
+            stopped = reason or "rank 0 said so"
+            break
+        rate = learning_rate_at(step, settings.lr_scheduler_type, settings.learning_rate, settings.warmup_steps, max_steps, settings.min_lr_ratio)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = 0.0
+        for batch in micro_batches:
+            batch = send_to_device(batch, accelerator.device, non_blocking=True)
+            with accelerator.accumulate(model):
+                part = compute_loss(model, batch, tokens)
+                accelerator.backward(part * scale)
+                loss += part.detach()
+                if accelerator.sync_gradients:
+                    norm = gradient_norm(accelerator, model, settings.max_grad_norm)
+                    (loss,) = add_up(accelerator, loss)
+                    if not (math.isfinite(loss) and math.isfinite(norm)):
+                        raise InputError(f"{stage.folder}: loss {loss}, gradient norm {norm} at step {step + 1}: nothing of it was saved; "
+                                         f"the last checkpoint is of step {saved_at}. Lower learning_rate, or look at the data")
+                optimizer.step()
+                optimizer.zero_grad()
+        step += 1
+        seconds, clock = time.perf_counter() - clock, time.perf_counter()
+        values = {"loss": loss, "grad_norm": norm, "learning_rate": rate, "tokens_per_second": tokens / seconds, "step_seconds": seconds,
+                  "data_wait_seconds": data_wait}
+        if torch.cuda.is_available():
+            values["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+        if settings.eval_datasets and (step == max_steps or (settings.eval_steps and step % settings.eval_steps == 0)):
+            values["eval_loss"] = evaluate()
+            clock = time.perf_counter()
+        if main:
+            metrics.log(step, **values)
+        if step % settings.save_steps == 0 or step == max_steps:
+            save(step)
+            saved_at = step
+
+    # finish
+    if step > saved_at:
+        save(step)
+    writer.wait()
+    accelerator.wait_for_everyone()  # from here on rank 0's folder is complete for everyone
+    if main:
+        metrics.close()
+        if stopped:
+            interrupt.request_requeue()
+            print(f"{stage.name}: stopped after step {step} of {max_steps} ({stopped}); the same command goes on from there", flush=True)
+        else:
+            _finish(settings, stage, samples, start, step, CheckpointReader(complete_checkpoints(writer.folder)[-1]), write_model, world, identity)
+    if settings.report_to:
+        accelerator.end_training()
+    accelerator.wait_for_everyone()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _finish(settings, stage, samples, start, steps, reader, write_model, world, identity):
+    """Rank 0: model/ from the last checkpoint, then the manifest."""
+    import json
+
+    from dilqur.atomic import atomic_folder
+
+    with atomic_folder(stage.folder / "model") as folder:
+        write_model(reader, folder)
+    records = [json.loads(line) for line in (stage.folder / "metrics.jsonl").read_text().splitlines()]
+    tokens = steps * settings.global_batch_size * settings.max_length
+    steady = sorted(r["tokens_per_second"] for r in records[min(2, len(records) - 1) :])
+    result = {
+        "steps": steps, "tokens": tokens, "utf8_bytes_seen": round(tokens * samples.bytes_per_token), "loss": records[-1]["loss"],
+        "eval_loss": records[-1].get("eval_loss"), "tokens_per_second": steady[len(steady) // 2], "strategy": identity["strategy"],
+        "processes": world, **identity["sizes"],
+        "data": {"fingerprint": identity["data"]["fingerprint"], "start_position": start, "end_position": start + steps * settings.global_batch_size},
+    }
+    stage.finish(result)
+    print(f"{stage.name}: {steps} steps, loss {result['loss']:.4f}, {result['tokens_per_second']:,.0f} tokens/s; {stage.folder}/model", flush=True)
+
+
+def _checkpoint_to_resume(settings, complete):
+    if settings.resume_from_checkpoint == "auto":
+        return complete[-1] if complete else None
+    return None if settings.resume_from_checkpoint == "none" else Path(settings.resume_from_checkpoint)
+
+
+def _refuse_other_run(settings, reader, identity):
+    """A checkpoint belongs to its recipe: only `may_change` may differ. Raises InputError with the first key that does."""
+    then, now = reader.trainer, identity
+    for key, value in now["recipe"].items():
+        if key in then["recipe"] and then["recipe"][key] != value and key not in settings.may_change:
+            raise InputError(f"{reader.folder}: made with {key} = {then['recipe'][key]!r}, now {value!r}: that is another run; "
+                             "choose another --output_dir, or put it back")
+    if then["data"] != now["data"]:
+        raise InputError(f"{reader.folder}: made on other data (the shards have changed): choose another --output_dir")
+    if then["trainable"] != now["trainable"]:
+        raise InputError(f"{reader.folder}: trained other parameters than this run would")
+
+
+def _plain(settings):
+    """The recipe as JSON would give it back."""
+    import json
+
+    return json.loads(json.dumps(to_dict(settings)))
+
+
+def _summary(rows):
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())

@@ -1,0 +1,97 @@
+"""Continued pre-training of a causal language model on token shards: embeddings first or all weights, as the recipe says.
+
+    python scripts/cpt.py --config recipes/quickstart/cpt-1-embeddings.yaml --check
+    accelerate launch --config_file accelerate_configs/fsdp2.yaml --num_processes 2 scripts/cpt.py --config recipes/quickstart/cpt-2-full.yaml
+    sbatch slurm/cpt_p5.sbatch
+
+The strategy (DDP, FSDP2, ZeRO) is the accelerate config's; the recipe gives the same run under each. Killed at any point,
+the same command goes on from the newest complete checkpoint. At the end OUTPUT_DIR/model is a Hugging Face folder.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dilqur.errors import InputError, program
+from dilqur.loop import TrainingSettings, check_model, check_training, train
+from dilqur.recipe import parse
+from dilqur.stage import Stage, TokenizerPath
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+@dataclass(kw_only=True)
+class CptSettings(TrainingSettings):
+    model_config: dict | None = field(default=None, metadata={"help": "keys of a LlamaConfig, to begin with random weights instead"})
+    tokenizer: TokenizerPath | None = field(default=None, metadata={"help": "with model_config: the tokenizer that goes into model/"})
+
+
+def check(settings):
+    """InputError for whatever can be seen without torch."""
+    samples, _, _ = check_training(settings)
+    if bool(settings.model_name_or_path) == bool(settings.model_config):
+        raise InputError("give model_name_or_path (a model to continue), or model_config and tokenizer (a new one)")
+    if settings.model_config:
+        if not settings.tokenizer:
+            raise InputError("tokenizer missing: model_config needs one")
+        check_model(settings, samples, settings.model_config, settings.tokenizer)
+    else:
+        config = json.loads((Path(settings.model_name_or_path) / "config.json").read_text())
+        check_model(settings, samples, config, settings.model_name_or_path)
+
+
+def load_model(settings):
+    """The model in fp32: from its folder, or new with weights drawn from `seed`."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
+
+    if settings.use_liger_kernel and not torch.cuda.is_available():
+        print("use_liger_kernel: no GPU here, going on without (its kernels are Triton's)", flush=True)
+    elif settings.use_liger_kernel:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama()
+    if settings.model_name_or_path:
+        return AutoModelForCausalLM.from_pretrained(
+            settings.model_name_or_path, dtype=torch.float32, attn_implementation=settings.attn_implementation)
+    set_seed(settings.seed)
+    config = LlamaConfig(**settings.model_config, attn_implementation=settings.attn_implementation)
+    return LlamaForCausalLM(config).to(torch.float32)
+
+
+def causal_loss(model, batch, tokens):
+    """Sum of the next-token losses of `batch` / `tokens`. The labels are shifted already: label i is the token after i."""
+    labels = batch["labels"]
+    return model(input_ids=batch["input_ids"], labels=labels, shift_labels=labels, num_items_in_batch=tokens, use_cache=False).loss
+
+
+@program
+def main():
+    settings = parse(CptSettings, __doc__)
+    stage = Stage(settings, __file__)
+    stage.refuse_finished()
+    check(settings)
+    if settings.check:
+        return print(f"{stage.name}: ok")
+
+    def write_model(reader, folder):
+        """The weights the run began with, those it trained over them, and the tokenizer."""
+        model = load_model(settings)
+        _, unknown = model.load_state_dict(reader.weights(), strict=False)
+        if unknown:
+            raise RuntimeError(f"{reader.folder}: {unknown} are no parameters of the model")
+        model.tie_weights()
+        model.config.use_cache = True
+        model.save_pretrained(folder)
+        source = Path(settings.model_name_or_path or settings.tokenizer)
+        for name in TOKENIZER_FILES:
+            if (source / name).exists():
+                shutil.copyfile(source / name, folder / name)
+
+    train(settings, stage, load_model(settings), causal_loss, write_model)
+    return None
+
+
+if __name__ == "__main__":
+    main()
