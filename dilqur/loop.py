@@ -142,8 +142,8 @@ def _start_position(settings, samples):
 def train(settings, stage, model, compute_loss, write_model):
     """Train `model` as `settings` say, in `stage`'s folder; leave `model/` and a manifest there, or a checkpoint and REQUEUE.
 
-    compute_loss(model, batch, tokens): the summed loss of `batch` divided by `tokens`, a 0-d tensor. write_model(reader, folder):
-    write the trained model, from a CheckpointReader, into an empty folder. Raises InputError as `check_training`.
+    compute_loss(model, batch, tokens): the summed loss of `batch` divided by `tokens`, a 0-d tensor. write_model(trained, folder):
+    write the model with the trained weights {name: fp32 tensor} into an empty folder, on rank 0. Raises InputError as `check_training`.
     """
     import torch
     from accelerate.utils import send_to_device
@@ -288,7 +288,7 @@ def _finish(settings, stage, samples, start, steps, reader, write_model, world, 
     from dilqur.atomic import atomic_folder
 
     with atomic_folder(stage.folder / "model") as folder:
-        write_model(reader, folder)
+        write_model(reader.weights(), folder)
     records = [json.loads(line) for line in (stage.folder / "metrics.jsonl").read_text().splitlines()]
     tokens = steps * settings.global_batch_size * settings.max_length
     steady = sorted(r["tokens_per_second"] for r in records[min(2, len(records) - 1) :])

@@ -61,19 +61,24 @@ class StageSettings:
 
 class Stage:
     """The run folder of one invocation. Making one resolves every path of `settings` in place and checks that what it
-    reads is there and that the stages it comes from have finished; it writes nothing before `open`."""
+    reads is there and that the stages it comes from have finished; it writes nothing before `open`.
 
-    def __init__(self, settings, program):
+    prints_only_without_folder: with neither a recipe nor --output_dir there is no folder (`folder` is None), and `open` and
+    `finish` do nothing: for programs that measure something and print it.
+    """
+
+    def __init__(self, settings, program, prints_only_without_folder=False):
         self.settings, self.program, self.config = settings, Path(program), settings.config
         recipe = Path(settings.config) if settings.config else None
         self.name = recipe.stem if recipe else self.program.stem
         if not settings.run_dir and recipe:
             settings.run_dir = str(Path("runs") / recipe.resolve().parent.name)
-        if not settings.output_dir:
-            if not settings.run_dir:
-                raise InputError("--output_dir missing: give it, or a recipe (--config)")
+        if not settings.output_dir and settings.run_dir:
             settings.output_dir = str(Path(settings.run_dir) / self.name)
-        self.run_dir, self.folder = settings.run_dir and Path(settings.run_dir), Path(settings.output_dir)
+        if not settings.output_dir and not prints_only_without_folder:
+            raise InputError("--output_dir missing: give it, or a recipe (--config)")
+        self.run_dir = Path(settings.run_dir) if settings.run_dir else None
+        self.folder = Path(settings.output_dir) if settings.output_dir else None
         self.pipeline = read_pipeline(recipe.parent) if recipe else []
         self.started, self.inputs, self._lock = time.time(), {}, None
         for name, hint in get_type_hints(type(settings), include_extras=True).items():
@@ -130,6 +135,8 @@ class Stage:
 
     def refuse_finished(self):
         """Raise AlreadyFinished if the result is there and made from these inputs and settings, InputError if from others."""
+        if self.folder is None:
+            return
         manifest = self.folder / "manifest.json"
         if not manifest.exists() or (self.settings.overwrite_output_dir and not self.settings.check):
             return
@@ -150,6 +157,8 @@ class Stage:
 
     def open(self):
         """Take the folder: the only writer from now on. Only the main process calls it."""
+        if self.folder is None:
+            return self
         if self.settings.overwrite_output_dir and (self.folder / "manifest.json").exists():
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -169,6 +178,8 @@ class Stage:
 
     def finish(self, result, **more):
         """Write manifest.json: from now on the stage is finished. `result`: what was measured; `more`: top-level keys."""
+        if self.folder is None:
+            return None
         hashes = {path: {"kind": kind, "files": {str(f): file_identity(f) for f in _files(path, kind)}} for path, kind in self.inputs.items()}
         manifest = {
             **more,
@@ -195,6 +206,12 @@ def read_manifest(folder):
         raise InputError(f"{path}: not there: {folder} is not finished") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as problem:
         raise InputError(f"{path}: damaged ({problem})") from None
+
+
+def display_names(paths):
+    """{name to show: path}: the folder's name, its parent's for a `model/`, the whole path where two are alike."""
+    names = [Path(p).resolve().parent.name if Path(p).name == "model" else Path(p).resolve().name for p in paths]
+    return {name if names.count(name) == 1 else str(path): path for name, path in zip(names, paths, strict=True)}
 
 
 @dataclass(frozen=True)

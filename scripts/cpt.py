@@ -9,7 +9,6 @@ the same command goes on from the newest complete checkpoint. At the end OUTPUT_
 """
 
 import json
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,8 +16,6 @@ from dilqur.errors import InputError, program
 from dilqur.loop import TrainingSettings, check_model, check_training, train
 from dilqur.recipe import parse
 from dilqur.stage import Stage, TokenizerPath
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 @dataclass(kw_only=True)
@@ -75,21 +72,16 @@ def main():
     if settings.check:
         return print(f"{stage.name}: ok")
 
-    def write_model(reader, folder):
-        """The weights the run began with, those it trained over them, and the tokenizer."""
-        model = load_model(settings)
-        _, unknown = model.load_state_dict(reader.weights(), strict=False)
-        if unknown:
-            raise RuntimeError(f"{reader.folder}: {unknown} are no parameters of the model")
-        model.tie_weights()
-        model.config.use_cache = True
-        model.save_pretrained(folder)
-        source = Path(settings.model_name_or_path or settings.tokenizer)
-        for name in TOKENIZER_FILES:
-            if (source / name).exists():
-                shutil.copyfile(source / name, folder / name)
+    model = load_model(settings)
+    names, config = dict(model.named_parameters()), model.config
+    tied = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in names]
 
-    train(settings, stage, load_model(settings), causal_loss, write_model)
+    def write_model(trained, folder):
+        from dilqur.model_folder import write_model_folder
+
+        write_model_folder(folder, config, trained, tied, settings.model_name_or_path, settings.tokenizer)
+
+    train(settings, stage, model, causal_loss, write_model)
     return None
 
 

@@ -1,0 +1,85 @@
+"""Bits per UTF-8 byte: how well a model predicts a text, comparable between tokenizers.
+
+bits/byte = (sum of −log₂ p over the text's tokens) / (UTF-8 bytes of the text). The first token is predicted after BOS, so
+all of the text is scored; the end-of-document token stands for no byte and is reported apart.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Score:
+    """Sums over documents: nats of the text's tokens and of the EOS tokens, and what they are divided by."""
+
+    nats: float = 0.0
+    eos_nats: float = 0.0
+    tokens: int = 0
+    utf8_bytes: int = 0
+    words: int = 0
+    documents: int = 0
+
+    def result(self):
+        bits = self.nats / math.log(2)
+        return {
+            "bits_per_byte": bits / self.utf8_bytes, "bits_per_token": bits / self.tokens, "bits_per_word": bits / max(1, self.words),
+            "bits_per_end_of_document": self.eos_nats / math.log(2) / self.documents,
+            "tokens": self.tokens, "utf8_bytes": self.utf8_bytes, "words": self.words, "documents": self.documents,
+        }
+
+
+def windows(length, max_length, stride):
+    """Yield (start, stop, first): predict the tokens [first, stop) of a sequence of `length` from [start, stop − 1).
+
+    A window sees `max_length` tokens. Every token but token 0 is predicted once; past the first window each has at least
+    max_length − stride tokens before it.
+    """
+    first = 1
+    while first < length:
+        start = 0 if first == 1 else first - 1 - (max_length - stride)
+        stop = min(length, start + max_length + 1)
+        yield start, stop, first
+        first = stop
+
+
+@torch.inference_mode()
+def score(model, tokenizer, texts, max_length, stride, batch_size, progress=None):
+    """Score of `texts` under a causal `model`. tokenizer: TextTokenizer with BOS and EOS. progress: called with bytes done.
+
+    Windows of similar length share a batch, filled up on the right: a causal model does not see what comes after.
+    """
+    total, pending, device = Score(), [], next(model.parameters()).device
+    for text in texts:
+        ids = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
+        total.documents += 1
+        total.tokens += len(ids) - 2
+        total.utf8_bytes += len(text.encode("utf-8"))
+        total.words += len(text.split())
+        pending += [(ids[start:stop], first - start, stop == len(ids)) for start, stop, first in windows(len(ids), max_length, stride)]
+        if len(pending) >= 16 * batch_size:
+            _score_windows(model, pending, batch_size, device, total)
+            pending = []
+        if progress:
+            progress(len(text.encode("utf-8")))
+    _score_windows(model, pending, batch_size, device, total)
+    return total
+
+
+def _score_windows(model, pending, batch_size, device, total):
+    pending.sort(key=lambda w: len(w[0]))
+    for at in range(0, len(pending), batch_size):
+        batch = pending[at : at + batch_size]
+        width = max(len(ids) for ids, _, _ in batch) - 1
+        inputs, targets = torch.zeros(len(batch), width, dtype=torch.long), torch.full((len(batch), width), -100)
+        for row, (ids, first, _) in enumerate(batch):
+            inputs[row, : len(ids) - 1] = torch.tensor(ids[:-1])
+            targets[row, first - 1 : len(ids) - 1] = torch.tensor(ids[first:])
+        logits = model(input_ids=inputs.to(device), use_cache=False).logits
+        nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten().to(device), reduction="none", ignore_index=-100)
+        nats = nats.view_as(targets).double().cpu()
+        for row, (ids, _, has_eos) in enumerate(batch):
+            eos = float(nats[row, len(ids) - 2]) if has_eos else 0.0
+            total.eos_nats += eos
+            total.nats += float(nats[row].sum()) - eos

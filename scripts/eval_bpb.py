@@ -1,0 +1,97 @@
+"""Bits per UTF-8 byte of documents under one or more models, whatever their tokenizers.
+
+    python scripts/eval_bpb.py --model_name_or_path runs/quickstart/cpt-2-full --input runs/quickstart/clean/validation --json
+    python scripts/eval_bpb.py --config recipes/quickstart/bpb.yaml --check
+
+Every model gets the same cleaned text. The first token is predicted after BOS; the end-of-document token, which stands for
+no byte, is reported apart. A document longer than `max_length` tokens is read in windows that overlap: past the first, a
+token has at least max_length − stride tokens before it. The context is counted in the model's own tokens, so a
+tokenizer with longer tokens sees more text. With one model, --json prints its figures; with several, {"models": {name: figures}}.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+from tqdm import tqdm
+
+from dilqur.documents import expand, read
+from dilqur.errors import InputError, program
+from dilqur.recipe import parse
+from dilqur.stage import Documents, ModelPath, Stage, StageSettings, display_names
+from dilqur.tokenizer import TextTokenizer
+
+
+@dataclass(kw_only=True)
+class BpbSettings(StageSettings):
+    model_name_or_path: list[ModelPath] = field(metadata={"help": "model folders or stages"})
+    input: list[Documents] = field(metadata={"help": "held-out documents: files, folders or globs"})
+    text_field: str = field(default="text", metadata={"help": "key or column that holds the text"})
+    sample_by: Literal["line", "paragraph", "document"] = field(default="line", metadata={"help": "one document of a .txt"})
+    max_length: Annotated[int, Field(ge=2)] = field(default=2048, metadata={"help": "tokens a model sees at once"})
+    stride: Annotated[int, Field(ge=1)] | None = field(default=None, metadata={"help": "new tokens a window; none: max_length / 2"})
+    per_device_eval_batch_size: Annotated[int, Field(ge=1)] = field(default=8, metadata={"help": "windows at a time"})
+    bf16: bool = field(default=False, metadata={"help": "run the models in bfloat16"})
+    json: bool = field(default=False, metadata={"help": "one JSON object on standard output"})
+
+
+def load(path, bf16):
+    """(model, TextTokenizer) of a folder, the model on the GPU if there is one."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16 if bf16 else torch.float32)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), TextTokenizer(path)
+
+
+def check(settings):
+    """InputError for what can be seen without torch."""
+    if settings.stride and settings.stride > settings.max_length:
+        raise InputError(f"stride {settings.stride} is more than max_length {settings.max_length}: tokens would be left out")
+    for path in settings.model_name_or_path:
+        tokenizer = TextTokenizer(path)
+        if tokenizer.bos_id is None or tokenizer.eos_id is None:
+            raise InputError(f"{path}: its tokenizer has no BOS or no EOS token")
+        config = json.loads((Path(path) / "config.json").read_text())
+        if settings.max_length > config.get("max_position_embeddings", settings.max_length):
+            raise InputError(f"max_length {settings.max_length} is more than the {config['max_position_embeddings']} positions of {path}")
+
+
+@program
+def main():
+    settings = parse(BpbSettings, __doc__)
+    stage = Stage(settings, __file__, prints_only_without_folder=True)
+    stage.refuse_finished()
+    check(settings)
+    if settings.check:
+        return print(f"{stage.name}: ok")
+    stage.open()
+    from transformers.utils.logging import disable_progress_bar
+
+    from dilqur.bits_per_byte import score
+
+    disable_progress_bar()
+    files = expand(settings.input)
+    size = sum(len(d.text.encode("utf-8")) for d in read(files, settings.text_field, settings.sample_by))
+    if not size:
+        raise InputError(f"{' '.join(settings.input)}: no document in there: nothing to score")
+    results = {}
+    for name, path in display_names(settings.model_name_or_path).items():
+        model, tokenizer = load(path, settings.bf16)
+        texts = (d.text for d in read(files, settings.text_field, settings.sample_by))
+        with tqdm(desc=name, total=size, unit="B", unit_scale=True, disable=None) as bar:
+            total = score(model, tokenizer, texts, settings.max_length, settings.stride or -(-settings.max_length // 2),
+                          settings.per_device_eval_batch_size, bar.update)
+        results[name] = {**total.result(), "max_length": settings.max_length, "model": path}
+        print(f"{name}: {results[name]['bits_per_byte']:.4f} bits per byte ({total.tokens:,} tokens, {total.utf8_bytes:,} bytes)", file=sys.stderr)
+    stage.finish({"models": results})
+    if settings.json:
+        print(json.dumps(next(iter(results.values())) if len(results) == 1 else {"models": results}, ensure_ascii=False))
+    return None
+
+
+if __name__ == "__main__":
+    main()
