@@ -24,7 +24,7 @@ import zstandard
 from pydantic import Field
 from tqdm import tqdm
 
-from dilqur.atomic import atomic_file, write_json
+from dilqur.atomic import atomic_file, atomic_files, write_json
 from dilqur.documents import COMPRESSIONS, FORMATS, expand, is_validation, read
 from dilqur.errors import InputError, program
 from dilqur.recipe import parse
@@ -173,15 +173,15 @@ def main():
 
     files = expand(settings.input)
     names, seen, counts = output_names(files), set(), collections.Counter()
-    for file in tqdm(files, desc=stage.name, unit="file", disable=None):
-        clean_file(file, names[file], settings, stage.folder, is_language, seen, counts)
-    if not counts["read"]:
-        raise InputError(f"{' '.join(settings.input)}: no document in there: nothing to clean")
-    if not counts["kept_train"]:
-        reasons = ", ".join(f"{k} {v}" for k, v in counts.items() if k != "read")
-        raise InputError(f"no document of {counts['read']} is left ({reasons}): loosen a filter")
-
-    write_json(stage.folder / "report.json", counts)
+    with atomic_files(stage.folder) as part:  # all files or none: what a failed run left would be packed with the next one's
+        for file in tqdm(files, desc=stage.name, unit="file", disable=None):
+            clean_file(file, names[file], settings, part, is_language, seen, counts)
+        if not counts["read"]:
+            raise InputError(f"{' '.join(settings.input)}: no document in there: nothing to clean")
+        if not counts["kept_train"]:
+            reasons = ", ".join(f"{k} {v}" for k, v in counts.items() if k != "read")
+            raise InputError(f"no document of {counts['read']} is left ({reasons}): loosen a filter")
+        write_json(part / "report.json", counts)
     stage.finish(dict(counts))
     print(f"{stage.name}: " + ", ".join(f"{name} {n:,}" for name, n in counts.items()))
     return None

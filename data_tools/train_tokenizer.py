@@ -7,13 +7,14 @@
 folder loads with transformers.AutoTokenizer and with `tokenizers` alone.
 """
 
+import sys
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from pydantic import Field
 from tqdm import tqdm
 
-from dilqur.atomic import atomic_folder
+from dilqur.atomic import atomic_files
 from dilqur.documents import expand, read
 from dilqur.errors import InputError, program
 from dilqur.llama3 import BOS, CHAT_TEMPLATE, EOS, PAD, PATTERN, SPECIAL_TOKENS
@@ -29,6 +30,7 @@ class TokenizerSettings(StageSettings):
     min_frequency: Annotated[int, Field(ge=1)] = field(default=2, metadata={"help": "a pair seen less often is not merged"})
     text_field: str = field(default="text", metadata={"help": "key or column that holds the text"})
     sample_by: Literal["line", "paragraph", "document"] = field(default="line", metadata={"help": "one document of a .txt"})
+    skip_bad_records: bool = field(default=False, metadata={"help": "skip and count broken JSON and UTF-8 instead of stopping"})
     model_max_length: Annotated[int, Field(ge=1)] = field(default=131_072, metadata={"help": "noted in tokenizer_config.json"})
 
 
@@ -63,10 +65,15 @@ def main():
     stage.open()
     from transformers import PreTrainedTokenizerFast
 
-    count = {"documents": 0, "utf8_bytes": 0}
+    count = {"documents": 0, "utf8_bytes": 0, "bad_records": 0}
+
+    def bad(message):
+        count["bad_records"] += 1
+        print(f"skipped: {message}", file=sys.stderr)
 
     def texts():
-        for document in tqdm(read(expand(settings.input), settings.text_field, settings.sample_by), desc=stage.name, disable=None):
+        documents = read(expand(settings.input), settings.text_field, settings.sample_by, bad if settings.skip_bad_records else None)
+        for document in tqdm(documents, desc=stage.name, disable=None):
             count["documents"] += 1
             count["utf8_bytes"] += len(document.text.encode("utf-8"))
             yield document.text
@@ -81,11 +88,8 @@ def main():
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=BOS, eos_token=EOS, pad_token=PAD, model_max_length=settings.model_max_length,
         clean_up_tokenization_spaces=False, model_input_names=["input_ids", "attention_mask"], chat_template=CHAT_TEMPLATE)
-    with atomic_folder(stage.folder / "saving") as part:
+    with atomic_files(stage.folder) as part:
         tokenizer.save_pretrained(part)
-    for file in (stage.folder / "saving").iterdir():
-        file.rename(stage.folder / file.name)
-    (stage.folder / "saving").rmdir()
 
     saved = TextTokenizer(stage.folder)
     stage.finish({**count, "vocab_size": learned, "special_tokens": len(SPECIAL_TOKENS), "size": saved.size, "tokenizer_sha256": saved.hash})

@@ -1,6 +1,7 @@
 """Files and folders that appear under their final name when they are whole, or not at all."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -43,10 +44,25 @@ def atomic_folder(path):
                     os.fsync(opened.fileno())
         shutil.rmtree(path, ignore_errors=True)
         part.rename(path)
-    except BaseException:
+    except BaseException as problem:
         shutil.rmtree(part, ignore_errors=True)
+        if f"os error {errno.ENOSPC}" in str(problem):  # tokenizers and safetensors raise exceptions of their own
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
         raise
     fsync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_files(folder):
+    """A temporary folder to fill; on success what lies in it, at any depth, moves into `folder`, beside what is there."""
+    whole = Path(folder) / "saving"
+    with atomic_folder(whole) as part:
+        yield part
+    for file in sorted(p for p in whole.rglob("*") if p.is_file()):
+        target = Path(folder) / file.relative_to(whole)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(target)
+    shutil.rmtree(whole)
 
 
 def write_json(path, value):

@@ -129,15 +129,17 @@ class CheckpointWriter:
         folder.rename(final)
         fsync_folder(self.folder)
         shutil.rmtree(aside, ignore_errors=True)
-        if self.keep:
-            for old in complete_checkpoints(self.folder)[: -self.keep]:
-                shutil.rmtree(old)
+        kept = complete_checkpoints(self.folder)
+        now = kept.index(final) + 1  # later steps are of a run this one went back from: `auto` must not go on from them
+        for old in [*kept[now:], *(kept[: max(0, now - self.keep)] if self.keep else [])]:
+            old.rename(aside)  # killed in the middle of a removal, half a checkpoint must not lie under its name
+            shutil.rmtree(aside)
 
 
 def complete_checkpoints(folder):
     """The complete checkpoints under `folder`, oldest step first."""
-    found = [p.parent for p in Path(folder).glob("step-*/COMPLETE")]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+    steps = {p.parent: p.parent.name.removeprefix("step-") for p in Path(folder).glob("step-*/COMPLETE")}
+    return sorted((p for p, step in steps.items() if step.isdigit()), key=lambda p: int(steps[p]))
 
 
 class CheckpointReader:

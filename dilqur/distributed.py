@@ -24,12 +24,9 @@ def make_accelerator(bf16, batch, accumulation, max_grad_norm, report_to=(), fol
     batch, accumulation: sequences a micro-batch and micro-batches a step. bf16: matrix products in bfloat16; weights,
     gradients and optimizer stay fp32.
     """
-    import warnings
-
     import torch
     from accelerate import Accelerator
 
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed calls by old names
     arguments = {} if torch.cuda.is_available() else _persuade_cpu()
     accelerator = Accelerator(
         mixed_precision="bf16" if bf16 else "no", gradient_accumulation_steps=accumulation,
@@ -49,10 +46,10 @@ def make_accelerator(bf16, batch, accumulation, max_grad_norm, report_to=(), fol
 
 def _persuade_cpu():
     """accelerate turns FSDP and DeepSpeed on for GPUs only: say that gloo on a CPU is such a world. Arguments for Accelerator."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, once imported, warns that it found no GPU
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         from accelerate.utils import InitProcessGroupKwargs
 
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         return {"kwargs_handlers": [InitProcessGroupKwargs(backend="gloo")]}
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         from accelerate.state import PartialState

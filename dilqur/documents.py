@@ -42,7 +42,7 @@ def expand(inputs):
     for item in inputs:
         path = Path(item)
         if path.is_dir():
-            found = [p for p in path.rglob("*") if p.is_file() and _kind(p) and not p.name.startswith(".")]
+            found = [p for p in path.rglob("*") if p.is_file() and _kind(p) and not _hidden(p.relative_to(path))]
             if not found:
                 raise InputError(f"{item}: no {', '.join(FORMATS)} file in this folder (plain, .gz or .zst)")
         elif path.is_file():
@@ -99,6 +99,9 @@ def read_jsonl(file, on_error=None):
         except UnicodeEncodeError:
             _report(f"{file}:{number}: a lone surrogate (\\ud800 to \\udfff) is no character; {_SKIP}", on_error)
             continue
+        except (RecursionError, ValueError):  # what Python's parser refuses though it is JSON
+            _report(f"{file}:{number}: JSON nested too deeply, or a number of over 4,300 digits; {_SKIP}", on_error)
+            continue
         if not isinstance(record, dict):
             _report(f"{file}:{number}: not a JSON object; {_SKIP}", on_error)
             continue
@@ -122,6 +125,10 @@ def _kind(path):
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes = suffixes[:-1]
     return suffixes[-1] if suffixes and suffixes[-1] in FORMATS else None
+
+
+def _hidden(path):
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _lines(file):
@@ -158,7 +165,7 @@ class _WholeZstd(io.RawIOBase):
     def readinto(self, target):
         while not self._ready:
             chunk = self._frame.unused_data if self._frame and self._frame.eof else b""
-            chunk = chunk or self._source.read(1 << 20)
+            chunk = chunk or self._source.read(1 << 12)  # 4 kB of a zip bomb are 128 MB at most
             if not chunk:
                 if self._frame and not self._frame.eof:
                     raise EOFError("the zstd frame has no end")

@@ -3,8 +3,8 @@
     runs/NAME/STAGE/             the result of `--config recipes/NAME/STAGE.yaml`
     runs/NAME/STAGE/manifest.json   written last: inputs and their hashes, arguments, versions, hardware, what came out
 
-Paths: a path that begins with a stage's name (the first column of the pipeline.txt beside the recipe) lies in the same
-run folder; every other path is as it stands. A stage whose manifest is there is finished: it is not run twice.
+Paths: one that begins with a stage's name (the first column of the pipeline.txt beside the recipe) lies in the same run
+folder; one that is there beside the recipe lies there; every other is as it stands. A stage whose manifest is there is finished: it is not run twice.
 """
 
 import fcntl
@@ -113,6 +113,8 @@ class Stage:
             if not (folder / "manifest.json").exists():
                 raise InputError(f"{key}: {value}: the stage {first} has not finished ({folder}/manifest.json is not "
                                  f"there); run it first")
+        elif self.config and not path.is_absolute() and next(Path(self.config).parent.glob(value), None):
+            path = Path(self.config).parent / value
         if kind == "model":
             path = path / "model" if (path / "model" / "config.json").exists() else path
             if not path.exists():
@@ -126,7 +128,8 @@ class Stage:
 
             tokenizer_file(path, key)
         elif kind == "documents":
-            expand([str(path)])
+            if not self._is_finished():  # raw inputs may be moved away once their result stands
+                expand([str(path)])
         elif not path.exists():
             raise InputError(f"{key}: {value}: no such file or folder")
         return str(path)
@@ -137,13 +140,14 @@ class Stage:
         """Raise AlreadyFinished if the result is there and made from these inputs and settings, InputError if from others."""
         if self.folder is None:
             return
-        manifest = self.folder / "manifest.json"
-        if not manifest.exists() or (self.settings.overwrite_output_dir and not self.settings.check):
+        if not (self.folder / "manifest.json").exists():
             return
         done = read_manifest(self.folder)
         again = "remove that folder, or give --overwrite_output_dir true, to run it again"
         if done.get("program") != self.program.name:
             raise InputError(f"{self.folder}: holds a result of {done.get('program')}, not of {self.program.name}; choose another --output_dir")
+        if self.settings.overwrite_output_dir and not self.settings.check:
+            return
         now, then = self._arguments(), done["arguments"]
         may_change = getattr(self.settings, "may_change", ())
         changed = [k for k in now if k in then and now[k] != then[k] and k not in may_change]
@@ -153,6 +157,8 @@ class Stage:
             for file, was in record["files"].items():
                 if not _unchanged(Path(file), was):
                     raise InputError(f"{self.folder}: finished, but its input {file} has changed since; {again}")
+            if new := [f for f in _documents(path, record["kind"]) if f not in record["files"]]:
+                raise InputError(f"{self.folder}: finished, but its input {new[0]} is new since; {again}")
         raise AlreadyFinished(f"{self.name}: finished {done['ended']} in {done['seconds']:.0f} s, nothing to do ({self.folder})")
 
     def open(self):
@@ -161,7 +167,10 @@ class Stage:
             return self
         if self.settings.overwrite_output_dir and (self.folder / "manifest.json").exists():
             shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError, PermissionError) as problem:
+            raise InputError(f"{self.folder}: no folder can be made there ({problem.strerror}); choose another --output_dir") from None
         self._lock = (self.folder / ".lock").open("a+")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -192,6 +201,10 @@ class Stage:
         }
         write_json(self.folder / "manifest.json", manifest)
         return manifest
+
+    def _is_finished(self):
+        again = self.settings.overwrite_output_dir and not self.settings.check
+        return self.folder is not None and (self.folder / "manifest.json").exists() and not again
 
     def _arguments(self):
         return json.loads(json.dumps(to_dict(self.settings)))
@@ -228,7 +241,10 @@ def read_pipeline(folder):
     if not path.exists():
         return rows
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        words = shlex.split(line, comments=True)
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError:
+            raise InputError(f"{path}:{number}: a quotation mark is not closed") from None
         if not words:
             continue
         if len(words) < 3:
@@ -286,6 +302,14 @@ def _files(path, kind):
     return sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
 
 
+def _documents(path, kind):
+    """The files of a documents input as they are now; none of another kind, or where they were moved away."""
+    try:
+        return expand([path]) if kind == "documents" else []
+    except InputError:
+        return []
+
+
 def file_identity(path):
     stat = path.stat()
     return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "xxh3": _xxh3(path)}
@@ -296,7 +320,7 @@ def _unchanged(path, was):
     try:
         stat = path.stat()
     except OSError:
-        return True  # raw inputs may be moved away once their result stands
+        return True  # moved away: see Stage.path
     if stat.st_size != was["bytes"]:
         return False
     return stat.st_mtime_ns == was["mtime_ns"] or _xxh3(path) == was["xxh3"]

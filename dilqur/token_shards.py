@@ -51,7 +51,8 @@ class ShardWriter:
         for kind, array in arrays.items():
             name = f"{kind}-{number:05d}.npy"
             with atomic_file(self.folder / name) as file:
-                np.save(file, array)
+                np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+                file.write(array.data)  # as np.save, which says nothing of a full disk
             shard["files"][name] = {"bytes": (self.folder / name).stat().st_size, "xxh3": checksum(self.folder / name)}
         self.shards.append(shard)
         self._documents, self._pending = [], 0
@@ -75,8 +76,8 @@ class TokenShards:
             for name, stated in shard["files"].items():
                 self._check(name, stated, verify)
         shards = self.manifest["shards"]
-        self._tokens = [np.load(self.folder / f"tokens-{i:05d}.npy", mmap_mode="r") for i in range(len(shards))]
-        self._offsets = [np.load(self.folder / f"offsets-{i:05d}.npy", mmap_mode="r") for i in range(len(shards))]
+        self._tokens = [self._load(f"tokens-{i:05d}.npy") for i in range(len(shards))]
+        self._offsets = [self._load(f"offsets-{i:05d}.npy") for i in range(len(shards))]
         self._starts = np.cumsum([0, *(s["tokens"] for s in shards)]).tolist()  # first token of each shard
         self._first_documents = np.cumsum([0, *(s["documents"] for s in shards)]).tolist()
         self.num_tokens, self.num_documents = self._starts[-1], self._first_documents[-1]
@@ -89,6 +90,12 @@ class TokenShards:
             raise InputError(f"{path}: {path.stat().st_size} bytes, manifest.json says {stated['bytes']}; pack again")
         if verify and checksum(path) != stated["xxh3"]:
             raise InputError(f"{path}: its checksum is not the one in manifest.json: damaged; pack again")
+
+    def _load(self, name):
+        try:
+            return np.load(self.folder / name, mmap_mode="r")
+        except ValueError:
+            raise InputError(f"{self.folder / name}: not a .npy file of numbers: damaged; pack again") from None
 
     def read(self, start, length):
         """int32 array of shape (length,): the tokens [start, start + length) of the stream, across shards."""

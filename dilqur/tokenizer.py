@@ -79,7 +79,10 @@ class TextTokenizer:
         config = self.path.with_name("tokenizer_config.json")
         names = {"bos_token": BOS, "eos_token": EOS}
         if config.exists():
-            stated = json.loads(config.read_text(encoding="utf-8"))
+            try:
+                stated = json.loads(config.read_text(encoding="utf-8"))
+            except ValueError as problem:
+                raise InputError(f"{config}: damaged ({problem})") from None
             names = {k: stated.get(k) for k in names}
             names = {k: v["content"] if isinstance(v, dict) else v for k, v in names.items()}
         return (name if name and self.backend.token_to_id(name) is not None else None for name in names.values())

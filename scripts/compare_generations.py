@@ -19,6 +19,7 @@ from dilqur.atomic import atomic_file
 from dilqur.documents import expand, read
 from dilqur.errors import InputError, program
 from dilqur.llama3 import EOT, encode_chat
+from dilqur.quiet import quiet_libraries
 from dilqur.recipe import parse
 from dilqur.stage import Documents, ModelPath, Stage, StageSettings, display_names
 from dilqur.tokenizer import TextTokenizer
@@ -86,11 +87,10 @@ def main():
     if settings.check:
         return print(f"{stage.name}: ok")
     stage.open()
+    quiet_libraries()
     import torch
     from transformers import AutoModelForCausalLM, set_seed
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
     rows, summary = [{"prompt": prompt, "answers": {}} for prompt in prompts], {}
     for name, path in models.items():
         set_seed(settings.seed)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dilqur.errors import InputError, program
 from dilqur.loop import TrainingSettings, check_model, check_training, train
+from dilqur.quiet import quiet_libraries
 from dilqur.recipe import parse
 from dilqur.stage import Stage, TokenizerPath
 
@@ -72,6 +73,7 @@ def main():
     if settings.check:
         return print(f"{stage.name}: ok")
 
+    quiet_libraries()
     model = load_model(settings)
     names, config = dict(model.named_parameters()), model.config
     tied = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in names]

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from dilqur.documents import expand, read
 from dilqur.errors import InputError, program
+from dilqur.quiet import quiet_libraries
 from dilqur.recipe import parse
 from dilqur.stage import Documents, ModelPath, Stage, StageSettings, display_names
 from dilqur.tokenizer import TextTokenizer
@@ -69,11 +70,10 @@ def main():
     if settings.check:
         return print(f"{stage.name}: ok")
     stage.open()
-    from transformers.utils.logging import disable_progress_bar
+    quiet_libraries()
 
     from dilqur.bits_per_byte import score
 
-    disable_progress_bar()
     files = expand(settings.input)
     size = sum(len(d.text.encode("utf-8")) for d in read(files, settings.text_field, settings.sample_by))
     if not size:

@@ -22,6 +22,7 @@ from dilqur.batches import IGNORE, split_batch
 from dilqur.documents import expand, is_validation, read_jsonl
 from dilqur.errors import InputError, program
 from dilqur.llama3 import CHAT_TEMPLATE, EOS, EOT, PAD, encode_chat
+from dilqur.quiet import quiet_libraries
 from dilqur.recipe import parse
 from dilqur.stage import Documents, ModelPath, Stage, StageSettings
 from dilqur.tokenizer import TextTokenizer
@@ -149,14 +150,13 @@ def main():
     batch, accumulation = split_batch(settings.global_batch_size, settings.per_device_train_batch_size, int(os.environ.get("WORLD_SIZE", 1)))
     if settings.check:
         return print(f"{stage.name}: ok")
+    quiet_libraries()
     import torch
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-    from transformers.utils.logging import disable_progress_bar
     from trl import SFTTrainer
 
-    disable_progress_bar()
     main_process = os.environ.get("RANK", "0") == "0"
     if main_process:
         stage.open()

@@ -16,6 +16,7 @@ from pydantic import Field
 from dilqur.atomic import atomic_folder
 from dilqur.errors import InputError, program
 from dilqur.llama3 import BOS, EOS, EOT, PAD
+from dilqur.quiet import quiet_libraries
 from dilqur.recipe import parse
 from dilqur.stage import ModelPath, Stage, StageSettings, TokenizerPath
 from dilqur.tokenizer import TextTokenizer
@@ -67,11 +68,10 @@ def main():
     if settings.check:
         return print(f"{stage.name}: ok")
     stage.open()
+    quiet_libraries()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(settings.model_name_or_path, dtype=torch.float32)
     old, head, tied = model.get_input_embeddings().weight.data, model.get_output_embeddings(), model.config.tie_word_embeddings
     rows = -(-new_tokenizer.size // settings.pad_to_multiple_of) * settings.pad_to_multiple_of
