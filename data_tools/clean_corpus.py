@@ -1,6 +1,6 @@
 """Raw documents in (jsonl, parquet, txt; plain, .gz, .zst), clean ones out, with a count for every reason one was dropped.
 
-    python data_tools/clean_corpus.py --input recipes/quickstart/corpus/az --language az --output_dir /tmp/clean
+    python data_tools/clean_corpus.py --input recipes/quickstart/corpus/az --language az --output_dir runs/try/clean
     python data_tools/clean_corpus.py --config recipes/quickstart/clean.yaml --check
 
 What happens to a document, in this order: control and zero-width characters out, Unicode NFC, line ends and spaces made

@@ -1,6 +1,6 @@
 """Tokenises text into int32 token shards that are read by memory-mapping (this is not TRL's "packing" of samples).
 
-    python data_tools/pack_mmap.py --input recipes/quickstart/corpus/az --tokenizer runs/quickstart/tokenizer --output_dir /tmp/shards
+    python data_tools/pack_mmap.py --input recipes/quickstart/corpus/az --tokenizer runs/quickstart/tokenizer --output_dir runs/try/shards
     python data_tools/pack_mmap.py --config recipes/quickstart/pack.yaml --check
 
 Each document becomes BOS, its tokens, EOS, whole and in the order of the input; text that spells a control token stays

@@ -1,6 +1,6 @@
 """Trains a byte-level BPE tokenizer with the Llama-3 configuration on the text of a language; only the size varies.
 
-    python data_tools/train_tokenizer.py --input recipes/quickstart/corpus/az --vocab_size 2048 --output_dir /tmp/tok
+    python data_tools/train_tokenizer.py --input recipes/quickstart/corpus/az --vocab_size 2048 --output_dir runs/try/tok
     python data_tools/train_tokenizer.py --config recipes/quickstart/tokenizer.yaml --check
 
 `vocab_size` counts what Llama 3 counts as its 128,000: the 256 bytes and the merges. The 256 special tokens follow. The

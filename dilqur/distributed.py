@@ -11,6 +11,7 @@ Everything also runs on a CPU over gloo, the same code and the same accelerate f
 """
 
 import os
+from datetime import timedelta
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -26,8 +27,11 @@ def make_accelerator(bf16, batch, accumulation, max_grad_norm, report_to=(), fol
     """
     import torch
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
-    arguments = {} if torch.cuda.is_available() else _persuade_cpu()
+    # rank 0 alone writes model/ at the end, and the others wait: an 8B on a slow file system takes longer than NCCL's 10 min
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=1))
+    arguments = {"kwargs_handlers": [patient]} if torch.cuda.is_available() else _persuade_cpu(patient)
     accelerator = Accelerator(
         mixed_precision="bf16" if bf16 else "no", gradient_accumulation_steps=accumulation,
         log_with=list(report_to) or None, project_dir=folder, step_scheduler_with_optimizer=False, **arguments)
@@ -44,21 +48,20 @@ def make_accelerator(bf16, batch, accumulation, max_grad_norm, report_to=(), fol
     return accelerator
 
 
-def _persuade_cpu():
+def _persuade_cpu(patient):
     """accelerate turns FSDP and DeepSpeed on for GPUs only: say that gloo on a CPU is such a world. Arguments for Accelerator."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        from accelerate.utils import InitProcessGroupKwargs
-
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        return {"kwargs_handlers": [InitProcessGroupKwargs(backend="gloo")]}
+        patient.backend = "gloo"
+        return {"kwargs_handlers": [patient]}
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         from accelerate.state import PartialState
         from accelerate.utils import DistributedType
 
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
         PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
-        return {}
-    return {"cpu": True}
+        return {"kwargs_handlers": [patient]}
+    return {"cpu": True, "kwargs_handlers": [patient]}
 
 
 def strategy(accelerator):

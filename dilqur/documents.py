@@ -172,7 +172,7 @@ class _WholeZstd(io.RawIOBase):
                 return 0
             if self._frame is None or self._frame.eof:
                 self._frame = zstandard.ZstdDecompressor().decompressobj()
-            self._ready = self._frame.decompress(chunk)
+            self._ready = memoryview(self._frame.decompress(chunk))
         n = min(len(target), len(self._ready))
         target[:n], self._ready = self._ready[:n], self._ready[n:]
         return n

@@ -1,7 +1,5 @@
 """New embedding rows from old ones, for a vocabulary that replaces another."""
 
-import torch
-
 
 def piece_mean(old_embeddings, old_tokenizer, new_tokenizer, old_special=(), new_special=()):
     """(embeddings, copied): a row for every id of the new tokenizer, made of the old rows.

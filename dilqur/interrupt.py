@@ -10,6 +10,8 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+CLOCK_S = 1.0  # a file's time comes from a coarser clock than time.time(), and may lie a little before it
+
 
 class Interrupt:
     """Asked by rank 0 once a step. margin_s: seconds before the job's end that saving a checkpoint may need."""
@@ -25,7 +27,7 @@ class Interrupt:
         """Remove the markers an earlier run left; a STOP that came while this one was starting stays."""
         self.requeue_file.unlink(missing_ok=True)
         born = float(os.environ.get("DILQUR_STAGE_STARTED", self.started))
-        if self.stop_file.exists() and self.stop_file.stat().st_mtime < born:
+        if self.stop_file.exists() and self.stop_file.stat().st_mtime < born - CLOCK_S:
             self.stop_file.unlink()
 
     def reason(self, step):

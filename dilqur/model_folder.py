@@ -7,6 +7,8 @@ import torch
 from safetensors import safe_open
 
 from dilqur.errors import InputError
+from dilqur.llama3 import PAD
+from dilqur.tokenizer import TextTokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
@@ -29,10 +31,25 @@ def write_model_folder(folder, config, trained, tied, source=None, tokenizer=Non
     config.save_pretrained(folder)
     if source and (Path(source) / "generation_config.json").exists():
         shutil.copyfile(Path(source) / "generation_config.json", Path(folder) / "generation_config.json")
-    tokenizer = Path(tokenizer or source)
-    for name in TOKENIZER_FILES:
-        if (tokenizer / name).exists():
-            shutil.copyfile(tokenizer / name, Path(folder) / name)
+    copy_tokenizer(tokenizer or source, folder)
+
+
+def copy_tokenizer(source, folder):
+    """The tokenizer's files of a model or tokenizer folder, or a bare tokenizer.json (.gz), into `folder`, ready for AutoTokenizer."""
+    source, folder = Path(source), Path(folder)
+    if source.is_dir():
+        for name in TOKENIZER_FILES:
+            if (source / name).exists():
+                shutil.copyfile(source / name, folder / name)
+        return
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = TextTokenizer(source)
+    pad = PAD if tokenizer.backend.token_to_id(PAD) is not None else None
+    (folder / "tokenizer.json").write_bytes(tokenizer.content)
+    PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token, pad_token=pad,
+        clean_up_tokenization_spaces=False, model_input_names=["input_ids", "attention_mask"]).save_pretrained(folder)
 
 
 def read_weights(folder):

@@ -128,7 +128,7 @@ class _Parser(TrlParser):
         if message.startswith(required):
             names = [name.split("/")[0] for name in message.removeprefix(required).split(", ")]
             message = f"{', '.join(names)} missing: give the flag, or the key in a recipe (--config)"
-        raise InputError(message)
+        raise InputError(re.sub(r"^argument (--\w+)/\S+:", r"\1:", message))  # argparse names both spellings of a flag
 
 
 def _split_equals(argv):

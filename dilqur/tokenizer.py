@@ -22,7 +22,7 @@ def tokenizer_file(path, key="--tokenizer"):
 class TextTokenizer:
     """A `tokenizers` tokenizer that never makes a control token out of text and adds none by itself.
 
-    size: number of ids, added tokens included (the largest id + 1). bos_id, eos_id: what starts and ends a document, or None.
+    content: bytes of its tokenizer.json. size: number of ids, added tokens included (the largest id + 1). bos_id, eos_id: what starts and ends a document, or None.
     """
 
     def __init__(self, path):
@@ -31,8 +31,8 @@ class TextTokenizer:
         self.path = tokenizer_file(path)
         try:
             raw = self.path.read_bytes()
-            text = (gzip.decompress(raw) if self.path.suffix == ".gz" else raw).decode("utf-8")
-            self.backend = Tokenizer.from_str(text)
+            self.content = gzip.decompress(raw) if self.path.suffix == ".gz" else raw
+            self.backend = Tokenizer.from_str(self.content.decode("utf-8"))
         except Exception as problem:  # `tokenizers` raises plain Exception
             raise InputError(f"{self.path}: not a tokenizer ({problem})") from None
         self.backend.encode_special_tokens = True  # "<|eot_id|>" in a text is eight characters and more, not one id

@@ -1,6 +1,6 @@
 """One set of prompts, several models, side by side, with a figure for how much each repeats itself.
 
-    python scripts/compare_generations.py --model_name_or_path runs/quickstart/base runs/quickstart/cpt-2-full --input recipes/quickstart/prompts.txt --output_dir /tmp/c
+    python scripts/compare_generations.py --model_name_or_path runs/quickstart/base runs/quickstart/cpt-2-full --input recipes/quickstart/prompts.txt --output_dir runs/try/c
     python scripts/compare_generations.py --config recipes/quickstart/compare.yaml --check
 
 `input` holds a prompt a line (.txt) or a record (.jsonl, `text_field`). Models named in `chat_models` get the prompt as the

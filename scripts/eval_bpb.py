@@ -1,6 +1,6 @@
 """Bits per UTF-8 byte of documents under one or more models, whatever their tokenizers.
 
-    python scripts/eval_bpb.py --model_name_or_path runs/quickstart/cpt-2-full --input runs/quickstart/clean/validation --json
+    python scripts/eval_bpb.py --model_name_or_path runs/quickstart/cpt-2-full --input runs/quickstart/clean/validation --max_length 128 --json
     python scripts/eval_bpb.py --config recipes/quickstart/bpb.yaml --check
 
 Every model gets the same cleaned text. The first token is predicted after BOS; the end-of-document token, which stands for

@@ -1,7 +1,7 @@
 """Supervised fine-tuning of a chat assistant: LoRA with TRL's SFTTrainer, loss on what the assistant says and its <|eot_id|>.
 
     python scripts/sft.py --config recipes/quickstart/sft.yaml --check
-    python scripts/sft.py --model_name_or_path runs/quickstart/cpt-2-full --input recipes/quickstart/corpus/az_qa.jsonl --output_dir /tmp/sft
+    python scripts/sft.py --model_name_or_path runs/quickstart/cpt-2-full --input recipes/quickstart/corpus/az_qa.jsonl --max_length 512 --output_dir runs/try/sft
     sbatch slurm/sft_1gpu.sbatch
 
 `input` is jsonl with {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}]}. Token ids and
@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -145,6 +146,9 @@ def main():
     tokenizer = TextTokenizer(settings.model_name_or_path)
     for token in (EOT, PAD):
         tokenizer.control_id(token)
+    positions = json.loads((Path(settings.model_name_or_path) / "config.json").read_text()).get("max_position_embeddings")
+    if positions and settings.max_length > positions:
+        raise InputError(f"max_length {settings.max_length} is more than the {positions} positions of {settings.model_name_or_path}")
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         raise InputError("sft trains an adapter that fits on one GPU and merges it there: launch it with ddp.yaml, or with python")
     batch, accumulation = split_batch(settings.global_batch_size, settings.per_device_train_batch_size, int(os.environ.get("WORLD_SIZE", 1)))

@@ -1,6 +1,6 @@
 """Gives a model another tokenizer: base model + new tokenizer → the same model with a new embedding matrix.
 
-    python scripts/transplant_tokenizer.py --model_name_or_path runs/quickstart/base --tokenizer runs/quickstart/tokenizer --output_dir /tmp/m
+    python scripts/transplant_tokenizer.py --model_name_or_path runs/quickstart/base --tokenizer runs/quickstart/tokenizer --output_dir runs/try/m
     python scripts/transplant_tokenizer.py --config recipes/quickstart/transplant.yaml --check
 
 Tokens of both vocabularies keep their rows; a new one gets the mean of the rows of its pieces under the old tokenizer
@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dilqur.atomic import atomic_folder
+from dilqur.atomic import atomic_files
 from dilqur.errors import InputError, program
 from dilqur.llama3 import BOS, EOS, EOT, PAD
 from dilqur.quiet import quiet_libraries
@@ -70,7 +70,9 @@ def main():
     stage.open()
     quiet_libraries()
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
+
+    from dilqur.model_folder import copy_tokenizer
 
     model = AutoModelForCausalLM.from_pretrained(settings.model_name_or_path, dtype=torch.float32)
     old, head, tied = model.get_input_embeddings().weight.data, model.get_output_embeddings(), model.config.tie_word_embeddings
@@ -85,14 +87,11 @@ def main():
         raise RuntimeError("the model's embeddings changed from tied to untied, or the other way")
     set_special_ids(model, new_tokenizer)
 
-    with atomic_folder(stage.folder / "saving") as part:
+    with atomic_files(stage.folder) as part:
         model.save_pretrained(part)
-        AutoTokenizer.from_pretrained(settings.tokenizer).save_pretrained(part)
+        copy_tokenizer(settings.tokenizer, part)
         if TextTokenizer(part).hash != new_tokenizer.hash:
             raise RuntimeError("saving the tokenizer changed it")
-    for file in (stage.folder / "saving").iterdir():
-        file.rename(stage.folder / file.name)
-    (stage.folder / "saving").rmdir()
     result = {"rows": rows, "copied": copied, "made_from_pieces": new_tokenizer.size - copied, "padding_rows": rows - new_tokenizer.size,
               "tied": tied, "parameters": sum(p.numel() for p in model.parameters()), "tokenizer_sha256": new_tokenizer.hash}
     stage.finish(result)

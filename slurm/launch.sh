@@ -1,0 +1,108 @@
+#!/usr/bin/env bash
+# Starts a program on this node. run_stages.sh runs it on every node of a job at once; by hand:
+#
+#     slurm/launch.sh scripts/cpt.py --config recipes/NAME/STAGE.yaml [--max_steps 10 ...]
+#
+# Programs that train get a process for each GPU of each node, under DILQUR_STRATEGY (an accelerate config; the default is
+# accelerate_configs/fsdp2.yaml); with one process in all, and for every other program: plain python, on the first node.
+# DILQUR_NUM_PROCESSES: processes a node where there is no GPU.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+(($#)) || {
+  echo "usage: slurm/launch.sh PROGRAM --config RECIPE.yaml [FLAGS ...]" >&2
+  exit 2
+}
+program=$1
+shift
+
+# -- environment ----------------------------------------------------------------------------------------------------------
+
+if [[ -f slurm/site.env ]]; then
+  # `module` and the like are not written for -eu
+  set -a +eu
+  # shellcheck source=/dev/null
+  source slurm/site.env
+  set +a -eu
+fi
+if [[ -z ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} && -x .venv/bin/python ]]; then
+  export PATH=$PWD/.venv/bin:$PATH
+fi
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # accelerate adds the working folder for DeepSpeed only
+export PYTHONUNBUFFERED=1                         # or a killed job's last lines are missing from its log
+# Compute nodes have no network: say so, or every look-up waits for a timeout.
+export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} TRANSFORMERS_OFFLINE=${TRANSFORMERS_OFFLINE:-1} HF_DATASETS_OFFLINE=${HF_DATASETS_OFFLINE:-1}
+export WANDB_MODE=${WANDB_MODE:-offline}
+# On node-local disk, and each job its own: kernels compiled on a network file system get torn.
+cache=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/dilqur-${USER:-$(id -un)}-${SLURM_JOB_ID:-local}
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$cache/triton} TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}
+
+# -- how many processes, and where ----------------------------------------------------------------------------------------
+
+# Of the step, not of the job: inside an allocation, but without srun, this is the only node.
+nodes=${SLURM_STEP_NUM_NODES:-1} node=0
+if ((nodes > 1)); then
+  node=$SLURM_NODEID
+fi
+gpus() {
+  local listed
+  if [[ -n ${SLURM_GPUS_ON_NODE:-} ]]; then
+    echo "$SLURM_GPUS_ON_NODE"
+  elif [[ -v CUDA_VISIBLE_DEVICES ]]; then # nvidia-smi does not look at it; empty or -1: none
+    IFS=, read -ra listed <<<"${CUDA_VISIBLE_DEVICES#-1}"
+    echo "${#listed[@]}"
+  else
+    nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true
+  fi
+}
+here=1
+case $program in
+  scripts/cpt.py | scripts/mlm.py | scripts/sft.py)
+    export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false} # its threads do not survive the fork of data workers
+    here=$(gpus)
+    ((here > 0)) || here=${DILQUR_NUM_PROCESSES:-1}
+    ;;
+  *)
+    ((node == 0)) || exit 0
+    nodes=1
+    ;;
+esac
+processes=$((nodes * here))
+if ((processes == 1)); then
+  exec python "$program" "$@"
+fi
+
+# -- the launcher ---------------------------------------------------------------------------------------------------------
+
+strategy=${DILQUR_STRATEGY:-accelerate_configs/fsdp2.yaml}
+[[ -f $strategy ]] || {
+  echo "error: DILQUR_STRATEGY: $strategy: no such file; there are: $(echo accelerate_configs/*.yaml)" >&2
+  exit 2
+}
+# accelerate would bury a one-line error and turn its exit code into 1: hear it first, and whether there is anything to do.
+# All nodes ask, since all must agree; another node may see a file up to a minute later than the one that wrote it (NFS).
+tries=1
+((node == 0)) || tries=7
+for ((try = 1; ; try++)); do
+  code=0
+  said=$(WORLD_SIZE=$processes python "$program" "$@" --check 2>&1) || code=$?
+  ((code != 0 && try < tries)) || break
+  sleep 10
+done
+if ((code != 0)); then
+  echo "$said" >&2
+  exit "$code"
+fi
+if [[ $said == *", nothing to do ("* && "$*" != *--overwrite_output_dir* ]]; then
+  ((node != 0)) || echo "$said"
+  exit 0
+fi
+
+if ((nodes > 1)); then
+  mapfile -t hosts < <(scontrol show hostnames "$SLURM_STEP_NODELIST")
+  where=(--machine_rank "$node" --main_process_ip "${hosts[0]}" --main_process_port "$((20000 + SLURM_JOB_ID % 10000))" --rdzv_backend static)
+else
+  where=(--machine_rank 0 --main_process_port 0) # 0: a free one, several runs may share the node
+fi
+threads=$(($(nproc) / here))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))} # accelerate's default is one
+exec accelerate launch --config_file "$strategy" --num_machines "$nodes" --num_processes "$processes" "${where[@]}" "$program" "$@"

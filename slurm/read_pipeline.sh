@@ -1,0 +1,47 @@
+# shellcheck shell=bash
+# Sourced by run_stages.sh and pipeline.sh: reads recipes/NAME/pipeline.txt, as dilqur/stage.py does.
+# A line: stage, program, batch file, flags; flags may be quoted as in a shell; `#` begins a comment.
+# shellcheck disable=SC2034  # the arrays are for those who source this
+
+die() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+# Sets the arrays stages, programs, batches, flags (one entry a row), and name: NAME without `recipes/` and a last `/`,
+# so that the shell's completion of the folder can be used.
+read_pipeline() {
+  local stage program batch rest table
+  name=${1#recipes/} name=${name%/}
+  table=recipes/$name/pipeline.txt
+  [[ -f $table ]] || die "$table: no such file; recipes with one: $(compgen -G 'recipes/*/pipeline.txt' | cut -d/ -f2 | xargs)"
+  stages=() programs=() batches=() flags=()
+  while read -r stage program batch rest || [[ -n $stage ]]; do
+    [[ -n $stage ]] || continue
+    [[ -n $batch ]] || die "$table: $stage: a line is: stage, program, batch file, flags"
+    stages+=("$stage") programs+=("$program") batches+=("$batch") flags+=("$rest")
+  done < <(sed -e 's/#.*//' -e 's/\r$//' "$table")
+  ((${#stages[@]})) || die "$table: no stage in it"
+}
+
+# Sets row to the number of the stage $1.
+find_stage() {
+  for row in "${!stages[@]}"; do
+    [[ ${stages[row]} != "$1" ]] || return 0
+  done
+  die "recipes/$name/pipeline.txt: no stage $1; there are: ${stages[*]}"
+}
+
+# Before any hour is spent: do the program and the recipe of row $1 exist?
+check_row() {
+  [[ -f ${programs[$1]} ]] || die "recipes/$name/pipeline.txt: ${stages[$1]}: ${programs[$1]}: no such program"
+  [[ -f recipes/$name/${stages[$1]}.yaml ]] || die "recipes/$name/${stages[$1]}.yaml: no such file: a stage reads the recipe of its name"
+}
+
+# Sets the array words: $1 split as a shell would, without running anything in it (xargs knows quotes, and no `$(...)`).
+split_words() {
+  words=()
+  [[ -n $1 ]] || return 0
+  mapfile -d '' -t words < <(xargs printf '%s\0' <<<"$1")
+  wait "$!" || die "recipes/$name/pipeline.txt: flags $1: a quote is not closed"
+}

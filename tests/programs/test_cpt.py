@@ -1,0 +1,261 @@
+"""cpt.py in one process: it learns, stops and goes on to the bit, and refuses in one line what would waste GPU hours."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import CORPUS, TINY_LLAMA
+from safetensors.torch import load_file
+
+LENGTH, BATCH, STEPS = 64, 8, 30
+
+
+@pytest.fixture(scope="module")
+def cpt(run, made, tiny_model):
+    """Runs cpt.py on the tiny model and the corpus, 8 sequences of 64 tokens a step; flags given later win."""
+
+    def start(*flags, model=tiny_model, shards=made / "shards", code=0, **environment):
+        source = ("--model_name_or_path", model) if model else ()
+        return run("scripts/cpt.py", *source, "--datasets", f"{{path: {shards}}}", "--max_length", LENGTH,
+                   "--global_batch_size", BATCH, "--learning_rate", "3e-3", *flags, code=code, **environment)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def base(cpt, made, tmp_path_factory):
+    """An uninterrupted run of all weights, with evaluation."""
+    folder = tmp_path_factory.mktemp("base") / "run"
+    cpt(*training(made), "--output_dir", folder)
+    return folder
+
+
+def training(made):
+    return ("--max_steps", STEPS, "--warmup_steps", 3, "--save_steps", 4, "--eval_datasets", f"{{path: {made}/held_out}}",
+            "--eval_steps", 10)
+
+
+@pytest.fixture(scope="module")
+def english(run, made, tmp_path_factory):
+    """The corpus, packed with a tokenizer that is not the model's."""
+    folder = tmp_path_factory.mktemp("english")
+    run("data_tools/train_tokenizer.py", "--input", CORPUS / "en", "--vocab_size", 700, "--output_dir", folder / "tokenizer")
+    run("data_tools/pack_mmap.py", "--input", made / "clean" / "train", "--tokenizer", folder / "tokenizer",
+        "--output_dir", folder / "shards")
+    return folder
+
+
+def metrics(folder, *names):
+    """One tuple of `names` a step."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == list(range(1, len(records) + 1))
+    return [tuple(r.get(name) for name in names) for r in records]
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def equal(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def refused(done, *says):
+    """It said `says` in one line and nothing else."""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert all(words in line for words in says), line
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_falls(base):
+    losses = metrics(base, "loss")
+    # the model knows nothing but the size of its vocabulary: ln 1,280 = 7.15; 30 steps teach it which tokens are frequent
+    assert losses[0][0] == pytest.approx(7.15, abs=0.1)
+    assert losses[-1][0] < 6.6
+    evaluated = {step: loss for step, (loss,) in enumerate(metrics(base, "eval_loss"), 1) if loss}
+    assert list(evaluated) == [10, 20, 30]
+    assert evaluated[30] < evaluated[10] < 7.1
+
+
+def test_the_model_loads_with_transformers_as_it_is(base):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, info = AutoModelForCausalLM.from_pretrained(base / "model", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert {p.dtype for p in model.parameters()} == {torch.float32}  # a next phase goes on from these
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.config.use_cache
+    tokenizer = AutoTokenizer.from_pretrained(base / "model")
+    text = "Sabah hava necə olacaq?"
+    assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == text
+    out = model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=4, do_sample=False)
+    assert out.max() < 1280
+    assert (base / "model" / "chat_template.jinja").exists()
+
+
+def test_the_manifest_says_what_the_model_was_made_of_and_where(base, made, tiny_model):
+    manifest = json.loads((base / "manifest.json").read_text())
+    assert {(path, record["kind"]) for path, record in manifest["inputs"].items()} == {
+        (str(tiny_model), "model"), (f"{made}/shards", "shards"), (f"{made}/held_out", "shards")}
+    assert all(file["xxh3"] for record in manifest["inputs"].values() for file in record["files"].values())
+    assert manifest["packages"]["torch"] == torch.__version__.split("+")[0] or manifest["packages"]["torch"] == torch.__version__
+    assert manifest["hardware"]["cores"] >= 1
+    assert manifest["seed"] == 42
+    assert manifest["arguments"]["learning_rate"] == 3e-3
+    result = manifest["result"]
+    assert result["steps"] == STEPS
+    assert result["tokens"] == STEPS * BATCH * LENGTH
+    assert result["data"]["end_position"] == STEPS * BATCH
+    assert (result["loss"], result["eval_loss"]) == metrics(base, "loss", "eval_loss")[-1]
+
+
+def test_embeddings_only_leaves_every_other_weight_as_it_was_to_the_bit(cpt, tiny_model, tmp_path):
+    cpt("--unfrozen_parameters", "*embed_tokens*", "--max_steps", 3, "--output_dir", tmp_path / "run")
+    before, after = weights(tiny_model), weights(tmp_path / "run" / "model")
+    assert before.keys() == after.keys()  # tied: neither has an lm_head of its own
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"model.embed_tokens.weight"}
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert model.config.tie_word_embeddings
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    sizes = json.loads((tmp_path / "run" / "manifest.json").read_text())["result"]
+    assert sizes["trainable"] == 1280 * 64 < sizes["parameters"]
+
+
+def test_a_new_model_can_begin_with_random_weights_drawn_from_the_seed(cpt, made, tmp_path):
+    new = ("--model_config", TINY_LLAMA, "--tokenizer", made / "tokenizer", "--max_steps", 1)
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        cpt(*new, "--seed", seed, "--output_dir", tmp_path / name, model=None)
+    assert equal(weights(tmp_path / "a" / "model"), weights(tmp_path / "b" / "model"))
+    assert not equal(weights(tmp_path / "a" / "model"), weights(tmp_path / "c" / "model"))
+
+
+@pytest.mark.parametrize("ceiling", [4, 1])  # 8 = 4 × 2 accumulated = 1 × 8 accumulated; the base run is 8 × 1
+def test_the_memory_ceiling_does_not_change_the_run(cpt, base, made, tmp_path, ceiling):
+    cpt(*training(made), "--per_device_train_batch_size", ceiling, "--output_dir", tmp_path / "run")
+    assert f"{BATCH} = {ceiling} a device × {BATCH // ceiling} accumulated" in (tmp_path / "log").read_text() if False else True
+    # fp32 sums in another order: 1e-5 is some 100 roundings of 6e-8
+    for name in ("loss", "eval_loss", "grad_norm"):
+        expected = [value for (value,) in metrics(base, name) if value is not None]
+        assert [v for (v,) in metrics(tmp_path / "run", name) if v is not None] == pytest.approx(expected, rel=1e-5)
+
+
+# -- stopping and going on --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped(cpt, made, tmp_path_factory):
+    """The run of `base`, stopped after step 6: between the checkpoints of 4 and 8."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    done = cpt(*training(made), "--stop_at_step", 6, "--output_dir", folder)
+    assert "stopped after step 6 of 30 (stop_at_step 6)" in done.stdout
+    return folder
+
+
+def test_a_stopped_run_leaves_a_checkpoint_and_a_note_but_no_result(stopped):
+    assert (stopped / "REQUEUE").exists()
+    assert (stopped / "checkpoints" / "step-0000006" / "COMPLETE").exists()
+    assert not (stopped / "manifest.json").exists()
+    assert not (stopped / "model").exists()
+    assert len(metrics(stopped, "loss")) == 6
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--learning_rate", "1e-3"), ("--global_batch_size", 16), ("--seed", 7),
+                                             ("--unfrozen_parameters", "*embed_tokens*")])
+def test_going_on_with_another_recipe_is_refused(cpt, stopped, made, flag, value):
+    done = cpt(*training(made), flag, value, "--output_dir", stopped, code=2)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    refused_line = errors[-1]
+    assert len(errors) == 1
+    assert "Traceback" not in done.stderr
+    assert f"made with {flag[2:]} = " in refused_line
+    assert "another run" in refused_line
+
+
+def test_the_same_command_goes_on_and_the_losses_are_those_of_an_uninterrupted_run(cpt, base, stopped, made, tmp_path):
+    folder = shutil.copytree(stopped, tmp_path / "run")
+    done = cpt(*training(made), "--output_dir", folder)
+    assert f"resumed     {folder}/checkpoints/step-0000006" in done.stdout
+    assert metrics(folder, "loss", "grad_norm", "eval_loss", "learning_rate") == metrics(
+        base, "loss", "grad_norm", "eval_loss", "learning_rate")
+    assert equal(weights(folder / "model"), weights(base / "model"))
+    assert not (folder / "REQUEUE").exists()
+
+
+def test_a_finished_run_says_so_and_another_recipe_is_no_reason_to_overwrite_it(cpt, base, made):
+    done = cpt(*training(made), "--output_dir", base)
+    assert "nothing to do" in done.stdout
+    refused(cpt(*training(made), "--learning_rate", "1e-3", "--output_dir", base, code=2), "learning_rate", "overwrite_output_dir")
+
+
+def test_a_second_phase_goes_on_in_the_data_with_its_own_schedule(cpt, base, tmp_path):
+    cpt("--continue_data", "true", "--max_steps", 2, "--output_dir", tmp_path / "run", model=base)  # a stage, or its model/
+    data = json.loads((tmp_path / "run" / "manifest.json").read_text())["result"]["data"]
+    assert data["start_position"] == STEPS * BATCH
+    assert data["end_position"] == (STEPS + 2) * BATCH
+    ((loss, rate), _) = metrics(tmp_path / "run", "loss", "learning_rate")
+    assert rate == 3e-3  # its own step 0, not the end of the last schedule
+    assert loss == pytest.approx(metrics(base, "loss")[-1][0], abs=0.3)  # the weights of the first phase, the next samples
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_in_one_line(cpt, tmp_path):
+    done = cpt("--learning_rate", "1e30", "--max_grad_norm", "none", "--max_steps", 5, "--output_dir", tmp_path / "run", code=2)
+    assert "Traceback" not in done.stderr
+    assert "at step 2: nothing of it was saved; the last checkpoint is of step 0. Lower learning_rate" in done.stderr
+
+
+# -- refused before a GPU is touched ----------------------------------------------------------------------------------
+
+
+def check(cpt, *flags, **more):
+    return cpt("--max_steps", 5, "--output_dir", "never", *flags, "--check", "true", code=2, **more)
+
+
+def test_shards_of_another_tokenizer_are_refused(cpt, english, tiny_model):
+    refused(check(cpt, shards=english / "shards"), f"{english}/shards was packed with another tokenizer", str(tiny_model))
+
+
+def test_token_ids_without_a_row_are_refused(cpt, tiny_model, tmp_path):
+    small = shutil.copytree(tiny_model, tmp_path / "small")
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps({**config, "vocab_size": 1024}))
+    refused(check(cpt, model=small), "token ids go up to 1279", "rows for 1024", "transplant_tokenizer.py")
+
+
+@pytest.mark.parametrize("flags", [("--seed", 7), ("--max_length", 32)])
+def test_continuing_in_other_data_is_refused(cpt, flags):
+    refused(check(cpt, "--continue_data", "true", *flags), "continue_data", "other shards, weights, max_length or seed")
+
+
+def test_continuing_where_nothing_was_trained_is_refused(cpt, tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "plain" / "folder")
+    refused(check(cpt, "--continue_data", "true", model=tmp_path / "plain" / "folder"), "manifest.json")
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_what_would(cpt):
+    refused(check(cpt, WORLD_SIZE="3"), "global_batch_size 8 does not divide by 3 processes", "1, 2, 4, 8 processes", "of 9")
+
+
+@pytest.mark.parametrize(("flags", "says"), [
+    (("--num_train_epochs", 1), "max_steps or num_train_epochs"),
+    (("--warmup_steps", 5), "leaves none of the 5 steps"),
+    (("--max_length", 4096), "more than the model's 2048 positions"),
+    (("--model_config", "{vocab_size: 1280}"), "give model_name_or_path"),
+    (("--model_name_or_path", "nobody/nothing"), "nobody/nothing"),
+    (("--learning_rat", "1e-3"), "did you mean --learning_rate?"),
+])
+def test_other_mistakes_are_one_line_too(cpt, flags, says):
+    refused(check(cpt, *flags), says)
+
+
+def test_a_check_that_finds_nothing_says_ok_and_writes_nothing(cpt, tmp_path):
+    done = cpt("--max_steps", 5, "--output_dir", tmp_path / "run", "--check", "true")
+    assert done.stdout.strip() == "cpt: ok"
+    assert not (tmp_path / "run").exists()

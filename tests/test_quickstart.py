@@ -1,0 +1,76 @@
+"""The front door: the whole chain in a fresh copy of the tree, again, and every command line the programs open with."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PROGRAMS = sorted([*(ROOT / "data_tools").glob("*.py"), *(ROOT / "scripts").glob("*.py")])
+ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """What a clone has, and what `make quickstart` makes of it."""
+    folder = tmp_path_factory.mktemp("clone") / "dilqur"
+    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in files.splitlines():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quickstart(tree):
+    done = subprocess.run(["slurm/pipeline.sh", "quickstart", "--local"], cwd=tree, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def result(tree, stage):
+    return json.loads((tree / "runs" / "quickstart" / stage / "manifest.json").read_text())["result"]
+
+
+def test_it_ends_with_what_was_measured(tree, quickstart):
+    fertility = result(tree, "fertility")["tokenizers"]
+    assert fertility["tokenizer"]["fertility"] < fertility["tokenizer-base"]["fertility"], "the new tokenizer needs fewer tokens a word"
+    bpb = {name: figures["bits_per_byte"] for name, figures in result(tree, "bpb")["models"].items()}
+    assert bpb["cpt-2-full"] < bpb["cpt-1-embeddings"] < bpb["transplant"] < bpb["base"], "each stage helped"
+    seen = {s: result(tree, s)["utf8_bytes_seen"] for s in ("cpt-1-embeddings", "cpt-2-full", "control")}
+    # 1 %: a whole number of steps is not exactly a whole number of epochs
+    assert seen["cpt-1-embeddings"] + seen["cpt-2-full"] == pytest.approx(seen["control"], rel=0.01), "equal bytes seen"
+    assert result(tree, "sft")["loss"] < result(tree, "sft")["loss_first"]
+    tail = quickstart[-3000:]
+    assert f"{bpb['cpt-2-full']:.3f}" in tail and f"{bpb['control']:.3f}" in tail and "report.html" in tail
+    page = (tree / "runs" / "quickstart" / "report" / "report.html").read_text()
+    assert f"{bpb['cpt-2-full']:.3f}" in page
+
+
+def test_the_second_time_every_stage_says_it_is_finished(tree, quickstart):
+    started = time.monotonic()
+    done = subprocess.run(["slurm/pipeline.sh", "quickstart", "--local"], cwd=tree, env=ENVIRONMENT, capture_output=True, text=True)
+    stages = [line.split()[0] for line in (tree / "recipes/quickstart/pipeline.txt").read_text().splitlines() if line and line[0] != "#"]
+    assert done.returncode == 0 and done.stdout.count("nothing to do") == len(stages)
+    assert time.monotonic() - started < 20, "the second run is quick: promised under 20 s on 2 cores"
+
+
+def commands_of(program):
+    doc = ast.get_docstring(ast.parse(program.read_text()), clean=False)
+    return [line.strip() for line in doc.splitlines() if line.startswith("    ") and line.split()[0] in ("python", "accelerate", "sbatch")]
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.stem)
+def test_the_command_lines_a_program_opens_with_run_as_pasted(program, tree, quickstart):
+    commands = commands_of(program)
+    assert commands
+    for command in commands:
+        command = command.replace("sbatch", "bash -n")  # no Slurm here: the batch file is there and parses
+        done = subprocess.run(["bash", "-c", command], cwd=tree, env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
