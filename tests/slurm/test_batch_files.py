@@ -1,0 +1,55 @@
+"""The batch files: short, with options sbatch knows, nothing of one cluster in them, and they run what they say."""
+
+import re
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+from dilqur.stage import read_pipeline
+
+FILES = sorted((ROOT / "slurm").glob("*.sbatch"))
+OPTIONS = {"job-name", "nodes", "ntasks-per-node", "gres", "cpus-per-task", "exclusive", "time", "signal", "requeue", "open-mode", "output"}
+
+
+def options(file):
+    """{name: value, or None} of the #SBATCH lines."""
+    found = re.findall(r"^#SBATCH (.*)$", file.read_text(), re.MULTILINE)
+    return {name.removeprefix("--"): value or None for name, _, value in (line.partition("=") for line in found)}
+
+
+def test_these_are_the_batch_files():
+    assert [f.stem for f in FILES] == ["cpt_p4d", "cpt_p5", "eval_1gpu", "prepare_cpu", "sft_1gpu"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+class TestBatchFile:
+    def test_is_25_lines_of_bash_at_most(self, file):
+        assert len(file.read_text().splitlines()) <= 25
+        assert file.read_text().startswith("#!/bin/bash\n"), "sbatch refuses a file without an interpreter"
+        subprocess.run(["bash", "-n", file], check=True)
+
+    def test_is_a_header_and_one_command(self, file):
+        """sbatch reads no #SBATCH line after the first command."""
+        lines = file.read_text().splitlines()
+        commands = [line for line in lines if line and not line.startswith("#")]
+        assert commands == [lines[-1]]
+        default, rows = re.fullmatch(r'exec slurm/run_stages\.sh "\$\{1:-([\w.-]+)\}" (\w+) "\$\{@:2\}"', lines[-1]).groups()
+        assert rows in [row.batch for row in read_pipeline(ROOT / "recipes" / default)], "`sbatch FILE` alone has something to run"
+
+    def test_has_only_options_that_every_cluster_knows(self, file):
+        """Account, partition, constraint and memory are the site's: SBATCH_* variables, or options before the file."""
+        assert set(options(file)) <= OPTIONS
+        assert options(file)["job-name"] == file.stem, "what run_stages.sh says to type"
+        assert options(file)["output"] == "%x-%j.out", "a folder that a fresh clone lacks would make the job fail without a word"
+
+    def test_is_stopped_in_time_and_goes_on(self, file):
+        assert options(file)["signal"] == "B:USR1@300", "B: the batch shell gets it, which has the trap"
+        assert "requeue" in options(file)
+        assert options(file)["open-mode"] == "append", "a requeued job would begin its log anew"
+        assert options(file)["ntasks-per-node"] == "1", "launch.sh starts the processes of a node"
+
+
+def test_p4d_is_the_published_set_up():
+    p4d = options(ROOT / "slurm" / "cpt_p4d.sbatch")
+    assert (p4d["nodes"], p4d["gres"]) == ("2", "gpu:8")  # 16 A100

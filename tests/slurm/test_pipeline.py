@@ -1,0 +1,510 @@
+"""pipeline.sh, run_stages.sh and launch.sh: the whole chain here, and what they would tell Slurm.
+
+Real programs where their work counts; where only the order of things does, a stub that keeps a stage's promises (STOP,
+REQUEUE, manifest.json) in milliseconds, and stand-ins for sbatch, srun, scontrol and accelerate that note what they are told.
+"""
+
+import fcntl
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY_LLAMA
+
+from dilqur.stage import read_pipeline
+
+STUB = """
+import json, pathlib, sys, time
+config = pathlib.Path(sys.argv[sys.argv.index("--config") + 1])
+folder = pathlib.Path("runs") / config.parent.name / config.stem
+what = dict(line.split(": ") for line in config.read_text().splitlines())
+print(config.stem, "said", *sys.argv[3:], flush=True)
+if "fail" in what:
+    sys.exit(int(what["fail"]))
+(folder / "started").touch()
+end = time.monotonic() + float(what.get("seconds", 0))
+while time.monotonic() < end:
+    time.sleep(0.01)
+    if (folder / "STOP").exists() and "deaf" not in what:
+        if "no_step" not in what:
+            steps = len(list(folder.glob("checkpoints/*"))) + 1
+            (folder / f"checkpoints/step-{steps:07d}").mkdir(parents=True)
+            (folder / f"checkpoints/step-{steps:07d}/COMPLETE").touch()
+        (folder / "REQUEUE").touch()
+        sys.exit(0)
+if "requeue" in what:
+    (folder / "REQUEUE").touch()
+elif "forget" not in what:
+    (folder / "manifest.json").write_text(json.dumps({"ended": "2026-01-02T03:04:05Z", "seconds": 7.5}, indent=1))
+"""
+
+NOTE = '#!/bin/bash\nprintf "%s" "$(basename "$0")" >>"$NOTES"; printf " %s" "$@" >>"$NOTES"; echo >>"$NOTES"\n'
+
+
+class Tree:
+    """A checkout in a folder of its own, with `tools/stub.py`, and `fakes/` in front of PATH."""
+
+    def __init__(self, root):
+        self.root, self.fakes, self.notes = root, root / "fakes", root / "notes"
+        for name in ("fakes", "tools", "recipes", "scripts"):
+            (root / name).mkdir(parents=True)
+        shutil.copytree(ROOT / "slurm", root / "slurm", ignore=shutil.ignore_patterns("site.env"))
+        for name in ("dilqur", "data_tools", "accelerate_configs", "scripts/cpt.py", "recipes/quickstart"):
+            (root / name).symlink_to(ROOT / name)
+        (root / "tools" / "stub.py").write_text(STUB)
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "DILQUR"))}
+        self.environment = {
+            **inherited, "PATH": f"{self.fakes}:{Path(sys.executable).parent}:{os.environ['PATH']}", "VIRTUAL_ENV": sys.prefix,
+            "CUDA_VISIBLE_DEVICES": "", "NOTES": str(self.notes), "TMPDIR": str(root)}
+
+    def recipe(self, name, table, **stages):
+        """recipes/NAME with this pipeline.txt, and STAGE.yaml of these texts (empty for the stages not named)."""
+        folder = self.root / "recipes" / name
+        folder.mkdir()
+        (folder / "pipeline.txt").write_text(table)
+        for row in read_pipeline(folder):
+            (folder / f"{row.name}.yaml").write_text(stages.get(row.name, ""))
+
+    def fake(self, name, body="", note=True):
+        (self.fakes / name).write_text((NOTE if note else "#!/bin/bash\n") + body)
+        (self.fakes / name).chmod(0o755)
+
+    def fake_slurm(self):
+        """One node: srun starts the program here; scontrol and sbatch only note what they are told."""
+        self.fake("srun", 'while [[ $1 == -* ]]; do shift; done; SLURM_STEP_NUM_NODES=1 SLURM_NODEID=0 exec "$@"\n')
+        self.fake("scontrol")
+        self.fake("sbatch", 'grep -c ^sbatch "$NOTES" | sed "s/^/10/"\n')
+
+    def start(self, *command, **environment):
+        return subprocess.Popen(list(map(str, command)), cwd=self.root, env={**self.environment, **environment}, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+
+    def run(self, *command, code=0, **environment):
+        """The CompletedProcess of `command` in the root; fails unless it exits with `code`."""
+        process = self.start(*command, **environment)
+        out, errors = process.communicate(timeout=300)
+        assert process.returncode == code, f"exit code {process.returncode}, not {code}\n{out}\n{errors}"
+        return subprocess.CompletedProcess(command, code, out, errors)
+
+    def noted(self, name=""):
+        return [line for line in self.notes.read_text().splitlines() if line.startswith(name)] if self.notes.exists() else []
+
+    def __truediv__(self, path):
+        return self.root / path
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return Tree(tmp_path / "checkout")
+
+
+def wait_for(path, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not (path.exists() and (path.is_dir() or path.suffix != ".jsonl" or path.stat().st_size)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, f"{path} did not come"
+        time.sleep(0.02)
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+
+def rows_as_bash_reads_them(tree, name):
+    """[[stage, program, batch file, flag, …], …] of recipes/NAME/pipeline.txt."""
+    script = ('source slurm/read_pipeline.sh; read_pipeline "$1"; for row in "${!stages[@]}"; do split_words "${flags[row]}"; '
+              'printf "%s\\0" "${stages[row]}" "${programs[row]}" "${batches[row]}" "${words[@]}" $\'\\n\'; done')
+    done = tree.run("bash", "-euo", "pipefail", "-c", script, "-", name)
+    return [row.removesuffix("\0").split("\0") for row in done.stdout.split("\n\0")[:-1]]
+
+
+def test_bash_and_python_read_the_same_table(tree):
+    tree.recipe("hard", "# a comment\n\n  one\ttools/stub.py  a\r\ntwo tools/stub.py b --x 1 '{p: q, r: [s]}' \"a b\" c\\ d # more\nthree t c --y")
+    names = ["hard"]
+    for folder in (ROOT / "recipes").iterdir():
+        if (folder / "pipeline.txt").exists():
+            names.append(folder.name)
+            if folder.name != "quickstart":
+                (tree / "recipes" / folder.name).symlink_to(folder)
+    for name in names:
+        rows = [[row.name, row.program, row.batch, *row.flags] for row in read_pipeline(tree / "recipes" / name)]
+        assert rows_as_bash_reads_them(tree, name) == rows, name
+    assert rows_as_bash_reads_them(tree, "hard")[1] == ["two", "tools/stub.py", "b", "--x", "1", "{p: q, r: [s]}", "a b", "c d"]
+
+
+@pytest.mark.parametrize(("command", "message"), [
+    (["pipeline.sh"], "usage: slurm/pipeline.sh NAME"),
+    (["pipeline.sh", "nowhere"], "recipes/nowhere/pipeline.txt: no such file; recipes with one: quickstart small"),
+    (["pipeline.sh", "small", "--from", "c"], "recipes/small/pipeline.txt: no stage c; there are: a b"),
+    (["pipeline.sh", "small", "--form", "a"], "unknown option --form"),
+    (["pipeline.sh", "small", "--local", "--status"], "--status: --local is given already"),
+    (["pipeline.sh", "small", "--dry-run"], "recipes/small/pipeline.txt: b: slurm/elsewhere.sbatch: no such batch file"),
+    (["pipeline.sh", "small", "--local"], "recipes/small/b.yaml: no such file"),
+    (["run_stages.sh", "small", "cpt_p5"], "no row's batch file is cpt_p5; there are: elsewhere prepare_cpu"),
+    (["run_stages.sh", "small"], "usage: slurm/run_stages.sh NAME BATCH"),
+    (["launch.sh"], "usage: slurm/launch.sh PROGRAM"),
+])
+def test_a_mistake_is_one_line_and_exit_code_2(tree, command, message):
+    tree.recipe("small", "a tools/stub.py prepare_cpu\nb tools/stub.py elsewhere\n")
+    if "--dry-run" not in command:
+        (tree / "recipes/small/b.yaml").unlink()
+    done = tree.run(f"slurm/{command[0]}", *command[1:], code=2)
+    assert message in done.stderr and done.stderr.count("\n") == 1 and not (tree / "runs").exists()
+
+
+# -- submitting -------------------------------------------------------------------------------------------------------
+
+CHAIN = """# stage  program        batch file
+clean      tools/stub.py  prepare_cpu
+pack       tools/stub.py  prepare_cpu
+cpt-1      tools/stub.py  cpt_p5
+cpt-2      tools/stub.py  cpt_p5
+bpb        tools/stub.py  eval_1gpu
+report     tools/stub.py  prepare_cpu
+"""
+
+
+def test_dry_run_prints_the_commands_that_submit_a_chain(tree):
+    tree.recipe("new", CHAIN)
+    done = tree.run("slurm/pipeline.sh", "new", "--dry-run")
+    chained = "--dependency=afterok:$job{} --kill-on-invalid-dep=yes"
+    assert done.stdout.splitlines() == [
+        "mkdir -p runs/new",
+        "job1=$(sbatch --parsable --output=runs/new/%x-%j.out slurm/prepare_cpu.sbatch new clean pack)",
+        f"job2=$(sbatch --parsable --output=runs/new/%x-%j.out {chained.format(1)} slurm/cpt_p5.sbatch new cpt-1 cpt-2)",
+        f"job3=$(sbatch --parsable --output=runs/new/%x-%j.out {chained.format(2)} slurm/eval_1gpu.sbatch new bpb)",
+        f"job4=$(sbatch --parsable --output=runs/new/%x-%j.out {chained.format(3)} slurm/prepare_cpu.sbatch new report)",
+    ]
+    assert not (tree / "runs").exists() and not tree.noted()
+
+
+def test_submitting_does_what_dry_run_prints(tree):
+    tree.recipe("new", CHAIN)
+    tree.fake_slurm()
+    printed = tree.run("slurm/pipeline.sh", "new", "--dry-run", "--from", "cpt-2").stdout
+    tree.run("bash", "-euc", printed)
+    by_hand = tree.noted("sbatch")
+    assert [line.rpartition("sbatch ")[2] for line in by_hand] == ["new cpt-2", "new bpb", "new report"]
+    tree.notes.unlink()
+    done = tree.run("slurm/pipeline.sh", "new", "--from", "cpt-2")
+    assert tree.noted("sbatch") == by_hand and "afterok:101 " in by_hand[1] and "afterok:102 " in by_hand[2]
+    assert done.stdout.splitlines()[0] == "job 101: slurm/cpt_p5.sbatch: cpt-2"
+
+
+def test_a_refused_job_ends_the_submission_and_names_those_before_it(tree):
+    tree.recipe("new", CHAIN)
+    tree.fake("sbatch", 'if grep -q cpt_p5 "$NOTES"; then exit 1; fi; echo "77;cluster"\n')
+    done = tree.run("slurm/pipeline.sh", "new", code=1)
+    assert "slurm/cpt_p5.sbatch failed; submitted before it: 77" in done.stderr and len(tree.noted("sbatch")) == 2
+
+
+# -- all of it here ---------------------------------------------------------------------------------------------------
+
+
+def test_local_runs_the_real_programs_and_a_second_time_nothing(tree):
+    tree.recipe(
+        "small",
+        "clean     data_tools/clean_corpus.py     prepare_cpu\n"
+        "tokenizer data_tools/train_tokenizer.py  prepare_cpu --vocab_size 512  # flags win over the recipe\n"
+        "pack      data_tools/pack_mmap.py        prepare_cpu --datasets '{name: train, input: [clean/train]}'\n",
+        clean="input: [recipes/quickstart/corpus/az]\nlanguage: az\n", tokenizer="input: [clean/train]\nvocab_size: 2048\n", pack="tokenizer: tokenizer\n")
+    assert tree.run("slurm/pipeline.sh", "small", "--status").stdout.split("\n")[0] == "clean      not started"
+
+    done = tree.run("slurm/pipeline.sh", "small", "--local")
+    lines = [line[9:] for line in done.stdout.splitlines() if line[9:].startswith("[")]  # without the time of day
+    assert lines[2] == "[2/3] tokenizer: data_tools/train_tokenizer.py --vocab_size 512  "
+    assert lines[1].startswith("[1/3] clean: ") and lines[1].endswith(" s"), "the time it took"
+    assert (tree / "runs/small/pack/train/manifest.json").exists()
+    status = tree.run("slurm/pipeline.sh", "small", "--status").stdout.splitlines()
+    manifest = json.loads((tree / "runs/small/pack/manifest.json").read_text())
+    assert status[2] == f"pack       finished {manifest['ended']}, {int(manifest['seconds'])} s"
+
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    again = tree.run("slurm/pipeline.sh", "small", "--local")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert again.stdout.count("nothing to do") == 3
+    # 20 finished stages in 20 s; processor time, since other things may run on this machine
+    assert (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime) < 3
+
+    done = tree.run("slurm/pipeline.sh", "small", "--local", "--from", "pack")
+    assert "clean" not in done.stdout.split("nothing to do")[0] and "[1/1] pack" in done.stdout
+
+    (tree / "recipes/small/clean.yaml").write_text("input: [recipes/quickstart/corpus/az]\nlanguage: tr\n")
+    done = tree.run("slurm/pipeline.sh", "small", "--local", code=2)
+    assert "finished with language = 'az', now 'tr'" in done.stderr and "[2/3]" not in done.stdout
+
+
+def test_a_failing_stage_ends_the_pipeline_with_its_code(tree):
+    tree.recipe("new", CHAIN, pack="fail: 7\n")
+    done = tree.run("slurm/pipeline.sh", "new", "--local", code=7)
+    assert "clean said" in done.stdout and "cpt-1" not in done.stdout
+    assert "[2/6] pack: exit code 7 after" in done.stderr
+    done = tree.run("slurm/pipeline.sh", "new", "--local", "--from", "cpt-1")
+    assert done.stdout.count(" said") == 4 and done.stdout.index("cpt-1 said") < done.stdout.index("report said")
+
+
+def test_a_stage_that_wrote_its_result_elsewhere_is_no_finished_stage(tree):
+    tree.recipe("new", CHAIN, clean="forget: 1\n")
+    done = tree.run("slurm/pipeline.sh", "new", "--local", code=1)
+    assert "runs/new/clean/manifest.json is not there: in a pipeline, leave run_dir and output_dir alone" in done.stderr
+
+
+def test_status_tells_apart_what_a_stage_can_be(tree):
+    tree.recipe("new", CHAIN, clean="seconds: 60\n")
+    for stage in ("pack", "cpt-1", "cpt-2", "bpb"):
+        (tree / "runs/new" / stage).mkdir(parents=True)
+    (tree / "runs/new/pack/manifest.json").write_text('{\n "result": {\n  "seconds": 1\n },\n "ended": "2026-01-02T03:04:05Z",\n "seconds": 61.5\n}')
+    for stage in ("cpt-1", "cpt-2"):
+        (tree / "runs/new" / stage / "checkpoints/step-0000100").mkdir(parents=True)
+        (tree / "runs/new" / stage / "checkpoints/step-0000100/COMPLETE").touch()
+        (tree / "runs/new" / stage / "checkpoints/step-0000200").mkdir()  # half-written: it does not count
+        (tree / "runs/new" / stage / "metrics.jsonl").write_text('{"step": 119, "loss": 1}\n{"step": 120, "loss": 1}\n')
+        (tree / "runs/new" / stage / ".lock").write_text("process 5 on n1\n")
+    (tree / "runs/new/cpt-1/REQUEUE").touch()
+    (tree / "runs/new/bpb/.lock").write_text("process 6 on n1\n")
+    (tree / "runs/new/bpb/STOP").touch()
+    with (tree / "runs/new/bpb/.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as Stage.open does
+        status = tree.run("slurm/pipeline.sh", "new", "--status").stdout.splitlines()
+    assert status == [
+        "clean   not started",
+        "pack    finished 2026-01-02T03:04:05Z, 61 s",
+        "cpt-1   stopped, goes on from step-0000100 when started again",
+        "cpt-2   interrupted in step 121, goes on from step-0000100 when started again",
+        "bpb     running, process 6 on n1, asked to stop",
+        "report  not started",
+    ]
+
+
+# -- the rows of a batch file -----------------------------------------------------------------------------------------
+
+
+def test_a_batch_file_runs_its_rows_up_to_those_that_wait_for_others(tree):
+    """report is a prepare_cpu row as clean is, but comes after everything else."""
+    tree.recipe("new", CHAIN)
+    done = tree.run("bash", "slurm/prepare_cpu.sbatch", "new")
+    assert "clean said" in done.stdout and "pack said" in done.stdout and "report said" not in done.stdout
+    assert "the other prepare_cpu rows of recipes/new/pipeline.txt wait for cpt-1" in done.stdout
+    tree.run("bash", "slurm/cpt_p4d.sbatch", "new")  # another machine for the rows of cpt_p5
+    tree.run("bash", "slurm/eval_1gpu.sbatch", "new", "bpb")
+    assert "report said" in tree.run("bash", "slurm/prepare_cpu.sbatch", "new").stdout
+    assert tree.run("slurm/pipeline.sh", "new", "--status").stdout.count("finished") == 6
+
+
+# -- stopping ---------------------------------------------------------------------------------------------------------
+
+
+def test_asked_to_stop_a_run_leaves_a_checkpoint_and_goes_on_when_started_again(tree, made):
+    tree.recipe("new", "cpt scripts/cpt.py cpt_p5\nafter tools/stub.py cpt_p5\n", cpt=(
+        f"datasets:\n  - {{path: {made}/shards}}\ntokenizer: {made}/tokenizer\nmodel_config: {TINY_LLAMA}\nmax_length: 16\n"
+        "global_batch_size: 2\nmax_steps: 150\nlearning_rate: 1.0e-3\nsave_steps: 1000\nlogging_steps: 50\n"))
+    process = tree.start("slurm/run_stages.sh", "new", "cpt_p5")
+    wait_for(tree / "runs/new/cpt/metrics.jsonl", process)
+    process.send_signal(signal.SIGTERM)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "to go on: slurm/run_stages.sh new cpt_p5 cpt after" in out and "after said" not in out
+    assert (tree / "runs/new/cpt/REQUEUE").exists() and not (tree / "runs/new/cpt/manifest.json").exists()
+    (saved,) = (tree / "runs/new/cpt/checkpoints").glob("step-*/COMPLETE")
+    done = tree.run("slurm/run_stages.sh", "new", "cpt_p5")
+    assert f"resumed     {Path('runs/new/cpt/checkpoints') / saved.parent.name}" in done.stdout and "after said" in done.stdout
+    metrics = (tree / "runs/new/cpt/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in metrics] == list(range(1, 151)), "every step once"
+
+
+@pytest.fixture
+def job(tree):
+    """A recipe of three cpt_p5 stages, the second of which waits to be stopped; and Slurm."""
+    def make(**texts):
+        tree.recipe("new", "one tools/stub.py cpt_p5\ntwo tools/stub.py cpt_p5\nthree tools/stub.py cpt_p5\n", **texts)
+        tree.fake_slurm()
+        return dict(SLURM_JOB_ID="4242", SLURM_JOB_NAME="cpt_p4d", SLURM_JOB_NUM_NODES="1")
+
+    return make
+
+
+def stop_in(tree, stage, number, *command, code=0, **environment):
+    process = tree.start(*command, **environment)
+    wait_for(tree / f"runs/new/{stage}/started", process)
+    process.send_signal(number)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{errors}"
+    return out + errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=["USR1", "TERM"])
+def test_in_a_job_the_stage_that_runs_is_stopped_and_the_job_requeued(tree, job, number):
+    slurm = job(two="seconds: 60\n")
+    out = stop_in(tree, "two", number, "slurm/cpt_p4d.sbatch", "new", **slurm)
+    assert tree.noted("scontrol") == ["scontrol requeue 4242"]
+    assert "requeueing job 4242, to go on with two" in out and "three said" not in out
+    assert not (tree / "runs/new/one/STOP").exists()
+    flags = tree.noted("srun")[1].split(" slurm/launch.sh ")
+    assert flags[1] == "tools/stub.py --config recipes/new/two.yaml"
+    assert {"--kill-on-bad-exit=1", "--nodes=1", "--ntasks-per-node=1"} <= set(flags[0].split())
+
+    (tree / "recipes/new/two.yaml").write_text("seconds: 0.1\n")  # started again, it has time to finish
+    done = tree.run("slurm/cpt_p4d.sbatch", "new", SLURM_RESTART_COUNT="1", **slurm)
+    assert "job 4242, start 2" in done.stdout and "three said" in done.stdout and len(tree.noted("scontrol")) == 1
+
+
+def test_where_requeueing_is_forbidden_the_job_says_what_to_type(tree, job):
+    slurm = job(two="seconds: 60\n")
+    out = stop_in(tree, "two", signal.SIGUSR1, "slurm/cpt_p4d.sbatch", "new", DILQUR_REQUEUE="0", **slurm)
+    assert "to go on: sbatch slurm/cpt_p4d.sbatch new two three" in out and not tree.noted("scontrol")
+    shutil.rmtree(tree / "runs/new/two")
+    tree.fake("scontrol", "exit 1\n")
+    out = stop_in(tree, "two", signal.SIGUSR1, "slurm/cpt_p4d.sbatch", "new", code=1, **slurm)
+    assert "cannot be requeued" in out, "exit code 1: the jobs behind it must not start"
+
+
+def test_a_job_that_makes_no_step_is_not_requeued_for_ever(tree, job):
+    """E.g. stop_at_step in a recipe: started again, it stops at once."""
+    slurm = job(two="requeue: 1\n")
+    done = tree.run("slurm/cpt_p5.sbatch", "new", code=1, **slurm)
+    assert "requeueing would go on for ever" in done.stderr and not tree.noted("scontrol")
+
+
+def test_asked_to_stop_before_the_first_step_a_job_is_requeued(tree, job):
+    slurm = job(two="seconds: 60\nno_step: 1\n")
+    stop_in(tree, "two", signal.SIGUSR1, "slurm/cpt_p5.sbatch", "new", **slurm)
+    assert tree.noted("scontrol") == ["scontrol requeue 4242"]
+
+
+def test_a_stage_that_cannot_stop_is_finished_and_the_next_not_begun(tree, job):
+    slurm = job(two="seconds: 0.5\ndeaf: 1\n")
+    out = stop_in(tree, "two", signal.SIGUSR1, "slurm/cpt_p5.sbatch", "new", **slurm)
+    assert "requeueing job 4242, to go on with three" in out and "three said" not in out
+    assert (tree / "runs/new/two/manifest.json").exists()
+
+
+def test_stale_markers_do_not_stop_anything(tree, job):
+    slurm = job(two="seconds: 0.2\n")
+    (tree / "runs/new/two").mkdir(parents=True)
+    for marker in ("STOP", "REQUEUE"):
+        (tree / "runs/new/two" / marker).touch()
+    tree.run("slurm/cpt_p5.sbatch", "new", **slurm)
+    assert (tree / "runs/new/three/manifest.json").exists() and not tree.noted("scontrol")
+
+
+def test_local_inside_an_allocation_asks_slurm_for_nothing(tree, job):
+    slurm = job()
+    tree.run("slurm/pipeline.sh", "new", "--local", SLURM_NNODES="2", SLURM_NODEID="0", **slurm)
+    assert not tree.noted()
+
+
+def test_ctrl_c_ends_the_program_too(tree, job):
+    job(two="seconds: 60\n")
+    process = tree.start("slurm/pipeline.sh", "new", "--local")
+    wait_for(tree / "runs/new/two/started", process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    started = time.monotonic()
+    process.communicate(timeout=30)  # until the pipes are closed: by the program, too
+    assert process.returncode not in (0, None) and time.monotonic() - started < 10 and not (tree / "runs/new/three").exists()
+
+
+# -- launch.sh --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launch(tree):
+    """Runs launch.sh with a stand-in for accelerate, and for a scripts/cpt.py that says what it is asked."""
+    tree.fake("accelerate")
+    tree.fake("scontrol", "echo n1; echo n2\n", note=False)
+    (tree / "scripts/cpt.py").unlink()
+    (tree / "scripts/cpt.py").write_text(
+        "import os, sys\nprint('python', *sys.argv[1:], 'WORLD_SIZE', os.environ.get('WORLD_SIZE'))\n"
+        "if 'bad' in sys.argv: sys.exit('error: bad')\nif 'old' in sys.argv: print('x: finished 2026 in 1 s, nothing to do (runs/x)')\n")
+
+    def start(*words, program="scripts/cpt.py", **environment):
+        return tree.run("slurm/launch.sh", program, "--config", "c.yaml", *words, **environment)
+
+    return start
+
+
+def accelerate_flags(tree):
+    (line,) = tree.noted("accelerate")
+    tree.notes.unlink()
+    return line.removeprefix("accelerate launch ").split()
+
+
+def test_one_process_is_started_without_accelerate(tree, launch):
+    assert launch("--seed", "1").stdout == "python --config c.yaml --seed 1 WORLD_SIZE None\n"
+    assert launch(SLURM_GPUS_ON_NODE="1").stdout.startswith("python")
+    assert not tree.noted()
+
+
+def test_a_process_for_each_gpu(tree, launch):
+    tree.fake("nvidia-smi", "printf 'GPU 0: H100 (UUID: a)\\nGPU 1: H100 (UUID: b)\\nGPU 2: H100 (UUID: c)\\n'\n", note=False)
+    for environment, processes in [
+        (dict(SLURM_GPUS_ON_NODE="8"), "8"), (dict(CUDA_VISIBLE_DEVICES="0,1", DILQUR_NUM_PROCESSES="4"), "2"), (dict(DILQUR_NUM_PROCESSES="4"), "4"),
+    ]:
+        launch("--seed", "1", **environment)
+        flags = accelerate_flags(tree)
+        assert flags[flags.index("--num_processes") + 1] == processes, environment
+        assert flags[:2] == ["--config_file", "accelerate_configs/fsdp2.yaml"] and flags[flags.index("--num_machines") + 1] == "1"
+        assert flags[-5:] == ["scripts/cpt.py", "--config", "c.yaml", "--seed", "1"]
+    del tree.environment["CUDA_VISIBLE_DEVICES"]
+    launch(DILQUR_STRATEGY="accelerate_configs/zero2.yaml")
+    assert accelerate_flags(tree)[:8] == "--config_file accelerate_configs/zero2.yaml --num_machines 1 --num_processes 3 --machine_rank 0".split()
+
+
+def test_two_nodes_agree_on_address_and_port_and_differ_in_rank(tree, launch):
+    flags = []
+    for node in ("0", "1"):
+        launch(SLURM_JOB_ID="123456", SLURM_STEP_NUM_NODES="2", SLURM_STEP_NODELIST="n[1-2]", SLURM_NODEID=node, SLURM_GPUS_ON_NODE="8")
+        flags.append(accelerate_flags(tree))
+    assert flags[0] == ("--config_file accelerate_configs/fsdp2.yaml --num_machines 2 --num_processes 16 --machine_rank 0 --main_process_ip n1 "
+                        "--main_process_port 23456 --rdzv_backend static scripts/cpt.py --config c.yaml").split()
+    assert [b for a, b in zip(*flags, strict=True) if a != b] == ["1"]
+
+
+def test_a_program_that_does_not_train_runs_on_the_first_node_alone(tree, launch):
+    (tree / "recipes/c").mkdir()
+    (tree / "tools/say.py").write_text("print('here')")
+    several = dict(program="tools/say.py", SLURM_STEP_NUM_NODES="2", SLURM_GPUS_ON_NODE="8", SLURM_JOB_ID="1")
+    assert launch(SLURM_NODEID="0", **several).stdout == "here\n" and launch(SLURM_NODEID="1", **several).stdout == ""
+    assert not tree.noted()
+
+
+def test_mistakes_are_heard_before_accelerate_starts(tree, launch):
+    launch("old", DILQUR_NUM_PROCESSES="2")
+    assert not tree.noted(), "finished: nothing to start"
+    launch("old", "--overwrite_output_dir", "true", DILQUR_NUM_PROCESSES="2")
+    assert tree.noted()
+    tree.notes.unlink()
+    done = tree.run("slurm/launch.sh", "scripts/cpt.py", "bad", code=1, DILQUR_NUM_PROCESSES="2")
+    assert "bad --check WORLD_SIZE 2" in done.stderr and "error: bad" in done.stderr and not tree.noted()
+    done = tree.run("slurm/launch.sh", "scripts/cpt.py", code=2, DILQUR_NUM_PROCESSES="2", DILQUR_STRATEGY="zero9")
+    assert "DILQUR_STRATEGY: zero9: no such file; there are: accelerate_configs/ddp.yaml" in done.stderr
+
+
+def test_the_environment_is_that_of_a_compute_node(tree, launch):
+    (tree / "slurm/site.env").write_text("SITE_SAYS=hello\n[[ -z $unset ]] || false\nfalse\n")
+    (tree / "tools/env.py").write_text("import json, os; print(json.dumps(dict(os.environ)))")
+    seen = json.loads(launch(program="tools/env.py", SLURM_JOB_ID="9", USER="me", HF_HUB_OFFLINE="0").stdout)
+    assert seen["PYTHONPATH"].split(":")[0] == str(tree.root) and seen["SITE_SAYS"] == "hello"
+    assert (seen["HF_HUB_OFFLINE"], seen["TRANSFORMERS_OFFLINE"], seen["WANDB_MODE"]) == ("0", "1", "offline"), "what is set wins"
+    assert seen["TRITON_CACHE_DIR"] == f"{tree.root}/dilqur-me-9/triton"
+    (tree / ".venv/bin").mkdir(parents=True)
+    (tree / ".venv/bin/python").symlink_to(shutil.which("true"))
+    assert launch(program="tools/env.py").stdout, "an active environment wins over .venv"
+    del tree.environment["VIRTUAL_ENV"]
+    assert not launch(program="tools/env.py").stdout
+
+
+def test_two_real_processes(tree, made):
+    """The whole way through accelerate, on a CPU: --check, fsdp2, two steps, model/."""
+    tree.recipe("new", "cpt scripts/cpt.py cpt_p5\n", cpt=(
+        f"datasets:\n  - {{path: {made}/shards}}\ntokenizer: {made}/tokenizer\nmodel_config: {TINY_LLAMA}\nmax_length: 16\n"
+        "global_batch_size: 2\nmax_steps: 2\nlearning_rate: 1.0e-3\n"))
+    done = tree.run("slurm/pipeline.sh", "new", "--local", DILQUR_NUM_PROCESSES="2")
+    assert "fsdp2, 2 processes on cpu" in done.stdout and (tree / "runs/new/cpt/model/config.json").exists()
+    done = tree.run("slurm/pipeline.sh", "new", "--local", DILQUR_NUM_PROCESSES="2")
+    assert "nothing to do" in done.stdout
