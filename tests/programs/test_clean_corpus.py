@@ -1,7 +1,6 @@
 """clean_corpus: every document is kept, clean, or dropped for a reason that is counted."""
 
 import json
-from pathlib import Path
 
 import pytest
 from conftest import CORPUS
@@ -43,7 +42,6 @@ def test_text_is_made_one_kind(clean, raw, expected):
 
 
 def test_every_document_dropped_is_counted_under_its_reason(clean):
-    words = "alma armud gilas nar heyva "  # five words: a 5-gram that comes again
     texts, counts = clean([
         GOOD,
         GOOD.replace(" ", "  "),  # equal once its spaces are one
@@ -51,11 +49,11 @@ def test_every_document_dropped_is_counted_under_its_reason(clean):
         GOOD * 20,
         "The old town lies on a hill above the river, and many visitors come to see it in spring.",
         "Bu sətir təkrar olunur və olunur.\n" * 3,
-        words * 3,
+        f"{GOOD} {GOOD}",  # half of its words are in 5-grams that came before
     ], "--language", "az", "--max_chars", 1000)
     assert texts == [GOOD]
-    assert counts == {"read": 7, "kept_train": 1, "bytes_train": len(GOOD.encode()), "exact_duplicate": 1, "too_short": 1,
-                      "too_long": 1, "other_language": 1, "repeated_lines": 1, "repeated_ngrams": 1}
+    assert counts == {"read": 7, "kept_train": 1, "bytes_train": len(GOOD.encode()), "exact_duplicate": 1,
+                      "too_short": 1, "too_long": 1, "other_language": 1, "repeated_lines": 1, "repeated_ngrams": 1}
 
 
 def test_the_held_out_share_is_chosen_by_the_text_and_nothing_is_in_both(made, run, tmp_path):
@@ -84,7 +82,7 @@ def test_source_and_licence_go_with_the_text_and_other_keys_do_not(run, tmp_path
 
 
 def test_files_of_the_same_name_do_not_overwrite_each_other(run, tmp_path):
-    for i, name in enumerate(("a/part.txt", "b/part.txt", "c/part.txt.gz")[:2]):
+    for i, name in enumerate(("a/part.txt", "b/part.txt")):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(f"{GOOD} {i}")
     run(PROGRAM, "--input", tmp_path / "a", tmp_path / "b", "--output_dir", tmp_path / "out")
@@ -100,7 +98,7 @@ def test_files_of_the_same_name_do_not_overwrite_each_other(run, tmp_path):
 def test_settings_that_leave_nothing_are_refused(run, tmp_path, flags, words):
     done = run(PROGRAM, "--input", CORPUS / "az", "--output_dir", tmp_path / "out", *flags, code=2)
     assert words in done.stderr
-    assert not list(Path(tmp_path).rglob("*.zst"))
+    assert not list(tmp_path.rglob("*.zst"))
 
 
 def test_run_again_it_says_that_it_has_finished(run, made):

@@ -9,7 +9,9 @@ from conftest import ROOT
 from dilqur.stage import read_pipeline
 
 FILES = sorted((ROOT / "slurm").glob("*.sbatch"))
-OPTIONS = {"job-name", "nodes", "ntasks-per-node", "gres", "cpus-per-task", "exclusive", "time", "signal", "requeue", "open-mode", "output"}
+OPTIONS = {
+    "job-name", "nodes", "ntasks-per-node", "gres", "cpus-per-task", "exclusive", "time", "signal", "requeue",
+    "open-mode", "output"}
 
 
 def options(file):
@@ -34,14 +36,16 @@ class TestBatchFile:
         lines = file.read_text().splitlines()
         commands = [line for line in lines if line and not line.startswith("#")]
         assert commands == [lines[-1]]
-        default, rows = re.fullmatch(r'exec slurm/run_stages\.sh "\$\{1:-([\w.-]+)\}" (\w+) "\$\{@:2\}"', lines[-1]).groups()
-        assert rows in [row.batch for row in read_pipeline(ROOT / "recipes" / default)], "`sbatch FILE` alone has something to run"
+        command = re.fullmatch(r'exec slurm/run_stages\.sh "\$\{1:-([\w.-]+)\}" (\w+) "\$\{@:2\}"', lines[-1])
+        default, rows = command.groups()
+        in_recipe = [row.batch for row in read_pipeline(ROOT / "recipes" / default)]
+        assert rows in in_recipe, "`sbatch FILE` alone has something to run"
 
     def test_has_only_options_that_every_cluster_knows(self, file):
         """Account, partition, constraint and memory are the site's: SBATCH_* variables, or options before the file."""
         assert set(options(file)) <= OPTIONS
         assert options(file)["job-name"] == file.stem, "what run_stages.sh says to type"
-        assert options(file)["output"] == "%x-%j.out", "a folder that a fresh clone lacks would make the job fail without a word"
+        assert options(file)["output"] == "%x-%j.out", "into a folder that is not there, a job fails without a word"
 
     def test_is_stopped_in_time_and_goes_on(self, file):
         assert options(file)["signal"] == "B:USR1@300", "B: the batch shell gets it, which has the trap"
