@@ -63,8 +63,6 @@ def main():
     if settings.check:
         return print(f"{stage.name}: ok")
     stage.open()
-    from transformers import PreTrainedTokenizerFast
-
     count = {"documents": 0, "utf8_bytes": 0, "bad_records": 0}
 
     def bad(message):
@@ -85,6 +83,8 @@ def main():
     if learned < settings.vocab_size:
         raise InputError(f"vocab_size {settings.vocab_size} cannot be reached: this text gives {learned:,} tokens with "
                          f"min_frequency {settings.min_frequency}; give a smaller vocab_size, or more text")
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=BOS, eos_token=EOS, pad_token=PAD, model_max_length=settings.model_max_length,
         clean_up_tokenization_spaces=False, model_input_names=["input_ids", "attention_mask"], chat_template=CHAT_TEMPLATE)

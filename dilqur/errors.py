@@ -15,7 +15,8 @@ class AlreadyFinished(Exception):
 
 
 def program(main):
-    """Decorate a program's `main`: turns the exceptions above, a full disk and Ctrl-C into one line and an exit code."""
+    """Decorate a program's `main`: turns the exceptions above, a full disk, a forbidden path and Ctrl-C into one
+    line and an exit code."""
 
     @functools.wraps(main)
     def run(*args, **kwargs):
@@ -25,14 +26,16 @@ def program(main):
             return main(*args, **kwargs)
         except AlreadyFinished as done:
             if rank == "0":
-                print(done)
+                print(done, file=sys.stderr if "--json" in sys.argv else sys.stdout)
         except InputError as mistake:
             _leave(f"{who}error: {mistake}", 2)
         except OSError as problem:
-            if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
             where = f" at {problem.filename}" if problem.filename else ""
-            _leave(f"{who}error: no space left on the device{where}: free some, or choose another --output_dir", 2)
+            if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+                _leave(f"{who}error: no space left on the device{where}: free some, or choose another --output_dir", 2)
+            if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                _leave(f"{who}error: {problem.strerror.lower()}{where}: look at its permissions, or choose another path", 2)
+            raise
         except KeyboardInterrupt:
             _leave(f"{who}interrupted", 130)
         return None
