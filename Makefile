@@ -17,6 +17,7 @@ test: $(VENV)/installed-dev
 
 lint: $(VENV)/installed-dev
 	ruff check .
+	ruff format --check .
 	shellcheck $(SHELL_SCRIPTS)
 
 # torch first and alone: a CPU-only machine may have its own build of that version, and what comes later must not replace it.

@@ -37,21 +37,35 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class CleanSettings(StageSettings):
     input: list[Documents] = field(metadata={"help": "files, folders or globs"})
     text_field: str = field(default="text", metadata={"help": "key or column that holds the text"})
-    sample_by: Literal["line", "paragraph", "document"] = field(default="line", metadata={"help": "one document of a .txt"})
-    skip_bad_records: bool = field(default=False, metadata={"help": "skip and count broken JSON and UTF-8 instead of stopping"})
+    sample_by: Literal["line", "paragraph", "document"] = field(
+        default="line", metadata={"help": "one document of a .txt"}
+    )
+    skip_bad_records: bool = field(
+        default=False, metadata={"help": "skip and count broken JSON and UTF-8 instead of stopping"}
+    )
     min_chars: Annotated[int, Field(ge=1)] = field(default=50, metadata={"help": "shortest document kept"})
     max_chars: Annotated[int, Field(ge=1)] = field(default=1_000_000, metadata={"help": "longest document kept"})
-    language: str | None = field(default=None, metadata={"help": "ISO 639-1 code to keep, e.g. az; none: all languages"})
-    max_repeated_line_share: Share = field(default=0.3, metadata={"help": "most of a text's characters in repeated lines"})
-    max_repeated_ngram_share: Share = field(default=0.2, metadata={"help": "most of a text's words in repeated 5-grams"})
-    validation_fraction: Share = field(default=0.0, metadata={"help": "share of the documents held out, by hash of text"})
+    language: str | None = field(
+        default=None, metadata={"help": "ISO 639-1 code to keep, e.g. az; none: all languages"}
+    )
+    max_repeated_line_share: Share = field(
+        default=0.3, metadata={"help": "most of a text's characters in repeated lines"}
+    )
+    max_repeated_ngram_share: Share = field(
+        default=0.2, metadata={"help": "most of a text's words in repeated 5-grams"}
+    )
+    validation_fraction: Share = field(
+        default=0.0, metadata={"help": "share of the documents held out, by hash of text"}
+    )
 
 
 # -- one document -----------------------------------------------------------------------------------------------------
 
 # C0 and C1 controls but tab and LF, zero-width and direction marks, BOM, soft hyphen, and what is not a character at all.
 # ZWJ and ZWNJ stay: emoji, Persian and the Indic scripts are written with them.
-_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\ufeff\ufffe\uffff]")
+_INVISIBLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\ufeff\ufffe\uffff]"
+)
 
 
 def normalise(text):
@@ -91,7 +105,9 @@ def language_filter(code):
 
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE)
     if code not in identifier.labels:
-        raise InputError(f"language: {code!r} is not among the identifier's {len(identifier.labels)} languages (ISO 639-1)")
+        raise InputError(
+            f"language: {code!r} is not among the identifier's {len(identifier.labels)} languages (ISO 639-1)"
+        )
     return lambda text: identifier.classify(text[:4000])[0] == code
 
 
@@ -142,7 +158,9 @@ def clean_file(file, name, settings, folder, is_language, seen, counts):
 
     with ExitStack() as stack:
         outputs = {}
-        for document in read([file], settings.text_field, settings.sample_by, bad if settings.skip_bad_records else None):
+        for document in read(
+            [file], settings.text_field, settings.sample_by, bad if settings.skip_bad_records else None
+        ):
             counts["read"] += 1
             text = normalise(document.text)
             if reason := reason_to_drop(text, settings, is_language, seen):
@@ -152,7 +170,9 @@ def clean_file(file, name, settings, folder, is_language, seen, counts):
             if split not in outputs:
                 raw = stack.enter_context(atomic_file(folder / split / name))
                 outputs[split] = stack.enter_context(zstandard.ZstdCompressor().stream_writer(raw, closefd=False))
-            kept = {k: v for k, v in document.record.items() if k in ("id", "source", "license", "url") and v is not None}
+            kept = {
+                k: v for k, v in document.record.items() if k in ("id", "source", "license", "url") and v is not None
+            }
             line = json.dumps({"text": text, **kept}, ensure_ascii=False)
             outputs[split].write(line.encode("utf-8") + b"\n")
             counts[f"kept_{split}"] += 1
@@ -164,7 +184,9 @@ def main():
     settings = parse(CleanSettings, __doc__)
     stage = Stage(settings, __file__)
     if settings.min_chars > settings.max_chars:
-        raise InputError(f"min_chars {settings.min_chars} is more than max_chars {settings.max_chars}: nothing could be kept")
+        raise InputError(
+            f"min_chars {settings.min_chars} is more than max_chars {settings.max_chars}: nothing could be kept"
+        )
     stage.refuse_finished()
     is_language = language_filter(settings.language) if settings.language else None
     if settings.check:
@@ -173,7 +195,9 @@ def main():
 
     files = expand(settings.input)
     names, seen, counts = output_names(files), set(), collections.Counter()
-    with atomic_files(stage.folder) as part:  # all files or none: what a failed run left would be packed with the next one's
+    with atomic_files(
+        stage.folder
+    ) as part:  # all files or none: what a failed run left would be packed with the next one's
         for file in tqdm(files, desc=stage.name, unit="file", disable=None):
             clean_file(file, names[file], settings, part, is_language, seen, counts)
         if not counts["read"]:

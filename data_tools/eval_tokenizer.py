@@ -33,7 +33,7 @@ RULES = {
     "fertility": "tokens without special tokens / whitespace-separated words, punctuation left on the words",
     "bytes_per_token": "UTF-8 bytes of the text, white space included / tokens without special tokens",
     "words_kept_whole": "share of the whitespace-separated words that are one token where they stand in the text, "
-                        "with or without the space before",
+    "with or without the space before",
     "vocab_size": "number of ids, special tokens included",
     "vocab_share_used": "share of those ids that occur in this text",
 }
@@ -46,9 +46,11 @@ class EvalTokenizerSettings(StageSettings):
     input: list[Documents] = field(metadata={"help": "files, folders or globs: text that no tokenizer was trained on"})
     text_field: str = field(default="text", metadata={"help": "key or column that holds the text"})
     sample_by: Literal["line", "paragraph", "document"] = field(
-        default="line", metadata={"help": "one document of a .txt"})
+        default="line", metadata={"help": "one document of a .txt"}
+    )
     skip_bad_records: bool = field(
-        default=False, metadata={"help": "skip and count broken JSON and UTF-8 instead of stopping"})
+        default=False, metadata={"help": "skip and count broken JSON and UTF-8 instead of stopping"}
+    )
     json: bool = field(default=False, metadata={"help": "one JSON object on standard output"})
 
 
@@ -86,11 +88,15 @@ class Counter:
 
     def result(self, words, utf8_bytes):
         return {
-            "fertility": round(self.tokens / words, 4), "bytes_per_token": round(utf8_bytes / self.tokens, 4),
-            "words_kept_whole": round(self.whole / words, 4), "vocab_size": self.tokenizer.size,
+            "fertility": round(self.tokens / words, 4),
+            "bytes_per_token": round(utf8_bytes / self.tokens, 4),
+            "words_kept_whole": round(self.whole / words, 4),
+            "vocab_size": self.tokenizer.size,
             "vocab_share_used": round(float(self.occurs.mean()), 4),
-            "tokens": self.tokens, "unknown_tokens": self.unknown_tokens,
-            "tokenizer": str(self.tokenizer.path), "tokenizer_sha256": self.tokenizer.hash,
+            "tokens": self.tokens,
+            "unknown_tokens": self.unknown_tokens,
+            "tokenizer": str(self.tokenizer.path),
+            "tokenizer_sha256": self.tokenizer.hash,
         }
 
 
@@ -109,11 +115,15 @@ def names_of(paths, names):
 
 def table(results):
     """The results as Markdown, with the rules they were counted by."""
-    lines = ["| tokenizer | fertility | bytes a token | words kept whole | vocabulary | of it occurs |",
-             "|---|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| tokenizer | fertility | bytes a token | words kept whole | vocabulary | of it occurs |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
     for name, r in results["tokenizers"].items():
-        lines.append(f"| {name} | {r['fertility']:.3f} | {r['bytes_per_token']:.3f} | {r['words_kept_whole']:.1%} "
-                     f"| {r['vocab_size']:,} | {r['vocab_share_used']:.1%} |")
+        lines.append(
+            f"| {name} | {r['fertility']:.3f} | {r['bytes_per_token']:.3f} | {r['words_kept_whole']:.1%} "
+            f"| {r['vocab_size']:,} | {r['vocab_share_used']:.1%} |"
+        )
     size = f"{results['documents']:,} documents, {results['words']:,} words, {results['utf8_bytes']:,} bytes of UTF-8."
     return "\n".join([*lines, "", size, "", *(f"- {name}: {rule}" for name, rule in RULES.items()), ""])
 

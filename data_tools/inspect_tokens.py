@@ -8,6 +8,7 @@
 A sample is what training sees: the tokens [i · max_length, (i + 1) · max_length) of the stream. `|` marks where a document begins.
 """
 
+import itertools
 import json
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -27,7 +28,9 @@ Count = Annotated[int, Field(ge=0)]
 @dataclass(kw_only=True)
 class InspectSettings:
     shards: Annotated[str, Input("shards")] = field(metadata={"help": "folder of token shards"})
-    tokenizer: str | None = field(default=None, metadata={"help": "to decode with; the one the shards were packed with"})
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "to decode with; the one the shards were packed with"}
+    )
     sample: Count | None = field(default=None, metadata={"help": "decode this sample"})
     document: Count | None = field(default=None, metadata={"help": "decode this document"})
     max_length: Annotated[int, Field(ge=1)] = field(default=2048, metadata={"help": "tokens a sample"})
@@ -43,18 +46,23 @@ def statistics(shards, max_length):
     cut = (ends - lengths) // max_length != (ends - 1) // max_length
     percentiles = np.percentile(lengths, [0, 10, 50, 90, 99, 100]).astype(int).tolist()
     return {
-        "documents": shards.num_documents, "tokens": shards.num_tokens, "samples": shards.num_tokens // max_length,
-        "utf8_bytes": shards.manifest["utf8_bytes"], "bytes_per_token": round(shards.bytes_per_token, 4),
-        "tokenizer": shards.manifest["tokenizer"], "vocab_size": shards.manifest["vocab_size"],
+        "documents": shards.num_documents,
+        "tokens": shards.num_tokens,
+        "samples": shards.num_tokens // max_length,
+        "utf8_bytes": shards.manifest["utf8_bytes"],
+        "bytes_per_token": round(shards.bytes_per_token, 4),
+        "tokenizer": shards.manifest["tokenizer"],
+        "vocab_size": shards.manifest["vocab_size"],
         "document_tokens": dict(zip(("min", "p10", "median", "p90", "p99", "max"), percentiles, strict=True)),
-        "documents_cut_by_samples": round(float(cut.mean()), 4), "files": len(shards.manifest["shards"]),
+        "documents_cut_by_samples": round(float(cut.mean()), 4),
+        "files": len(shards.manifest["shards"]),
     }
 
 
 def decode(tokenizer, ids, starts):
     """The text of `ids` with `|` before every position of `starts`."""
     cuts = [0, *(int(s) for s in starts if s > 0), len(ids)]
-    parts = [tokenizer.decode(ids[a:b]) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    parts = [tokenizer.decode(ids[a:b]) for a, b in itertools.pairwise(cuts)]
     return "\n| ".join(parts) if not len(starts) or starts[0] > 0 else "| " + "\n| ".join(parts)
 
 
@@ -68,13 +76,20 @@ def main():
     if settings.sample is not None or settings.document is not None:
         tokenizer = TextTokenizer(settings.tokenizer or shards.manifest["tokenizer"])
         if tokenizer.hash != shards.manifest["tokenizer_sha256"]:
-            raise InputError(f"{tokenizer.path}: not the tokenizer {settings.shards} was packed with (its hash differs)")
+            raise InputError(
+                f"{tokenizer.path}: not the tokenizer {settings.shards} was packed with (its hash differs)"
+            )
     if settings.sample is not None:
         if settings.sample >= out["samples"]:
             raise InputError(f"--sample {settings.sample}: there are {out['samples']} of {settings.max_length} tokens")
         start = settings.sample * settings.max_length
         ids, starts = shards.read(start, settings.max_length), shards.document_starts(start, settings.max_length)
-        out = {"sample": settings.sample, "ids": ids.tolist(), "document_starts": starts.tolist(), "text": decode(tokenizer, ids, starts)}
+        out = {
+            "sample": settings.sample,
+            "ids": ids.tolist(),
+            "document_starts": starts.tolist(),
+            "text": decode(tokenizer, ids, starts),
+        }
     elif settings.document is not None:
         if settings.document >= shards.num_documents:
             raise InputError(f"--document {settings.document}: there are {shards.num_documents}")

@@ -13,11 +13,11 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Required
 
 from pydantic import Field
 from tqdm import tqdm
-from typing_extensions import Required, TypedDict
+from typing_extensions import TypedDict
 
 from dilqur.atomic import write_json
 from dilqur.documents import expand, is_validation, read
@@ -39,16 +39,25 @@ class Dataset(TypedDict, total=False):
 @dataclass(kw_only=True)
 class PackSettings(StageSettings):
     tokenizer: TokenizerPath = field(metadata={"help": "folder with a tokenizer.json, or that file"})
-    input: list[Documents] | None = field(default=None, metadata={"help": "files, folders or globs: one dataset in OUTPUT_DIR"})
+    input: list[Documents] | None = field(
+        default=None, metadata={"help": "files, folders or globs: one dataset in OUTPUT_DIR"}
+    )
     datasets: list[Dataset] | None = field(default=None, metadata={"help": "{name: …, input: […]}: a folder for each"})
     text_field: str = field(default="text", metadata={"help": "key or column that holds the text"})
-    sample_by: Literal["line", "paragraph", "document"] = field(default="line", metadata={"help": "one document of a .txt"})
-    skip_bad_records: bool = field(default=False, metadata={"help": "skip and count broken JSON and UTF-8 instead of stopping"})
+    sample_by: Literal["line", "paragraph", "document"] = field(
+        default="line", metadata={"help": "one document of a .txt"}
+    )
+    skip_bad_records: bool = field(
+        default=False, metadata={"help": "skip and count broken JSON and UTF-8 instead of stopping"}
+    )
     add_bos: bool = field(default=True, metadata={"help": "begin each document with the tokenizer's BOS"})
     add_eos: bool = field(default=True, metadata={"help": "end each document with the tokenizer's EOS"})
-    shard_tokens: Annotated[int, Field(ge=1)] = field(default=1 << 28, metadata={"help": "tokens a shard (268 M are 1 GB)"})
+    shard_tokens: Annotated[int, Field(ge=1)] = field(
+        default=1 << 28, metadata={"help": "tokens a shard (268 M are 1 GB)"}
+    )
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = field(
-        default=0.0, metadata={"help": "share held out by hash of text into FOLDER/validation (0: clean_corpus did it)"})
+        default=0.0, metadata={"help": "share held out by hash of text into FOLDER/validation (0: clean_corpus did it)"}
+    )
 
 
 def pack(files, tokenizer, settings, folder):
@@ -77,9 +86,15 @@ def pack(files, tokenizer, settings, folder):
     bar.close()
     if "train" not in writers:
         raise InputError(f"{' '.join(files)}: no document in there: nothing to pack")
-    common = {"tokenizer": str(tokenizer.path), "tokenizer_sha256": tokenizer.hash, "vocab_size": tokenizer.size,
-              "bos_id": tokenizer.bos_id if settings.add_bos else None, "eos_id": tokenizer.eos_id if settings.add_eos else None,
-              "bad_records": len(skipped), "sources": {f: file_identity(Path(f)) for f in files}}
+    common = {
+        "tokenizer": str(tokenizer.path),
+        "tokenizer_sha256": tokenizer.hash,
+        "vocab_size": tokenizer.size,
+        "bos_id": tokenizer.bos_id if settings.add_bos else None,
+        "eos_id": tokenizer.eos_id if settings.add_eos else None,
+        "bad_records": len(skipped),
+        "sources": {f: file_identity(Path(f)) for f in files},
+    }
     return {split: {**writer.close(), **totals[split], **common} for split, writer in writers.items()}
 
 
@@ -94,14 +109,23 @@ def main():
         raise InputError(f"datasets: the names {', '.join(names)} must be distinct and plain folder names")
     stage.refuse_finished()
     tokenizer = TextTokenizer(settings.tokenizer)
-    for wanted, token, what in ((settings.add_bos, tokenizer.bos_id, "bos"), (settings.add_eos, tokenizer.eos_id, "eos")):
+    for wanted, token, what in (
+        (settings.add_bos, tokenizer.bos_id, "bos"),
+        (settings.add_eos, tokenizer.eos_id, "eos"),
+    ):
         if wanted and token is None:
-            raise InputError(f"{tokenizer.path}: has no {what.upper()} token; give --add_{what} false, or another tokenizer")
+            raise InputError(
+                f"{tokenizer.path}: has no {what.upper()} token; give --add_{what} false, or another tokenizer"
+            )
     if settings.check:
         return print(f"{stage.name}: ok")
     stage.open()
 
-    work = [(stage.folder, settings.input)] if settings.input else [(stage.folder / d["name"], d["input"]) for d in settings.datasets]
+    work = (
+        [(stage.folder, settings.input)]
+        if settings.input
+        else [(stage.folder / d["name"], d["input"]) for d in settings.datasets]
+    )
     started, manifests = time.perf_counter(), {}
     for folder, inputs in work:
         for split, manifest in pack(expand(inputs), tokenizer, settings, folder).items():
@@ -109,11 +133,17 @@ def main():
             if where != stage.folder:
                 write_json(where / "manifest.json", manifest)
             manifests[where] = manifest
-            print(f"{where}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens, "
-                  f"{manifest['utf8_bytes'] / manifest['tokens']:.2f} bytes a token")
+            print(
+                f"{where}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens, "
+                f"{manifest['utf8_bytes'] / manifest['tokens']:.2f} bytes a token"
+            )
     size = sum(m["utf8_bytes"] for m in manifests.values())
-    result = {"documents": sum(m["documents"] for m in manifests.values()), "tokens": sum(m["tokens"] for m in manifests.values()),
-              "utf8_bytes": size, "mb_per_second": round(size / 1e6 / (time.perf_counter() - started), 3)}
+    result = {
+        "documents": sum(m["documents"] for m in manifests.values()),
+        "tokens": sum(m["tokens"] for m in manifests.values()),
+        "utf8_bytes": size,
+        "mb_per_second": round(size / 1e6 / (time.perf_counter() - started), 3),
+    }
     stage.finish(result, **manifests.get(stage.folder, {}))
     return None
 

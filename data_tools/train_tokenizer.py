@@ -26,12 +26,22 @@ from dilqur.tokenizer import TextTokenizer
 @dataclass(kw_only=True)
 class TokenizerSettings(StageSettings):
     input: list[Documents] = field(metadata={"help": "files, folders or globs to learn the merges from"})
-    vocab_size: Annotated[int, Field(ge=256, le=2**31 - 1)] = field(metadata={"help": "bytes and merges, without the 256 special tokens"})
-    min_frequency: Annotated[int, Field(ge=1)] = field(default=2, metadata={"help": "a pair seen less often is not merged"})
+    vocab_size: Annotated[int, Field(ge=256, le=2**31 - 1)] = field(
+        metadata={"help": "bytes and merges, without the 256 special tokens"}
+    )
+    min_frequency: Annotated[int, Field(ge=1)] = field(
+        default=2, metadata={"help": "a pair seen less often is not merged"}
+    )
     text_field: str = field(default="text", metadata={"help": "key or column that holds the text"})
-    sample_by: Literal["line", "paragraph", "document"] = field(default="line", metadata={"help": "one document of a .txt"})
-    skip_bad_records: bool = field(default=False, metadata={"help": "skip and count broken JSON and UTF-8 instead of stopping"})
-    model_max_length: Annotated[int, Field(ge=1)] = field(default=131_072, metadata={"help": "noted in tokenizer_config.json"})
+    sample_by: Literal["line", "paragraph", "document"] = field(
+        default="line", metadata={"help": "one document of a .txt"}
+    )
+    skip_bad_records: bool = field(
+        default=False, metadata={"help": "skip and count broken JSON and UTF-8 instead of stopping"}
+    )
+    model_max_length: Annotated[int, Field(ge=1)] = field(
+        default=131_072, metadata={"help": "noted in tokenizer_config.json"}
+    )
 
 
 def train(texts, vocab_size, min_frequency):
@@ -39,19 +49,27 @@ def train(texts, vocab_size, min_frequency):
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, min_frequency=min_frequency, show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    ))
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=min_frequency,
+            show_progress=False,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        ),
+    )
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     begin = tokenizer.token_to_id(BOS)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[(BOS, begin)])
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[(BOS, begin)]
+    )
     return tokenizer
 
 
@@ -70,7 +88,9 @@ def main():
         print(f"skipped: {message}", file=sys.stderr)
 
     def texts():
-        documents = read(expand(settings.input), settings.text_field, settings.sample_by, bad if settings.skip_bad_records else None)
+        documents = read(
+            expand(settings.input), settings.text_field, settings.sample_by, bad if settings.skip_bad_records else None
+        )
         for document in tqdm(documents, desc=stage.name, disable=None):
             count["documents"] += 1
             count["utf8_bytes"] += len(document.text.encode("utf-8"))
@@ -81,19 +101,38 @@ def main():
         raise InputError(f"{' '.join(settings.input)}: no document in there: nothing to learn from")
     learned = backend.get_vocab_size(with_added_tokens=False)
     if learned < settings.vocab_size:
-        raise InputError(f"vocab_size {settings.vocab_size} cannot be reached: this text gives {learned:,} tokens with "
-                         f"min_frequency {settings.min_frequency}; give a smaller vocab_size, or more text")
+        raise InputError(
+            f"vocab_size {settings.vocab_size} cannot be reached: this text gives {learned:,} tokens with "
+            f"min_frequency {settings.min_frequency}; give a smaller vocab_size, or more text"
+        )
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token=BOS, eos_token=EOS, pad_token=PAD, model_max_length=settings.model_max_length,
-        clean_up_tokenization_spaces=False, model_input_names=["input_ids", "attention_mask"], chat_template=CHAT_TEMPLATE)
+        tokenizer_object=backend,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        model_max_length=settings.model_max_length,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+        chat_template=CHAT_TEMPLATE,
+    )
     with atomic_files(stage.folder) as part:
         tokenizer.save_pretrained(part)
 
     saved = TextTokenizer(stage.folder)
-    stage.finish({**count, "vocab_size": learned, "special_tokens": len(SPECIAL_TOKENS), "size": saved.size, "tokenizer_sha256": saved.hash})
-    print(f"{stage.folder}: {learned:,} tokens + {len(SPECIAL_TOKENS)} special tokens, from {count['utf8_bytes'] / 1e6:.2f} MB of text")
+    stage.finish(
+        {
+            **count,
+            "vocab_size": learned,
+            "special_tokens": len(SPECIAL_TOKENS),
+            "size": saved.size,
+            "tokenizer_sha256": saved.hash,
+        }
+    )
+    print(
+        f"{stage.folder}: {learned:,} tokens + {len(SPECIAL_TOKENS)} special tokens, from {count['utf8_bytes'] / 1e6:.2f} MB of text"
+    )
     return None
 
 

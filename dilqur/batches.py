@@ -35,7 +35,9 @@ class TokenSamples:
         sizes = [shards.num_tokens // max_length for shards in self.shards]
         for shards, size in zip(self.shards, sizes, strict=True):
             if size < 1:
-                raise InputError(f"{shards.folder}: {shards.num_tokens} tokens are less than one sample of max_length {max_length}")
+                raise InputError(
+                    f"{shards.folder}: {shards.num_tokens} tokens are less than one sample of max_length {max_length}"
+                )
         self.order = SampleOrder(sizes, seed, weights if weights[0] is not None else None)
         self.samples_per_epoch = sum(sizes)
         shares = [q / sum(self.order.quotas) for q in self.order.quotas]
@@ -74,8 +76,10 @@ def split_batch(global_batch_size, ceiling, world_size):
         works = [n for n in range(1, global_batch_size + 1) if global_batch_size % n == 0]
         near = sorted(works, key=lambda n: abs(n - world_size))[:4]
         up = -(-global_batch_size // world_size) * world_size
-        raise InputError(f"global_batch_size {global_batch_size} does not divide by {world_size} processes: take "
-                         f"{', '.join(map(str, sorted(near)))} processes, or a global_batch_size of {up}")
+        raise InputError(
+            f"global_batch_size {global_batch_size} does not divide by {world_size} processes: take "
+            f"{', '.join(map(str, sorted(near)))} processes, or a global_batch_size of {up}"
+        )
     share = global_batch_size // world_size
     batch = max(b for b in range(1, min(ceiling, share) + 1) if share % b == 0)
     return batch, share // batch
@@ -88,7 +92,8 @@ def batches(samples, start, steps, batch, accumulation, rank, world_size, num_wo
     global_batch = batch * accumulation * world_size
     first_positions = (
         start + step * global_batch + (micro * world_size + rank) * batch
-        for step in range(steps) for micro in range(accumulation)
+        for step in range(steps)
+        for micro in range(accumulation)
     )
     positions = (range(first, first + batch) for first in first_positions)
     loader = DataLoader(samples, batch_sampler=positions, num_workers=num_workers, pin_memory=pin_memory)

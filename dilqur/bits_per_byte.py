@@ -24,9 +24,14 @@ class Score:
     def result(self):
         bits = self.nats / math.log(2)
         return {
-            "bits_per_byte": bits / self.utf8_bytes, "bits_per_token": bits / self.tokens, "bits_per_word": bits / max(1, self.words),
+            "bits_per_byte": bits / self.utf8_bytes,
+            "bits_per_token": bits / self.tokens,
+            "bits_per_word": bits / max(1, self.words),
             "bits_per_end_of_document": self.eos_nats / math.log(2) / self.documents,
-            "tokens": self.tokens, "utf8_bytes": self.utf8_bytes, "words": self.words, "documents": self.documents,
+            "tokens": self.tokens,
+            "utf8_bytes": self.utf8_bytes,
+            "words": self.words,
+            "documents": self.documents,
         }
 
 
@@ -57,7 +62,10 @@ def score(model, tokenizer, texts, max_length, stride, batch_size, progress=None
         total.tokens += len(ids) - 2
         total.utf8_bytes += len(text.encode("utf-8"))
         total.words += len(text.split())
-        pending += [(ids[start:stop], first - start, stop == len(ids)) for start, stop, first in windows(len(ids), max_length, stride)]
+        pending += [
+            (ids[start:stop], first - start, stop == len(ids))
+            for start, stop, first in windows(len(ids), max_length, stride)
+        ]
         if len(pending) >= 16 * batch_size:
             _score_windows(model, pending, batch_size, device, total)
             pending = []
@@ -77,7 +85,9 @@ def _score_windows(model, pending, batch_size, device, total):
             inputs[row, : len(ids) - 1] = torch.tensor(ids[:-1])
             targets[row, first - 1 : len(ids) - 1] = torch.tensor(ids[first:])
         logits = model(input_ids=inputs.to(device), use_cache=False).logits
-        nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten().to(device), reduction="none", ignore_index=-100)
+        nats = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten().to(device), reduction="none", ignore_index=-100
+        )
         nats = nats.view_as(targets).double().cpu()
         for row, (ids, _, has_eos) in enumerate(batch):
             eos = float(nats[row, len(ids) - 2]) if has_eos else 0.0

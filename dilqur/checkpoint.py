@@ -50,7 +50,9 @@ class CheckpointWriter:
             self.folder.mkdir(parents=True, exist_ok=True)
             for stale in self.folder.glob(".tmp-*"):  # of a run that was killed
                 shutil.rmtree(stale)
-        if self.world > 1:  # files that a killed run left must not complete a later save: a word of this run in the name
+        if (
+            self.world > 1
+        ):  # files that a killed run left must not complete a later save: a word of this run in the name
             torch.distributed.broadcast_object_list(run)
         self.run = run[0]
 
@@ -64,8 +66,15 @@ class CheckpointWriter:
             for kind, live in state.items():
                 for first in range(0, live.numel(), PIECE):
                     view = live[first : first + PIECE]
-                    pieces.append({"key": f"{kind}/{name}@{start + first}", "kind": kind, "name": name,
-                                   "start": start + first, "length": view.numel()})
+                    pieces.append(
+                        {
+                            "key": f"{kind}/{name}@{start + first}",
+                            "kind": kind,
+                            "name": name,
+                            "start": start + first,
+                            "length": view.numel(),
+                        }
+                    )
                     views.append((size, view))
                     size += view.numel()
         if self._buffer.numel() != size:
@@ -90,7 +99,9 @@ class CheckpointWriter:
             folder.mkdir(exist_ok=True)
             self._write_rank(folder, pieces, shapes)
             if self.rank == 0:
-                write_json(folder / "trainer.json", {"version": VERSION, "step": step, "world_size": self.world, **trainer})
+                write_json(
+                    folder / "trainer.json", {"version": VERSION, "step": step, "world_size": self.world, **trainer}
+                )
                 self._publish(folder, step)
         except BaseException as error:
             self._error = error
@@ -108,8 +119,16 @@ class CheckpointWriter:
         with atomic_file(folder / f"{name}.safetensors") as file:
             file.write(head)
             file.write(data)
-        write_json(folder / f"{name}.json", {"file": f"{name}.safetensors", "bytes": len(head) + len(data),
-                                             "header_xxh3": _checksum(head), "shapes": shapes, "pieces": pieces})
+        write_json(
+            folder / f"{name}.json",
+            {
+                "file": f"{name}.safetensors",
+                "bytes": len(head) + len(data),
+                "header_xxh3": _checksum(head),
+                "shapes": shapes,
+                "pieces": pieces,
+            },
+        )
 
     def _publish(self, folder, step):
         """When every rank's JSON is there: index, COMPLETE, rename. From that rename on the checkpoint exists."""
@@ -118,7 +137,11 @@ class CheckpointWriter:
             if time.monotonic() > end:
                 raise TimeoutError(f"{folder}: waited {PUBLISH_TIMEOUT_S} s for {missing}")
             time.sleep(0.02)
-        index = {"version": VERSION, "step": step, "files": {n: _checksum((folder / n).read_bytes()) for n in [*names, "trainer.json"]}}
+        index = {
+            "version": VERSION,
+            "step": step,
+            "files": {n: _checksum((folder / n).read_bytes()) for n in [*names, "trainer.json"]},
+        }
         write_json(folder / "index.json", index)
         with atomic_file(folder / "COMPLETE", "w") as file:
             file.write(_checksum((folder / "index.json").read_bytes()) + "\n")
@@ -220,7 +243,9 @@ def load_checkpoint(reader, model, optimizer):
     for name, shape, start, state in owned(model, optimizer, for_read=True):
         names.add(name)
         if tuple(reader.shapes.get(name, ())) != shape:
-            raise InputError(f"{reader.folder}: {name} is {reader.shapes.get(name, 'not there')}, the model has {list(shape)}")
+            raise InputError(
+                f"{reader.folder}: {name} is {reader.shapes.get(name, 'not there')}, the model has {list(shape)}"
+            )
         jobs += [(kind, name, start, live) for kind, live in state.items()]
     if surplus := set(reader.shapes) - names:
         raise InputError(f"{reader.folder}: holds {sorted(surplus)[0]}, which this run does not train")

@@ -33,18 +33,28 @@ def make_accelerator(bf16, batch, accumulation, max_grad_norm, report_to=(), fol
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=1))
     arguments = {"kwargs_handlers": [patient]} if torch.cuda.is_available() else _persuade_cpu(patient)
     accelerator = Accelerator(
-        mixed_precision="bf16" if bf16 else "no", gradient_accumulation_steps=accumulation,
-        log_with=list(report_to) or None, project_dir=folder, step_scheduler_with_optimizer=False, **arguments)
+        mixed_precision="bf16" if bf16 else "no",
+        gradient_accumulation_steps=accumulation,
+        log_with=list(report_to) or None,
+        project_dir=folder,
+        step_scheduler_with_optimizer=False,
+        **arguments,
+    )
     if (plugin := getattr(accelerator.state, "deepspeed_plugin", None)) is not None:
         plugin.deepspeed_config.update(
-            train_micro_batch_size_per_gpu=batch, gradient_accumulation_steps=accumulation,
-            gradient_clipping=max_grad_norm or 0.0, zero_allow_untested_optimizer=True)
+            train_micro_batch_size_per_gpu=batch,
+            gradient_accumulation_steps=accumulation,
+            gradient_clipping=max_grad_norm or 0.0,
+            zero_allow_untested_optimizer=True,
+        )
         if bf16:  # else micro-batch gradients are added up in bf16
             plugin.deepspeed_config["data_types"] = {"grad_accum_dtype": "fp32"}
     elif strategy(accelerator) == "fsdp2" and bf16:
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
-        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.float32)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            torch.bfloat16, torch.float32, torch.float32
+        )
     return accelerator
 
 
@@ -65,7 +75,7 @@ def _persuade_cpu(patient):
 
 
 def strategy(accelerator):
-    """"single", "ddp", "fsdp2", "zero1", "zero2" or "zero3"."""
+    """ "single", "ddp", "fsdp2", "zero1", "zero2" or "zero3"."""
     kind = str(accelerator.distributed_type).rpartition(".")[2]
     if kind == "DEEPSPEED":
         return f"zero{accelerator.state.deepspeed_plugin.deepspeed_config['zero_optimization']['stage']}"
@@ -87,7 +97,9 @@ def prepare(accelerator, model, optimizer):
     elif name in ("zero1", "zero2"):
         partitions = _flat_partitions(_zero(optimizer))
         size = sum(p.numel() for p in partitions)
-        assert 0 < size * accelerator.num_processes < sum(p.numel() for p in trainable) + (1 << 20), f"{name}: not partitioned"
+        assert 0 < size * accelerator.num_processes < sum(p.numel() for p in trainable) + (1 << 20), (
+            f"{name}: not partitioned"
+        )
         assert all(p.dtype.itemsize == 4 for p in partitions), f"{name}: the master weights are not fp32"
     if name in ("single", "ddp", "fsdp2"):
         assert all(p.dtype.itemsize == 4 for p in trainable), f"{name}: the master weights are not fp32"
@@ -240,8 +252,14 @@ def _base(optimizer):
 def _zero(optimizer):
     """DeepSpeed's own optimizer, or None."""
     while optimizer is not None:
-        if any(hasattr(optimizer, name) for name in
-               ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition")):
+        if any(
+            hasattr(optimizer, name)
+            for name in (
+                "single_partition_of_fp32_groups",
+                "fp32_partitioned_groups_flat",
+                "fp32_groups_flat_partition",
+            )
+        ):
             return optimizer
         optimizer = getattr(optimizer, "optimizer", None)
     return None

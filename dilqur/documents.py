@@ -139,7 +139,9 @@ def _lines(file):
             while line := stream.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 if len(line) > MAX_LINE_BYTES:
-                    raise InputError(f"{file}:{number}: a line of over {MAX_LINE_BYTES >> 20} MB; one document a line, please")
+                    raise InputError(
+                        f"{file}:{number}: a line of over {MAX_LINE_BYTES >> 20} MB; one document a line, please"
+                    )
                 yield line.removesuffix(b"\n")
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError, lzma.LZMAError) as problem:
         raise InputError(f"{file}: truncated or damaged after line {number} ({problem}); fetch it again") from None
@@ -157,7 +159,7 @@ class _WholeZstd(io.RawIOBase):
     """zstandard's own reader ends a truncated frame in silence: this one checks that the last frame is whole."""
 
     def __init__(self, file):
-        self._source, self._frame, self._ready = Path(file).open("rb"), None, b""
+        self._source, self._frame, self._ready = Path(file).open("rb"), None, b""  # noqa: SIM115, close() is below
 
     def readable(self):
         return True

@@ -11,7 +11,11 @@ def piece_mean(old_embeddings, old_tokenizer, new_tokenizer, old_special=(), new
     (new size, hidden) on the CPU.
     """
     old_embeddings = old_embeddings.detach().float().cpu()
-    old_vocab, old_special, new_special = old_tokenizer.get_vocab(with_added_tokens=False), dict(old_special), dict(new_special)
+    old_vocab, old_special, new_special = (
+        old_tokenizer.get_vocab(with_added_tokens=False),
+        dict(old_special),
+        dict(new_special),
+    )
     new_vocab = new_tokenizer.get_vocab(with_added_tokens=False)
     size = max([*new_vocab.values(), *new_special.values()]) + 1
     average = old_embeddings[: max(old_vocab.values()) + 1].mean(0)

@@ -34,7 +34,9 @@ def program(main):
             if problem.errno in (errno.ENOSPC, errno.EDQUOT):
                 _leave(f"{who}error: no space left on the device{where}: free some, or choose another --output_dir", 2)
             if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-                _leave(f"{who}error: {problem.strerror.lower()}{where}: look at its permissions, or choose another path", 2)
+                _leave(
+                    f"{who}error: {problem.strerror.lower()}{where}: look at its permissions, or choose another path", 2
+                )
             raise
         except KeyboardInterrupt:
             _leave(f"{who}interrupted", 130)

@@ -52,7 +52,9 @@ def _job_end():
     if end := os.environ.get("SLURM_JOB_END_TIME"):
         return float(end)
     try:
-        answer = subprocess.run(["squeue", "-h", "-j", job, "-O", "EndTime"], capture_output=True, text=True, timeout=60)
+        answer = subprocess.run(
+            ["squeue", "-h", "-j", job, "-O", "EndTime"], capture_output=True, text=True, timeout=60
+        )
         return datetime.fromisoformat(answer.stdout.strip()).timestamp()
     except (OSError, ValueError, subprocess.TimeoutExpired):
         return None

@@ -4,15 +4,24 @@ Facts from Meta's published tokenizer and model card for Llama 3.1 and 3.2. Noth
 """
 
 # Splits text before BPE: contractions, words with one leading character, numbers by three digits, punctuation, white space.
-PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 BOS, EOS, PAD, EOT = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<|eot_id|>"
 HEADER_START, HEADER_END = "<|start_header_id|>", "<|end_header_id|>"
 
-_NAMED = [BOS, EOS, "<|reserved_special_token_0|>", "<|reserved_special_token_1|>", PAD, "<|reserved_special_token_2|>",
-          HEADER_START, HEADER_END, "<|eom_id|>", EOT, "<|python_tag|>"]
+_NAMED = [
+    BOS,
+    EOS,
+    "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>",
+    PAD,
+    "<|reserved_special_token_2|>",
+    HEADER_START,
+    HEADER_END,
+    "<|eom_id|>",
+    EOT,
+    "<|python_tag|>",
+]
 # 256 of them, in the order of their ids, directly after the vocabulary.
 SPECIAL_TOKENS = [*_NAMED, *(f"<|reserved_special_token_{i}|>" for i in range(3, 3 + 256 - len(_NAMED)))]
 

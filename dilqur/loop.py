@@ -9,10 +9,10 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Required
 
 from pydantic import Field
-from typing_extensions import Required, TypedDict
+from typing_extensions import TypedDict
 
 from dilqur.batches import IGNORE, TokenSamples, batches, evaluation_batches, split_batch
 from dilqur.errors import InputError
@@ -42,26 +42,51 @@ class TrainingSettings(StageSettings):
     """What every run on this loop can be told. `may_change`: what a resumed run may have otherwise than the first one."""
 
     may_change: ClassVar = (
-        "max_steps", "num_train_epochs", "per_device_train_batch_size", "save_steps", "save_total_limit", "eval_steps", "eval_samples",
-        "logging_steps", "report_to", "dataloader_num_workers", "resume_from_checkpoint", "stop_at_step", "max_minutes")
+        "max_steps",
+        "num_train_epochs",
+        "per_device_train_batch_size",
+        "save_steps",
+        "save_total_limit",
+        "eval_steps",
+        "eval_samples",
+        "logging_steps",
+        "report_to",
+        "dataloader_num_workers",
+        "resume_from_checkpoint",
+        "stop_at_step",
+        "max_minutes",
+    )
 
-    model_name_or_path: ModelPath | None = field(default=None, metadata={"help": "model folder, or the stage that made it"})
+    model_name_or_path: ModelPath | None = field(
+        default=None, metadata={"help": "model folder, or the stage that made it"}
+    )
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = field(
-        default="sdpa", metadata={"help": "as in transformers"})
+        default="sdpa", metadata={"help": "as in transformers"}
+    )
     use_liger_kernel: bool = field(default=False, metadata={"help": "Liger's fused loss and layers; on a GPU only"})
     bf16: bool = field(default=False, metadata={"help": "bfloat16 products; weights and optimizer stay fp32"})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute activations: less memory, a third slower"})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "recompute activations: less memory, a third slower"}
+    )
 
     datasets: list[DatasetShare] = field(metadata={"help": "{path: token shards, weight: share of tokens}, …"})
-    eval_datasets: list[DatasetShare] | None = field(default=None, metadata={"help": "token shards held out, for eval_loss"})
-    continue_data: bool = field(default=False, metadata={"help": "go on in the data where the stage of the model stopped"})
+    eval_datasets: list[DatasetShare] | None = field(
+        default=None, metadata={"help": "token shards held out, for eval_loss"}
+    )
+    continue_data: bool = field(
+        default=False, metadata={"help": "go on in the data where the stage of the model stopped"}
+    )
     max_length: Positive = field(default=2048, metadata={"help": "tokens a sample"})
     global_batch_size: Positive = field(metadata={"help": "sequences a step over all GPUs; accumulation is derived"})
-    per_device_train_batch_size: Positive = field(default=8, metadata={"help": "most sequences a GPU holds at once: a ceiling"})
+    per_device_train_batch_size: Positive = field(
+        default=8, metadata={"help": "most sequences a GPU holds at once: a ceiling"}
+    )
     dataloader_num_workers: Count = field(default=0, metadata={"help": "processes that read ahead, for each GPU"})
 
     max_steps: Positive | None = field(default=None, metadata={"help": "optimizer steps; or num_train_epochs"})
-    num_train_epochs: Annotated[float, Field(gt=0)] | None = field(default=None, metadata={"help": "times the datasets are seen"})
+    num_train_epochs: Annotated[float, Field(gt=0)] | None = field(
+        default=None, metadata={"help": "times the datasets are seen"}
+    )
     learning_rate: Annotated[float, Field(gt=0)] = field(metadata={"help": "peak of the schedule"})
     lr_scheduler_type: Literal[SCHEDULES] = field(default="cosine", metadata={"help": "after the warm-up"})
     min_lr_ratio: Ratio = field(default=0.0, metadata={"help": "the schedule's floor, as a share of learning_rate"})
@@ -69,21 +94,35 @@ class TrainingSettings(StageSettings):
     adam_beta1: Ratio = field(default=0.9, metadata={"help": "AdamW"})
     adam_beta2: Ratio = field(default=0.95, metadata={"help": "AdamW"})
     adam_epsilon: Annotated[float, Field(gt=0)] = field(default=1e-8, metadata={"help": "AdamW"})
-    weight_decay: Annotated[float, Field(ge=0)] = field(default=0.1, metadata={"help": "on matrices; vectors have none"})
+    weight_decay: Annotated[float, Field(ge=0)] = field(
+        default=0.1, metadata={"help": "on matrices; vectors have none"}
+    )
     max_grad_norm: Annotated[float, Field(gt=0)] | None = field(default=1.0, metadata={"help": "clip; none: do not"})
-    unfrozen_parameters: list[str] | None = field(default=None, metadata={"help": "train only names like these, e.g. *embed_tokens*"})
+    unfrozen_parameters: list[str] | None = field(
+        default=None, metadata={"help": "train only names like these, e.g. *embed_tokens*"}
+    )
 
     save_steps: Positive = field(default=500, metadata={"help": "steps between checkpoints"})
     save_total_limit: Positive | None = field(default=2, metadata={"help": "complete checkpoints kept; none: all"})
     eval_steps: Positive | None = field(default=None, metadata={"help": "steps between evaluations; none: at the end"})
     eval_samples: Positive | None = field(default=None, metadata={"help": "samples an evaluation; none: all"})
-    logging_steps: Positive = field(default=1, metadata={"help": "steps between the lines of a log (metrics.jsonl has all)"})
-    report_to: list[Literal["tensorboard", "wandb"]] = field(default_factory=list, metadata={"help": "accelerate's trackers"})
+    logging_steps: Positive = field(
+        default=1, metadata={"help": "steps between the lines of a log (metrics.jsonl has all)"}
+    )
+    report_to: list[Literal["tensorboard", "wandb"]] = field(
+        default_factory=list, metadata={"help": "accelerate's trackers"}
+    )
     seed: Count = field(default=42, metadata={"help": "decides the order of the samples, and a new model's weights"})
 
-    resume_from_checkpoint: str = field(default="auto", metadata={"help": "auto (the newest complete one), none, or a folder"})
-    stop_at_step: Positive | None = field(default=None, metadata={"help": "save and stop after this step; start again to go on"})
-    max_minutes: Annotated[float, Field(gt=0)] | None = field(default=None, metadata={"help": "save and stop after so long"})
+    resume_from_checkpoint: str = field(
+        default="auto", metadata={"help": "auto (the newest complete one), none, or a folder"}
+    )
+    stop_at_step: Positive | None = field(
+        default=None, metadata={"help": "save and stop after this step; start again to go on"}
+    )
+    max_minutes: Annotated[float, Field(gt=0)] | None = field(
+        default=None, metadata={"help": "save and stop after so long"}
+    )
 
 
 def check_training(settings):
@@ -96,14 +135,20 @@ def check_training(settings):
         raise InputError("give max_steps or num_train_epochs, one of them")
     samples = TokenSamples(settings.datasets, settings.max_length, settings.seed)
     start = _start_position(settings, samples)
-    steps = settings.max_steps or max(1, round(settings.num_train_epochs * samples.samples_per_epoch / settings.global_batch_size))
+    steps = settings.max_steps or max(
+        1, round(settings.num_train_epochs * samples.samples_per_epoch / settings.global_batch_size)
+    )
     if settings.warmup_steps >= steps:
-        raise InputError(f"warmup_steps {settings.warmup_steps} leaves none of the {steps} steps: lower it, or train longer")
+        raise InputError(
+            f"warmup_steps {settings.warmup_steps} leaves none of the {steps} steps: lower it, or train longer"
+        )
     split_batch(settings.global_batch_size, settings.per_device_train_batch_size, int(os.environ.get("WORLD_SIZE", 1)))
     for dataset in settings.eval_datasets or []:
         held_out = TokenSamples([dataset], settings.max_length, settings.seed)
         if held_out.tokenizer_hash != samples.tokenizer_hash:
-            raise InputError(f"eval_datasets: {dataset['path']} was packed with another tokenizer than {settings.datasets[0]['path']}")
+            raise InputError(
+                f"eval_datasets: {dataset['path']} was packed with another tokenizer than {settings.datasets[0]['path']}"
+            )
     return samples, start, steps
 
 
@@ -111,16 +156,24 @@ def check_model(settings, samples, config, tokenizer_path):
     """Do model and shards belong together? config: the model's, as a dict. Raises InputError."""
     tokenizer = TextTokenizer(tokenizer_path)
     if tokenizer.hash != samples.tokenizer_hash:
-        raise InputError(f"datasets: {settings.datasets[0]['path']} was packed with another tokenizer than the one in "
-                         f"{tokenizer_path} (packed with {samples.shards[0].manifest['tokenizer']}); pack again with the model's")
+        raise InputError(
+            f"datasets: {settings.datasets[0]['path']} was packed with another tokenizer than the one in "
+            f"{tokenizer_path} (packed with {samples.shards[0].manifest['tokenizer']}); pack again with the model's"
+        )
     if samples.vocab_size > config["vocab_size"]:
-        raise InputError(f"datasets: token ids go up to {samples.vocab_size - 1}, the model has rows for {config['vocab_size']}: "
-                         "transplant the tokenizer first (scripts/transplant_tokenizer.py)")
+        raise InputError(
+            f"datasets: token ids go up to {samples.vocab_size - 1}, the model has rows for {config['vocab_size']}: "
+            "transplant the tokenizer first (scripts/transplant_tokenizer.py)"
+        )
     if settings.max_length > config.get("max_position_embeddings", settings.max_length):
-        raise InputError(f"max_length {settings.max_length} is more than the model's {config['max_position_embeddings']} positions")
+        raise InputError(
+            f"max_length {settings.max_length} is more than the model's {config['max_position_embeddings']} positions"
+        )
     pad, eos = config.get("pad_token_id"), config.get("eos_token_id")
     if pad is not None and pad in (eos if isinstance(eos, list) else [eos]):
-        raise InputError(f"{settings.model_name_or_path}: pad_token_id is eos_token_id ({pad}): a model would never learn to stop")
+        raise InputError(
+            f"{settings.model_name_or_path}: pad_token_id is eos_token_id ({pad}): a model would never learn to stop"
+        )
 
 
 def _start_position(settings, samples):
@@ -131,8 +184,10 @@ def _start_position(settings, samples):
     if not data:
         raise InputError(f"continue_data: {folder} is no training stage: give false, to begin with the first sample")
     if data["fingerprint"] != samples.fingerprint():
-        raise InputError(f"continue_data: {folder} was trained on other shards, weights, max_length or seed: make them the same, "
-                         "or give false, to begin a new order")
+        raise InputError(
+            f"continue_data: {folder} was trained on other shards, weights, max_length or seed: make them the same, "
+            "or give false, to begin a new order"
+        )
     return data["end_position"]
 
 
@@ -155,7 +210,9 @@ def train(settings, stage, model, compute_loss, write_model):
     samples, start, max_steps = check_training(settings)
     world = int(os.environ.get("WORLD_SIZE", 1))
     batch_size, accumulation = split_batch(settings.global_batch_size, settings.per_device_train_batch_size, world)
-    accelerator = make_accelerator(settings.bf16, batch_size, accumulation, settings.max_grad_norm, settings.report_to, stage.folder)
+    accelerator = make_accelerator(
+        settings.bf16, batch_size, accumulation, settings.max_grad_norm, settings.report_to, stage.folder
+    )
     main = accelerator.is_main_process
     if main:
         stage.open()
@@ -163,18 +220,33 @@ def train(settings, stage, model, compute_loss, write_model):
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainable = freeze_all_but(model, settings.unfrozen_parameters)
-    optimizer = make_optimizer(model, settings.learning_rate, (settings.adam_beta1, settings.adam_beta2), settings.adam_epsilon,
-                               settings.weight_decay, fused=torch.cuda.is_available())
+    optimizer = make_optimizer(
+        model,
+        settings.learning_rate,
+        (settings.adam_beta1, settings.adam_beta2),
+        settings.adam_epsilon,
+        settings.weight_decay,
+        fused=torch.cuda.is_available(),
+    )
     model.train()
-    sizes = {"parameters": sum(p.numel() for p in model.parameters()), "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+    sizes = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
     model, optimizer = prepare(accelerator, model, optimizer)
     plain = accelerator.unwrap_model(model)
 
     interrupt = Interrupt(stage.folder, settings.max_minutes, settings.stop_at_step)
     metrics = Metrics(stage.folder, max_steps, accelerator if settings.report_to else None, settings.logging_steps)
     writer = CheckpointWriter(stage.folder / "checkpoints", accelerator, keep=settings.save_total_limit)
-    identity = {"recipe": _plain(settings), "seed": settings.seed, "data": {"fingerprint": samples.fingerprint(), "start_position": start},
-                "trainable": trainable, "strategy": strategy(accelerator), "sizes": sizes}
+    identity = {
+        "recipe": _plain(settings),
+        "seed": settings.seed,
+        "data": {"fingerprint": samples.fingerprint(), "start_position": start},
+        "trainable": trainable,
+        "strategy": strategy(accelerator),
+        "sizes": sizes,
+    }
     step = 0
     if checkpoint := _checkpoint_to_resume(settings, complete_checkpoints(writer.folder)):
         reader = CheckpointReader(checkpoint)
@@ -184,22 +256,20 @@ def train(settings, stage, model, compute_loss, write_model):
     if main:
         interrupt.clear_stale()
         metrics.start(step)
-        tokens_step = settings.global_batch_size * settings.max_length
-        metrics.say(_summary({
-            "strategy": f"{strategy(accelerator)}, {world} process{'es' * (world > 1)} on {accelerator.device.type}",
-            "parameters": f"{sizes['parameters']:,}, of them trained {sizes['trainable']:,}",
-            "batch": f"{settings.global_batch_size} = {batch_size} a device × {accumulation} accumulated × {world} processes; {tokens_step:,} tokens a step",
-            "steps": f"{step} to {max_steps}; {max_steps * settings.global_batch_size / samples.samples_per_epoch:.2f} epochs of {samples.samples_per_epoch:,} samples",
-            "data": f"{max_steps * tokens_step * samples.bytes_per_token / 1e6:,.2f} MB of text seen at the end, from position {start}",
-            "resumed": str(checkpoint or "no"),
-        }))
+        where = f"{strategy(accelerator)}, {world} process{'es' * (world > 1)} on {accelerator.device.type}"
+        metrics.say(
+            _summary(settings, samples, start, step, max_steps, sizes, where, batch_size, accumulation, checkpoint)
+        )
     if settings.report_to:
-        accelerator.init_trackers("dilqur", config={k: v for k, v in identity["recipe"].items() if isinstance(v, str | int | float)})
+        accelerator.init_trackers(
+            "dilqur", config={k: v for k, v in identity["recipe"].items() if isinstance(v, str | int | float)}
+        )
     accelerator.wait_for_everyone()  # clear_stale is over
 
     def save(after):
-        position = start + after * settings.global_batch_size
-        writer.save(plain, optimizer, after, {**identity, "position": position, "tokens": after * settings.global_batch_size * settings.max_length})
+        samples_seen = after * settings.global_batch_size
+        progress = {"position": start + samples_seen, "tokens": samples_seen * settings.max_length}
+        writer.save(plain, optimizer, after, {**identity, **progress})
 
     def evaluate():
         """Mean loss a token of the held-out samples, over all ranks."""
@@ -208,7 +278,9 @@ def train(settings, stage, model, compute_loss, write_model):
         with torch.no_grad():
             for dataset in settings.eval_datasets:
                 held_out = TokenSamples([dataset], settings.max_length, settings.seed)
-                for batch in evaluation_batches(held_out, batch_size, accelerator.process_index, world, settings.eval_samples):
+                for batch in evaluation_batches(
+                    held_out, batch_size, accelerator.process_index, world, settings.eval_samples
+                ):
                     batch = send_to_device(batch, accelerator.device)
                     total += compute_loss(model, batch, 1).item()
                     count += (batch["labels"] != IGNORE).sum().item()
@@ -218,18 +290,35 @@ def train(settings, stage, model, compute_loss, write_model):
 
     # loop
     scale, saved_at, stopped, clock = backward_scale(accelerator), step, None, time.perf_counter()
-    stream = batches(samples, start + step * settings.global_batch_size, max_steps - step, batch_size, accumulation,
-                     accelerator.process_index, world, settings.dataloader_num_workers, pin_memory=torch.cuda.is_available())
+    stream = batches(
+        samples,
+        start + step * settings.global_batch_size,
+        max_steps - step,
+        batch_size,
+        accumulation,
+        accelerator.process_index,
+        world,
+        settings.dataloader_num_workers,
+        pin_memory=torch.cuda.is_available(),
+    )
     while step < max_steps:
         reason = interrupt.reason(step) if main else None
         micro_batches = next(stream)
         data_wait = time.perf_counter() - clock
         valid = sum(int((b["labels"] != IGNORE).sum()) for b in micro_batches)
-        tokens, stop = add_up(accelerator, valid, reason is not None)  # before the first backward, over ranks and micro-batches
+        # before the first backward, over ranks and micro-batches: the gradient is that of the mean over all these tokens
+        tokens, stop = add_up(accelerator, valid, reason is not None)
         if stop:
             stopped = reason or "rank 0 said so"
             break
-        rate = learning_rate_at(step, settings.lr_scheduler_type, settings.learning_rate, settings.warmup_steps, max_steps, settings.min_lr_ratio)
+        rate = learning_rate_at(
+            step,
+            settings.lr_scheduler_type,
+            settings.learning_rate,
+            settings.warmup_steps,
+            max_steps,
+            settings.min_lr_ratio,
+        )
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss = 0.0
@@ -243,14 +332,22 @@ def train(settings, stage, model, compute_loss, write_model):
                     norm = gradient_norm(accelerator, model, settings.max_grad_norm)
                     (loss,) = add_up(accelerator, loss)
                     if not (math.isfinite(loss) and math.isfinite(norm)):
-                        raise InputError(f"{stage.folder}: loss {loss}, gradient norm {norm} at step {step + 1}: nothing of it was saved; "
-                                         f"the last checkpoint is of step {saved_at}. Lower learning_rate, or look at the data")
+                        raise InputError(
+                            f"{stage.folder}: loss {loss}, gradient norm {norm} at step {step + 1}: nothing of it was saved; "
+                            f"the last checkpoint is of step {saved_at}. Lower learning_rate, or look at the data"
+                        )
                 optimizer.step()
                 optimizer.zero_grad()
         step += 1
         seconds, clock = time.perf_counter() - clock, time.perf_counter()
-        values = {"loss": loss, "grad_norm": norm, "learning_rate": rate, "tokens_per_second": tokens / seconds, "step_seconds": seconds,
-                  "data_wait_seconds": data_wait}
+        values = {
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": rate,
+            "tokens_per_second": tokens / seconds,
+            "step_seconds": seconds,
+            "data_wait_seconds": data_wait,
+        }
         if torch.cuda.is_available():
             values["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
         if settings.eval_datasets and (step == max_steps or (settings.eval_steps and step % settings.eval_steps == 0)):
@@ -271,9 +368,22 @@ def train(settings, stage, model, compute_loss, write_model):
         metrics.close()
         if stopped:
             interrupt.request_requeue()
-            print(f"{stage.name}: stopped after step {step} of {max_steps} ({stopped}); the same command goes on from there", flush=True)
+            print(
+                f"{stage.name}: stopped after step {step} of {max_steps} ({stopped}); the same command goes on from there",
+                flush=True,
+            )
         else:
-            _finish(settings, stage, samples, start, step, CheckpointReader(complete_checkpoints(writer.folder)[-1]), write_model, world, identity)
+            _finish(
+                settings,
+                stage,
+                samples,
+                start,
+                step,
+                CheckpointReader(complete_checkpoints(writer.folder)[-1]),
+                write_model,
+                world,
+                identity,
+            )
     if settings.report_to:
         accelerator.end_training()
     accelerator.wait_for_everyone()
@@ -293,13 +403,26 @@ def _finish(settings, stage, samples, start, steps, reader, write_model, world, 
     tokens = steps * settings.global_batch_size * settings.max_length
     steady = sorted(r["tokens_per_second"] for r in records[min(2, len(records) - 1) :])
     result = {
-        "steps": steps, "tokens": tokens, "utf8_bytes_seen": round(tokens * samples.bytes_per_token), "loss": records[-1]["loss"],
-        "eval_loss": records[-1].get("eval_loss"), "tokens_per_second": steady[len(steady) // 2], "strategy": identity["strategy"],
-        "processes": world, **identity["sizes"],
-        "data": {"fingerprint": identity["data"]["fingerprint"], "start_position": start, "end_position": start + steps * settings.global_batch_size},
+        "steps": steps,
+        "tokens": tokens,
+        "utf8_bytes_seen": round(tokens * samples.bytes_per_token),
+        "loss": records[-1]["loss"],
+        "eval_loss": records[-1].get("eval_loss"),
+        "tokens_per_second": steady[len(steady) // 2],
+        "strategy": identity["strategy"],
+        "processes": world,
+        **identity["sizes"],
+        "data": {
+            "fingerprint": identity["data"]["fingerprint"],
+            "start_position": start,
+            "end_position": start + steps * settings.global_batch_size,
+        },
     }
     stage.finish(result)
-    print(f"{stage.name}: {steps} steps, loss {result['loss']:.4f}, {result['tokens_per_second']:,.0f} tokens/s; {stage.folder}/model", flush=True)
+    print(
+        f"{stage.name}: {steps} steps, loss {result['loss']:.4f}, {result['tokens_per_second']:,.0f} tokens/s; {stage.folder}/model",
+        flush=True,
+    )
 
 
 def _checkpoint_to_resume(settings, complete):
@@ -313,8 +436,10 @@ def _refuse_other_run(settings, reader, identity):
     then, now = reader.trainer, identity
     for key, value in now["recipe"].items():
         if key in then["recipe"] and then["recipe"][key] != value and key not in settings.may_change:
-            raise InputError(f"{reader.folder}: made with {key} = {then['recipe'][key]!r}, now {value!r}: that is another run; "
-                             "choose another --output_dir, or put it back")
+            raise InputError(
+                f"{reader.folder}: made with {key} = {then['recipe'][key]!r}, now {value!r}: that is another run; "
+                "choose another --output_dir, or put it back"
+            )
     if then["data"] != now["data"]:
         raise InputError(f"{reader.folder}: made on other data (the shards have changed): choose another --output_dir")
     if then["trainable"] != now["trainable"]:
@@ -328,6 +453,17 @@ def _plain(settings):
     return json.loads(json.dumps(to_dict(settings)))
 
 
-def _summary(rows):
+def _summary(settings, samples, start, step, max_steps, sizes, where, batch_size, accumulation, checkpoint):
+    """What was derived from the recipe, as a table: the first thing a log shows."""
+    batch, tokens = settings.global_batch_size, settings.global_batch_size * settings.max_length
+    epochs, text = max_steps * batch / samples.samples_per_epoch, max_steps * tokens * samples.bytes_per_token
+    rows = {
+        "strategy": where,
+        "parameters": f"{sizes['parameters']:,}, of them trained {sizes['trainable']:,}",
+        "batch": f"{batch} sequences, {tokens:,} tokens a step: {batch_size} a device, {accumulation} times accumulated",
+        "steps": f"{step} to {max_steps}; {epochs:.2f} epochs of {samples.samples_per_epoch:,} samples",
+        "data": f"{text / 1e6:,.2f} MB of text seen at the end, from position {start}",
+        "resumed": str(checkpoint or "no"),
+    }
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())

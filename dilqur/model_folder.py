@@ -48,8 +48,13 @@ def copy_tokenizer(source, folder):
     pad = PAD if tokenizer.backend.token_to_id(PAD) is not None else None
     (folder / "tokenizer.json").write_bytes(tokenizer.content)
     PreTrainedTokenizerFast(
-        tokenizer_file=str(folder / "tokenizer.json"), bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token, pad_token=pad,
-        clean_up_tokenization_spaces=False, model_input_names=["input_ids", "attention_mask"]).save_pretrained(folder)
+        tokenizer_file=str(folder / "tokenizer.json"),
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        pad_token=pad,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    ).save_pretrained(folder)
 
 
 def read_weights(folder):

@@ -22,7 +22,9 @@ def freeze_all_but(model, patterns):
         if hits:
             trainable.add(id(parameter))
     if missing := set(patterns) - matched:
-        names = ", ".join(sorted({n.split(".layers.")[0] if ".layers." in n else n for n, _ in model.named_parameters()}))
+        names = ", ".join(
+            sorted({n.split(".layers.")[0] if ".layers." in n else n for n, _ in model.named_parameters()})
+        )
         raise InputError(f"unfrozen_parameters: {sorted(missing)[0]!r} matches no parameter of the model ({names}, …)")
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trainable)
@@ -38,7 +40,9 @@ def make_optimizer(model, learning_rate, betas, epsilon, weight_decay, fused):
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=tuple(betas), eps=epsilon, fused=fused)
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=learning_rate, betas=tuple(betas), eps=epsilon, fused=fused
+    )
 
 
 def learning_rate_at(step, schedule, peak, warmup_steps, max_steps, min_ratio=0.0):

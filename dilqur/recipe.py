@@ -32,7 +32,8 @@ def parse(settings_class, doc, argv=None, positional=None):
     if positional:
         words = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
         argv = ([f"--{positional}", *argv[:words]] if words else []) + argv[words:]
-    parser = _Parser(settings_class, description=doc, formatter_class=_Help, allow_abbrev=False)
+    usage = "%(prog)s [--config RECIPE.yaml] [--KEY VALUE …]; the keys are below"
+    parser = _Parser(settings_class, description=doc, formatter_class=_Help, allow_abbrev=False, usage=usage)
     parser.add_argument("--config", metavar="RECIPE.yaml", help="recipe with any of these keys; flags win over it")
     hints = get_type_hints(settings_class, include_extras=True)
     for action in parser._actions:
@@ -62,7 +63,7 @@ def read_yaml(path, hints):
         raise InputError(f"{path}: cannot read this recipe: {problem}") from None
     try:
         root = yaml.compose(text, Loader=_Loader)
-        values = yaml.load(text, Loader=_Loader) or {}  # noqa: S506, a SafeLoader
+        values = yaml.load(text, Loader=_Loader) or {}
     except yaml.YAMLError as problem:
         mark = getattr(problem, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -108,9 +109,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
 
@@ -156,7 +155,7 @@ def _holds_table(hint):
 
 def _yaml_value(text):
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506, a SafeLoader
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         raise argparse.ArgumentTypeError(f"not YAML: {text}") from None
 

@@ -27,12 +27,16 @@ class SampleOrder:
     def __init__(self, sizes, seed, weights=None):
         self.sizes, self.seed = list(sizes), seed
         if not self.sizes or min(self.sizes) < 1:
-            raise InputError(f"a dataset holds less than one sample (samples: {self.sizes}): shorten max_length, or add text")
+            raise InputError(
+                f"a dataset holds less than one sample (samples: {self.sizes}): shorten max_length, or add text"
+            )
         weights = list(weights) if weights else self.sizes
         shares = [w / sum(weights) for w in weights]
         self.quotas = _largest_remainder(shares, BLOCK)
         if min(self.quotas) == 0:
-            raise InputError(f"weights: {min(shares):.5f} of the tokens is less than 1 in {BLOCK}; raise it, or drop that dataset")
+            raise InputError(
+                f"weights: {min(shares):.5f} of the tokens is less than 1 in {BLOCK}; raise it, or drop that dataset"
+            )
 
     def __getitem__(self, position):
         """(dataset, sample) at `position`, any integer >= 0."""

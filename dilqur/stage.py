@@ -4,7 +4,9 @@
     runs/NAME/STAGE/manifest.json   written last: inputs and their hashes, arguments, versions, hardware, what came out
 
 Paths: one that begins with a stage's name (the first column of the pipeline.txt beside the recipe) lies in the same run
-folder; one that is there beside the recipe lies there; every other is as it stands. A stage whose manifest is there is finished: it is not run twice.
+folder; one that is there beside the recipe lies there; every other is as it stands.
+
+A stage whose manifest is there is finished: it is not run twice.
 """
 
 import fcntl
@@ -54,8 +56,12 @@ class StageSettings:
     """The keys every program has."""
 
     run_dir: str | None = field(default=None, metadata={"help": "run folder; runs/NAME for recipes/NAME/STAGE.yaml"})
-    output_dir: str | None = field(default=None, metadata={"help": "where the result goes; RUN_DIR/STAGE with a recipe"})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "remove an earlier result of this program first"})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "where the result goes; RUN_DIR/STAGE with a recipe"}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "remove an earlier result of this program first"}
+    )
     check: bool = field(default=False, metadata={"help": "check the recipe and its inputs, run nothing (a second)"})
 
 
@@ -111,8 +117,10 @@ class Stage:
             folder = self.run_dir / first
             path = folder / rest if rest else folder
             if not (folder / "manifest.json").exists():
-                raise InputError(f"{key}: {value}: the stage {first} has not finished ({folder}/manifest.json is not "
-                                 f"there); run it first")
+                raise InputError(
+                    f"{key}: {value}: the stage {first} has not finished ({folder}/manifest.json is not "
+                    f"there); run it first"
+                )
         elif self.config and not path.is_absolute() and next(Path(self.config).parent.glob(value), None):
             path = Path(self.config).parent / value
         if kind == "model":
@@ -145,21 +153,27 @@ class Stage:
         done = read_manifest(self.folder)
         again = "remove that folder, or give --overwrite_output_dir true, to run it again"
         if done.get("program") != self.program.name:
-            raise InputError(f"{self.folder}: holds a result of {done.get('program')}, not of {self.program.name}; choose another --output_dir")
+            raise InputError(
+                f"{self.folder}: holds a result of {done.get('program')}, not of {self.program.name}; choose another --output_dir"
+            )
         if self.settings.overwrite_output_dir and not self.settings.check:
             return
         now, then = self._arguments(), done["arguments"]
         may_change = getattr(self.settings, "may_change", ())
         changed = [k for k in now if k in then and now[k] != then[k] and k not in may_change]
         if changed:
-            raise InputError(f"{self.folder}: finished with {changed[0]} = {then[changed[0]]!r}, now {now[changed[0]]!r}; {again}")
+            raise InputError(
+                f"{self.folder}: finished with {changed[0]} = {then[changed[0]]!r}, now {now[changed[0]]!r}; {again}"
+            )
         for path, record in done["inputs"].items():
             for file, was in record["files"].items():
                 if not _unchanged(Path(file), was):
                     raise InputError(f"{self.folder}: finished, but its input {file} has changed since; {again}")
             if new := [f for f in _documents(path, record["kind"]) if f not in record["files"]]:
                 raise InputError(f"{self.folder}: finished, but its input {new[0]} is new since; {again}")
-        raise AlreadyFinished(f"{self.name}: finished {done['ended']} in {done['seconds']:.0f} s, nothing to do ({self.folder})")
+        raise AlreadyFinished(
+            f"{self.name}: finished {done['ended']} in {done['seconds']:.0f} s, nothing to do ({self.folder})"
+        )
 
     def open(self):
         """Take the folder: the only writer from now on. Only the main process calls it."""
@@ -170,16 +184,22 @@ class Stage:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError, PermissionError) as problem:
-            raise InputError(f"{self.folder}: no folder can be made there ({problem.strerror}); choose another --output_dir") from None
+            raise InputError(
+                f"{self.folder}: no folder can be made there ({problem.strerror}); choose another --output_dir"
+            ) from None
         self._lock = (self.folder / ".lock").open("a+")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock.seek(0)
             owner = self._lock.read().strip() or "another process"
-            raise InputError(f"{self.folder}: {owner} is writing this folder; wait for it, or choose another --output_dir") from None
+            raise InputError(
+                f"{self.folder}: {owner} is writing this folder; wait for it, or choose another --output_dir"
+            ) from None
         except OSError as problem:  # a file system without locks, as some Lustre mounts: better run than not
-            print(f"warning: {self.folder} cannot be locked ({problem.strerror}); do not start it twice", file=sys.stderr)
+            print(
+                f"warning: {self.folder} cannot be locked ({problem.strerror}); do not start it twice", file=sys.stderr
+            )
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()
@@ -189,14 +209,25 @@ class Stage:
         """Write manifest.json: from now on the stage is finished. `result`: what was measured; `more`: top-level keys."""
         if self.folder is None:
             return None
-        hashes = {path: {"kind": kind, "files": {str(f): file_identity(f) for f in _files(path, kind)}} for path, kind in self.inputs.items()}
+        hashes = {
+            path: {"kind": kind, "files": {str(f): file_identity(f) for f in _files(path, kind)}}
+            for path, kind in self.inputs.items()
+        }
         manifest = {
             **more,
-            "stage": self.name, "program": self.program.name, "command": shlex.join(sys.argv),
+            "stage": self.name,
+            "program": self.program.name,
+            "command": shlex.join(sys.argv),
             "recipe": self.config and {"path": self.config, "xxh3": _xxh3(Path(self.config))},
-            "arguments": self._arguments(), "inputs": hashes, "seed": getattr(self.settings, "seed", None),
-            "git": _git(), "packages": _packages(), "hardware": hardware(),
-            "started": _iso(self.started), "ended": _iso(time.time()), "seconds": round(time.time() - self.started, 3),
+            "arguments": self._arguments(),
+            "inputs": hashes,
+            "seed": getattr(self.settings, "seed", None),
+            "git": _git(),
+            "packages": _packages(),
+            "hardware": hardware(),
+            "started": _iso(self.started),
+            "ended": _iso(time.time()),
+            "seconds": round(time.time() - self.started, 3),
             "result": result,
         }
         write_json(self.folder / "manifest.json", manifest)
@@ -257,10 +288,19 @@ def read_pipeline(folder):
 
 def hardware():
     """What this process runs on: host, CPU, cores it may use, memory, GPUs (where torch is loaded and sees some)."""
-    model = next((line.split(":", 1)[1].strip() for line in _lines_of("/proc/cpuinfo") if line.startswith("model name")), "")
+    model = next(
+        (line.split(":", 1)[1].strip() for line in _lines_of("/proc/cpuinfo") if line.startswith("model name")), ""
+    )
     memory = next((int(line.split()[1]) for line in _lines_of("/proc/meminfo") if line.startswith("MemTotal")), 0)
-    out = {"host": socket.gethostname(), "platform": platform.platform(), "python": platform.python_version(),
-           "cpu": model, "cores": len(os.sched_getaffinity(0)), "memory_gb": round(memory / 2**20, 1), "gpus": []}
+    out = {
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gb": round(memory / 2**20, 1),
+        "gpus": [],
+    }
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         out["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -284,8 +324,10 @@ def _from_hub_cache(value, key):
         try:
             return Path(snapshot_download(value, local_files_only=True))
         except (LocalEntryNotFoundError, ValueError, OSError):
-            raise InputError(f"{key}: {value}: no such folder, and not in the local Hugging Face cache; on a machine "
-                             f"with network: hf download {value}") from None
+            raise InputError(
+                f"{key}: {value}: no such folder, and not in the local Hugging Face cache; on a machine "
+                f"with network: hf download {value}"
+            ) from None
     raise InputError(f"{key}: {value}: no such folder")
 
 
@@ -336,6 +378,7 @@ def _xxh3(path):
 
 def _git():
     """Commit of the code that ran, and whether it had uncommitted changes; None outside a checkout."""
+
     def git(*words):
         run = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=30)
         return run.stdout.strip() if run.returncode == 0 else None
@@ -366,5 +409,3 @@ def _lines_of(path):
         return Path(path).read_text().splitlines()
     except OSError:
         return []
-
-

@@ -40,13 +40,22 @@ class ShardWriter:
     def close(self):
         if self._documents:
             self._write()
-        return {"format": FORMAT, "version": VERSION, "dtype": "int32", "shards": self.shards,
-                "documents": sum(s["documents"] for s in self.shards), "tokens": sum(s["tokens"] for s in self.shards)}
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "dtype": "int32",
+            "shards": self.shards,
+            "documents": sum(s["documents"] for s in self.shards),
+            "tokens": sum(s["tokens"] for s in self.shards),
+        }
 
     def _write(self):
         number = len(self.shards)
         lengths = np.fromiter(map(len, self._documents), np.int64)
-        arrays = {"tokens": np.concatenate(self._documents), "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)}
+        arrays = {
+            "tokens": np.concatenate(self._documents),
+            "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        }
         shard = {"documents": len(self._documents), "tokens": int(lengths.sum()), "files": {}}
         for kind, array in arrays.items():
             name = f"{kind}-{number:05d}.npy"
@@ -71,7 +80,9 @@ class TokenShards:
         if self.manifest.get("format") != FORMAT:
             raise InputError(f"{folder}/manifest.json: not a folder of token shards (its subfolders may be)")
         if self.manifest["version"] > VERSION:
-            raise InputError(f"{folder}: format version {self.manifest['version']} is newer than this program's {VERSION}")
+            raise InputError(
+                f"{folder}: format version {self.manifest['version']} is newer than this program's {VERSION}"
+            )
         for shard in self.manifest["shards"]:
             for name, stated in shard["files"].items():
                 self._check(name, stated, verify)

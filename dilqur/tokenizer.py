@@ -22,7 +22,8 @@ def tokenizer_file(path, key="--tokenizer"):
 class TextTokenizer:
     """A `tokenizers` tokenizer that never makes a control token out of text and adds none by itself.
 
-    content: bytes of its tokenizer.json. size: number of ids, added tokens included (the largest id + 1). bos_id, eos_id: what starts and ends a document, or None.
+    content: bytes of its tokenizer.json. size: number of ids, added tokens included (the largest id + 1). bos_id, eos_id:
+    what starts and ends a document, or None.
     """
 
     def __init__(self, path):
@@ -53,7 +54,15 @@ class TextTokenizer:
         added = sorted((t["id"], t["content"], t["special"]) for t in spec["added_tokens"])
         vocab = model.get("vocab", {})
         vocab = sorted(vocab.items()) if isinstance(vocab, dict) else vocab
-        parts = [model["type"], model.get("ignore_merges", False), vocab, merges, spec["normalizer"], spec["pre_tokenizer"], added]
+        parts = [
+            model["type"],
+            model.get("ignore_merges", False),
+            vocab,
+            merges,
+            spec["normalizer"],
+            spec["pre_tokenizer"],
+            added,
+        ]
         return hashlib.sha256(json.dumps(parts, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
 
     def encode(self, text):
@@ -91,4 +100,6 @@ class TextTokenizer:
         special = {i: t.content for i, t in self.backend.get_added_tokens_decoder().items() if t.special}
         for i, content in special.items():
             if i in self.encode(content):
-                raise InputError(f"{self.path}: the text {content!r} becomes the control token {i}; a user could write it")
+                raise InputError(
+                    f"{self.path}: the text {content!r} becomes the control token {i}; a user could write it"
+                )

@@ -1,6 +1,7 @@
-"""One set of prompts, several models, side by side, with a figure for how much each repeats itself.
+r"""One set of prompts, several models, side by side, with a figure for how much each repeats itself.
 
-    python scripts/compare_generations.py --model_name_or_path runs/quickstart/base runs/quickstart/cpt-2-full --input recipes/quickstart/prompts.txt --output_dir runs/try/c
+    python scripts/compare_generations.py --model_name_or_path runs/quickstart/base runs/quickstart/cpt-2-full \
+        --input recipes/quickstart/prompts.txt --output_dir runs/try/c
     python scripts/compare_generations.py --config recipes/quickstart/compare.yaml --check
 
 `input` holds a prompt a line (.txt) or a record (.jsonl, `text_field`). Models named in `chat_models` get the prompt as the
@@ -27,13 +28,17 @@ from dilqur.tokenizer import TextTokenizer
 
 @dataclass(kw_only=True)
 class CompareSettings(StageSettings):
-    model_name_or_path: list[ModelPath] = field(metadata={"help": "model folders or stages, in the order of the columns"})
+    model_name_or_path: list[ModelPath] = field(
+        metadata={"help": "model folders or stages, in the order of the columns"}
+    )
     chat_models: list[str] = field(default_factory=list, metadata={"help": "names among them that are assistants"})
     input: list[Documents] = field(metadata={"help": "prompts, one a line or record"})
     text_field: str = field(default="text", metadata={"help": "key that holds a prompt in .jsonl"})
     max_new_tokens: Annotated[int, Field(ge=1)] = field(default=128, metadata={"help": "longest answer in tokens"})
     temperature: Annotated[float, Field(ge=0)] = field(default=0.0, metadata={"help": "0: always the likeliest token"})
-    top_p: Annotated[float, Field(gt=0, le=1)] = field(default=1.0, metadata={"help": "with a temperature: nucleus sampling"})
+    top_p: Annotated[float, Field(gt=0, le=1)] = field(
+        default=1.0, metadata={"help": "with a temperature: nucleus sampling"}
+    )
     bf16: bool = field(default=False, metadata={"help": "run the models in bfloat16"})
     seed: Annotated[int, Field(ge=0)] = field(default=42, metadata={"help": "for sampling"})
 
@@ -54,11 +59,21 @@ def answer(model, tokenizer, prompt, settings, chat):
     else:
         ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     ends = [i for i in (tokenizer.eos_id, tokenizer.backend.token_to_id(EOT)) if i is not None]
-    sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p} if settings.temperature else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p}
+        if settings.temperature
+        else {"do_sample": False}
+    )
     inputs = torch.tensor([ids], device=model.device)
     with torch.inference_mode():
-        out = model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=settings.max_new_tokens, eos_token_id=ends,
-                             pad_token_id=ends[0], **sampling)[0, len(ids):].tolist()
+        out = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=settings.max_new_tokens,
+            eos_token_id=ends,
+            pad_token_id=ends[0],
+            **sampling,
+        )[0, len(ids) :].tolist()
     ended = bool(out) and out[-1] in ends
     return tokenizer.decode(out[:-1] if ended else out, skip_special_tokens=True), len(out), ended
 
@@ -94,21 +109,30 @@ def main():
     rows, summary = [{"prompt": prompt, "answers": {}} for prompt in prompts], {}
     for name, path in models.items():
         set_seed(settings.seed)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16 if settings.bf16 else torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.bfloat16 if settings.bf16 else torch.float32
+        ).eval()
         model, tokenizer = model.to("cuda" if torch.cuda.is_available() else "cpu"), TextTokenizer(path)
         for row in tqdm(rows, desc=name, disable=None):
             text, tokens, ended = answer(model, tokenizer, row["prompt"], settings, name in settings.chat_models)
             row["answers"][name] = {"text": text, "tokens": tokens, "ended": ended, "repetition": repetition(text)}
         found = [row["answers"][name] for row in rows]
-        summary[name] = {"repetition": sum(a["repetition"] for a in found) / len(found), "ended": sum(a["ended"] for a in found) / len(found),
-                         "words": sum(len(a["text"].split()) for a in found) / len(found)}
+        summary[name] = {
+            "repetition": sum(a["repetition"] for a in found) / len(found),
+            "ended": sum(a["ended"] for a in found) / len(found),
+            "words": sum(len(a["text"].split()) for a in found) / len(found),
+        }
 
     with atomic_file(stage.folder / "generations.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     with atomic_file(stage.folder / "generations.md", "w", encoding="utf-8") as file:
         file.write(markdown(rows, models, summary))
     stage.finish({"models": summary, "prompts": len(prompts)})
-    print("\n".join(f"{name}: repetition {s['repetition']:.3f}, ends by itself {s['ended']:.0%}" for name, s in summary.items()))
+    print(
+        "\n".join(
+            f"{name}: repetition {s['repetition']:.3f}, ends by itself {s['ended']:.0%}" for name, s in summary.items()
+        )
+    )
     return None
 
 

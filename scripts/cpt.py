@@ -1,7 +1,8 @@
-"""Continued pre-training of a causal language model on token shards: embeddings first or all weights, as the recipe says.
+r"""Continued pre-training of a causal language model on token shards: embeddings first or all weights, as the recipe says.
 
     python scripts/cpt.py --config recipes/quickstart/cpt-1-embeddings.yaml --check
-    accelerate launch --config_file accelerate_configs/fsdp2.yaml --num_processes 2 scripts/cpt.py --config recipes/quickstart/cpt-2-full.yaml
+    accelerate launch --config_file accelerate_configs/fsdp2.yaml --num_processes 2 \
+        scripts/cpt.py --config recipes/quickstart/cpt-2-full.yaml
     sbatch slurm/cpt_p5.sbatch
 
 The strategy (DDP, FSDP2, ZeRO) is the accelerate config's; the recipe gives the same run under each. Killed at any point,
@@ -21,8 +22,12 @@ from dilqur.stage import Stage, TokenizerPath
 
 @dataclass(kw_only=True)
 class CptSettings(TrainingSettings):
-    model_config: dict | None = field(default=None, metadata={"help": "keys of a LlamaConfig, to begin with random weights instead"})
-    tokenizer: TokenizerPath | None = field(default=None, metadata={"help": "with model_config: the tokenizer that goes into model/"})
+    model_config: dict | None = field(
+        default=None, metadata={"help": "keys of a LlamaConfig, to begin with random weights instead"}
+    )
+    tokenizer: TokenizerPath | None = field(
+        default=None, metadata={"help": "with model_config: the tokenizer that goes into model/"}
+    )
 
 
 def check(settings):
@@ -52,7 +57,8 @@ def load_model(settings):
         apply_liger_kernel_to_llama()
     if settings.model_name_or_path:
         return AutoModelForCausalLM.from_pretrained(
-            settings.model_name_or_path, dtype=torch.float32, attn_implementation=settings.attn_implementation)
+            settings.model_name_or_path, dtype=torch.float32, attn_implementation=settings.attn_implementation
+        )
     set_seed(settings.seed)
     config = LlamaConfig(**settings.model_config, attn_implementation=settings.attn_implementation)
     return LlamaForCausalLM(config).to(torch.float32)
@@ -61,7 +67,9 @@ def load_model(settings):
 def causal_loss(model, batch, tokens):
     """Sum of the next-token losses of `batch` / `tokens`. The labels are shifted already: label i is the token after i."""
     labels = batch["labels"]
-    return model(input_ids=batch["input_ids"], labels=labels, shift_labels=labels, num_items_in_batch=tokens, use_cache=False).loss
+    return model(
+        input_ids=batch["input_ids"], labels=labels, shift_labels=labels, num_items_in_batch=tokens, use_cache=False
+    ).loss
 
 
 @program

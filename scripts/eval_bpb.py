@@ -1,6 +1,7 @@
-"""Bits per UTF-8 byte of documents under one or more models, whatever their tokenizers.
+r"""Bits per UTF-8 byte of documents under one or more models, whatever their tokenizers.
 
-    python scripts/eval_bpb.py --model_name_or_path runs/quickstart/cpt-2-full --input runs/quickstart/clean/validation --max_length 128 --json
+    python scripts/eval_bpb.py --model_name_or_path runs/quickstart/cpt-2-full \
+        --input runs/quickstart/clean/validation --max_length 128 --json
     python scripts/eval_bpb.py --config recipes/quickstart/bpb.yaml --check
 
 Every model gets the same cleaned text. The first token is predicted after BOS; the end-of-document token, which stands for
@@ -31,9 +32,13 @@ class BpbSettings(StageSettings):
     model_name_or_path: list[ModelPath] = field(metadata={"help": "model folders or stages"})
     input: list[Documents] = field(metadata={"help": "held-out documents: files, folders or globs"})
     text_field: str = field(default="text", metadata={"help": "key or column that holds the text"})
-    sample_by: Literal["line", "paragraph", "document"] = field(default="line", metadata={"help": "one document of a .txt"})
+    sample_by: Literal["line", "paragraph", "document"] = field(
+        default="line", metadata={"help": "one document of a .txt"}
+    )
     max_length: Annotated[int, Field(ge=2)] = field(default=2048, metadata={"help": "tokens a model sees at once"})
-    stride: Annotated[int, Field(ge=1)] | None = field(default=None, metadata={"help": "new tokens a window; none: max_length / 2"})
+    stride: Annotated[int, Field(ge=1)] | None = field(
+        default=None, metadata={"help": "new tokens a window; none: max_length / 2"}
+    )
     per_device_eval_batch_size: Annotated[int, Field(ge=1)] = field(default=8, metadata={"help": "windows at a time"})
     bf16: bool = field(default=False, metadata={"help": "run the models in bfloat16"})
     json: bool = field(default=False, metadata={"help": "one JSON object on standard output"})
@@ -51,14 +56,18 @@ def load(path, bf16):
 def check(settings):
     """InputError for what can be seen without torch."""
     if settings.stride and settings.stride > settings.max_length:
-        raise InputError(f"stride {settings.stride} is more than max_length {settings.max_length}: tokens would be left out")
+        raise InputError(
+            f"stride {settings.stride} is more than max_length {settings.max_length}: tokens would be left out"
+        )
     for path in settings.model_name_or_path:
         tokenizer = TextTokenizer(path)
         if tokenizer.bos_id is None or tokenizer.eos_id is None:
             raise InputError(f"{path}: its tokenizer has no BOS or no EOS token")
         config = json.loads((Path(path) / "config.json").read_text())
         if settings.max_length > config.get("max_position_embeddings", settings.max_length):
-            raise InputError(f"max_length {settings.max_length} is more than the {config['max_position_embeddings']} positions of {path}")
+            raise InputError(
+                f"max_length {settings.max_length} is more than the {config['max_position_embeddings']} positions of {path}"
+            )
 
 
 @program
@@ -83,13 +92,25 @@ def main():
         model, tokenizer = load(path, settings.bf16)
         texts = (d.text for d in read(files, settings.text_field, settings.sample_by))
         with tqdm(desc=name, total=size, unit="B", unit_scale=True, disable=None) as bar:
-            total = score(model, tokenizer, texts, settings.max_length, settings.stride or -(-settings.max_length // 2),
-                          settings.per_device_eval_batch_size, bar.update)
+            total = score(
+                model,
+                tokenizer,
+                texts,
+                settings.max_length,
+                settings.stride or -(-settings.max_length // 2),
+                settings.per_device_eval_batch_size,
+                bar.update,
+            )
         results[name] = {**total.result(), "max_length": settings.max_length, "model": path}
-        print(f"{name}: {results[name]['bits_per_byte']:.4f} bits per byte ({total.tokens:,} tokens, {total.utf8_bytes:,} bytes)", file=sys.stderr)
+        print(
+            f"{name}: {results[name]['bits_per_byte']:.4f} bits per byte ({total.tokens:,} tokens, {total.utf8_bytes:,} bytes)",
+            file=sys.stderr,
+        )
     stage.finish({"models": results})
     if settings.json:
-        print(json.dumps(next(iter(results.values())) if len(results) == 1 else {"models": results}, ensure_ascii=False))
+        print(
+            json.dumps(next(iter(results.values())) if len(results) == 1 else {"models": results}, ensure_ascii=False)
+        )
     return None
 
 

@@ -1,7 +1,8 @@
-"""Supervised fine-tuning of a chat assistant: LoRA with TRL's SFTTrainer, loss on what the assistant says and its <|eot_id|>.
+r"""Supervised fine-tuning of a chat assistant: LoRA with TRL's SFTTrainer, loss on what the assistant says and its <|eot_id|>.
 
     python scripts/sft.py --config recipes/quickstart/sft.yaml --check
-    python scripts/sft.py --model_name_or_path runs/quickstart/cpt-2-full --input recipes/quickstart/corpus/az_qa.jsonl --max_length 512 --output_dir runs/try/sft
+    python scripts/sft.py --model_name_or_path runs/quickstart/cpt-2-full \
+        --input recipes/quickstart/corpus/az_qa.jsonl --max_length 512 --output_dir runs/try/sft
     sbatch slurm/sft_1gpu.sbatch
 
 `input` is jsonl with {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}]}. Token ids and
@@ -37,15 +38,29 @@ class SftSettings(StageSettings):
     model_name_or_path: ModelPath = field(metadata={"help": "model folder, or the stage that made it"})
     input: list[Documents] = field(metadata={"help": "conversations: .jsonl, plain, .gz or .zst"})
     skip_bad_records: bool = field(default=False, metadata={"help": "skip and count bad records instead of stopping"})
-    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = field(default=0.0, metadata={"help": "share held out for eval_loss"})
-    max_length: Positive = field(default=1024, metadata={"help": "longest conversation in tokens; longer ones are left out and counted"})
-    bf16: bool = field(default=False, metadata={"help": "base weights and products in bfloat16; the adapter stays fp32"})
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = field(
+        default=0.0, metadata={"help": "share held out for eval_loss"}
+    )
+    max_length: Positive = field(
+        default=1024, metadata={"help": "longest conversation in tokens; longer ones are left out and counted"}
+    )
+    bf16: bool = field(
+        default=False, metadata={"help": "base weights and products in bfloat16; the adapter stays fp32"}
+    )
     global_batch_size: Positive = field(default=16, metadata={"help": "conversations a step over all GPUs"})
-    per_device_train_batch_size: Positive = field(default=4, metadata={"help": "most conversations a GPU holds at once: a ceiling"})
-    num_train_epochs: Annotated[float, Field(gt=0)] = field(default=3.0, metadata={"help": "times the conversations are seen"})
+    per_device_train_batch_size: Positive = field(
+        default=4, metadata={"help": "most conversations a GPU holds at once: a ceiling"}
+    )
+    num_train_epochs: Annotated[float, Field(gt=0)] = field(
+        default=3.0, metadata={"help": "times the conversations are seen"}
+    )
     learning_rate: Annotated[float, Field(gt=0)] = field(default=1e-4, metadata={"help": "peak of the schedule"})
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = field(default="cosine", metadata={"help": "after the warm-up"})
-    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = field(default=0.03, metadata={"help": "share of the steps for warm-up"})
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = field(
+        default="cosine", metadata={"help": "after the warm-up"}
+    )
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = field(
+        default=0.03, metadata={"help": "share of the steps for warm-up"}
+    )
     weight_decay: Annotated[float, Field(ge=0)] = field(default=0.0, metadata={"help": "AdamW"})
     max_grad_norm: Annotated[float, Field(gt=0)] = field(default=1.0, metadata={"help": "clip"})
     lora_r: Positive = field(default=64, metadata={"help": "rank"})
@@ -53,10 +68,13 @@ class SftSettings(StageSettings):
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = field(default=0.05, metadata={"help": "on the adapter's input"})
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        metadata={"help": "layers that get an adapter"})
+        metadata={"help": "layers that get an adapter"},
+    )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute activations: less memory, slower"})
     report_to: list[Literal["tensorboard", "wandb"]] = field(default_factory=list, metadata={"help": "trackers"})
-    seed: Annotated[int, Field(ge=0)] = field(default=42, metadata={"help": "decides the order, the dropout and the adapter's start"})
+    seed: Annotated[int, Field(ge=0)] = field(
+        default=42, metadata={"help": "decides the order, the dropout and the adapter's start"}
+    )
 
 
 # -- conversations ----------------------------------------------------------------------------------------------------
@@ -68,7 +86,11 @@ def problem_with(record):
     if not isinstance(messages, list) or not messages:
         return f"no messages (keys: {', '.join(record) or 'none'})"
     for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or message.get("role") not in ROLES:
+        if (
+            not isinstance(message, dict)
+            or not isinstance(message.get("content"), str)
+            or message.get("role") not in ROLES
+        ):
             return f'a message is {{"role": {" | ".join(ROLES)}, "content": text}}, not {json.dumps(message, ensure_ascii=False)[:60]}'
     return None if messages[-1]["role"] == "assistant" else "the last message is not the assistant's: nothing to learn"
 
@@ -94,12 +116,18 @@ def conversations(settings, tokenizer):
                 counts["too_long"] += 1
                 continue
             labels = [token if trained else IGNORE for token, trained in zip(ids, mask, strict=True)]
-            split = "validation" if is_validation(record["messages"][0]["content"], settings.validation_fraction) else "train"
+            split = (
+                "validation"
+                if is_validation(record["messages"][0]["content"], settings.validation_fraction)
+                else "train"
+            )
             rows[split].append({"input_ids": ids, "labels": labels})
             counts["trained_tokens"] += sum(mask)
     if not rows["train"]:
-        raise InputError(f"{' '.join(settings.input)}: no conversation to train on ({counts['read']} read, {counts['too_long']} longer "
-                         f"than max_length {settings.max_length})")
+        raise InputError(
+            f"{' '.join(settings.input)}: no conversation to train on ({counts['read']} read, {counts['too_long']} longer "
+            f"than max_length {settings.max_length})"
+        )
     return rows, counts
 
 
@@ -112,13 +140,31 @@ def training_arguments(settings, folder, batch, accumulation):
     from trl import SFTConfig
 
     return SFTConfig(
-        output_dir=str(folder), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
-        per_device_eval_batch_size=batch, num_train_epochs=settings.num_train_epochs, learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.lr_scheduler_type, warmup_steps=settings.warmup_ratio, weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm, bf16=settings.bf16, use_cpu=not torch.cuda.is_available(), seed=settings.seed,
-        gradient_checkpointing=settings.gradient_checkpointing, logging_steps=1, save_strategy="no", report_to=settings.report_to,
-        max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, eos_token=EOT, pad_token=PAD, remove_unused_columns=False,
-        ddp_backend=None if torch.cuda.is_available() or "WORLD_SIZE" not in os.environ else "gloo", disable_tqdm=not sys.stderr.isatty())
+        output_dir=str(folder),
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        per_device_eval_batch_size=batch,
+        num_train_epochs=settings.num_train_epochs,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.lr_scheduler_type,
+        warmup_steps=settings.warmup_ratio,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        seed=settings.seed,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=settings.report_to,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        eos_token=EOT,
+        pad_token=PAD,
+        remove_unused_columns=False,
+        ddp_backend=None if torch.cuda.is_available() or "WORLD_SIZE" not in os.environ else "gloo",
+        disable_tqdm=not sys.stderr.isatty(),
+    )
 
 
 def merge(settings, adapter, folder):
@@ -146,12 +192,23 @@ def main():
     tokenizer = TextTokenizer(settings.model_name_or_path)
     for token in (EOT, PAD):
         tokenizer.control_id(token)
-    positions = json.loads((Path(settings.model_name_or_path) / "config.json").read_text()).get("max_position_embeddings")
+    positions = json.loads((Path(settings.model_name_or_path) / "config.json").read_text()).get(
+        "max_position_embeddings"
+    )
     if positions and settings.max_length > positions:
-        raise InputError(f"max_length {settings.max_length} is more than the {positions} positions of {settings.model_name_or_path}")
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        raise InputError("sft trains an adapter that fits on one GPU and merges it there: launch it with ddp.yaml, or with python")
-    batch, accumulation = split_batch(settings.global_batch_size, settings.per_device_train_batch_size, int(os.environ.get("WORLD_SIZE", 1)))
+        raise InputError(
+            f"max_length {settings.max_length} is more than the {positions} positions of {settings.model_name_or_path}"
+        )
+    if (
+        os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    ):
+        raise InputError(
+            "sft trains an adapter that fits on one GPU and merges it there: launch it with ddp.yaml, or with python"
+        )
+    batch, accumulation = split_batch(
+        settings.global_batch_size, settings.per_device_train_batch_size, int(os.environ.get("WORLD_SIZE", 1))
+    )
     if settings.check:
         return print(f"{stage.name}: ok")
     quiet_libraries()
@@ -166,13 +223,24 @@ def main():
         stage.open()
     rows, counts = conversations(settings, tokenizer)
     set_seed(settings.seed)
-    model = AutoModelForCausalLM.from_pretrained(settings.model_name_or_path, dtype=torch.bfloat16 if settings.bf16 else torch.float32)
-    lora = LoraConfig(r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
-                      target_modules=settings.lora_target_modules, task_type="CAUSAL_LM")
+    model = AutoModelForCausalLM.from_pretrained(
+        settings.model_name_or_path, dtype=torch.bfloat16 if settings.bf16 else torch.float32
+    )
+    lora = LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=settings.lora_target_modules,
+        task_type="CAUSAL_LM",
+    )
     trainer = SFTTrainer(
-        model=model, args=training_arguments(settings, stage.folder, batch, accumulation), peft_config=lora,
-        processing_class=AutoTokenizer.from_pretrained(settings.model_name_or_path), train_dataset=Dataset.from_list(rows["train"]),
-        eval_dataset=Dataset.from_list(rows["validation"]) if rows["validation"] else None)
+        model=model,
+        args=training_arguments(settings, stage.folder, batch, accumulation),
+        peft_config=lora,
+        processing_class=AutoTokenizer.from_pretrained(settings.model_name_or_path),
+        train_dataset=Dataset.from_list(rows["train"]),
+        eval_dataset=Dataset.from_list(rows["validation"]) if rows["validation"] else None,
+    )
     trainer.train()
     if rows["validation"]:
         trainer.evaluate()
@@ -185,12 +253,20 @@ def main():
         with (stage.folder / "metrics.jsonl").open("w") as file:
             file.writelines(json.dumps(record) + "\n" for record in history)
         losses = [record["loss"] for record in history if "loss" in record]
-        result = {"steps": trainer.state.global_step, "loss_first": losses[0], "loss": losses[-1], **counts,
-                  "conversations": {split: len(found) for split, found in rows.items()},
-                  "eval_loss": next((r["eval_loss"] for r in reversed(history) if "eval_loss" in r), None),
-                  "trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)}
+        result = {
+            "steps": trainer.state.global_step,
+            "loss_first": losses[0],
+            "loss": losses[-1],
+            **counts,
+            "conversations": {split: len(found) for split, found in rows.items()},
+            "eval_loss": next((r["eval_loss"] for r in reversed(history) if "eval_loss" in r), None),
+            "trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        }
         stage.finish(result)
-        print(f"{stage.name}: {result['steps']} steps, loss {losses[0]:.4f} → {losses[-1]:.4f}, {len(rows['train'])} conversations; {stage.folder}/model")
+        print(
+            f"{stage.name}: {result['steps']} steps, loss {losses[0]:.4f} → {losses[-1]:.4f}, "
+            f"{len(rows['train'])} conversations; {stage.folder}/model"
+        )
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     return None

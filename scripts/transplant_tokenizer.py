@@ -1,6 +1,7 @@
-"""Gives a model another tokenizer: base model + new tokenizer → the same model with a new embedding matrix.
+r"""Gives a model another tokenizer: base model + new tokenizer → the same model with a new embedding matrix.
 
-    python scripts/transplant_tokenizer.py --model_name_or_path runs/quickstart/base --tokenizer runs/quickstart/tokenizer --output_dir runs/try/m
+    python scripts/transplant_tokenizer.py --model_name_or_path runs/quickstart/base \
+        --tokenizer runs/quickstart/tokenizer --output_dir runs/try/m
     python scripts/transplant_tokenizer.py --config recipes/quickstart/transplant.yaml --check
 
 Tokens of both vocabularies keep their rows; a new one gets the mean of the rows of its pieces under the old tokenizer
@@ -24,10 +25,14 @@ from dilqur.tokenizer import TextTokenizer
 
 @dataclass(kw_only=True)
 class TransplantSettings(StageSettings):
-    model_name_or_path: ModelPath = field(metadata={"help": "base model: its folder, a stage, or a Hub name in the local cache"})
+    model_name_or_path: ModelPath = field(
+        metadata={"help": "base model: its folder, a stage, or a Hub name in the local cache"}
+    )
     tokenizer: TokenizerPath = field(metadata={"help": "folder of the new tokenizer"})
     method: Literal["piece_mean"] = field(default="piece_mean", metadata={"help": "how a new token's row starts"})
-    pad_to_multiple_of: Annotated[int, Field(ge=1)] = field(default=128, metadata={"help": "rows of the matrix, for tensor cores"})
+    pad_to_multiple_of: Annotated[int, Field(ge=1)] = field(
+        default=128, metadata={"help": "rows of the matrix, for tensor cores"}
+    )
 
 
 def special_tokens(tokenizer):
@@ -41,7 +46,9 @@ def new_matrix(old, old_tokenizer, new_tokenizer, rows):
 
     from dilqur.embedding_init import piece_mean
 
-    made, copied = piece_mean(old, old_tokenizer.backend, new_tokenizer.backend, special_tokens(old_tokenizer), special_tokens(new_tokenizer))
+    made, copied = piece_mean(
+        old, old_tokenizer.backend, new_tokenizer.backend, special_tokens(old_tokenizer), special_tokens(new_tokenizer)
+    )
     padding = made.mean(0, keepdim=True).repeat(rows - len(made), 1)
     return torch.cat([made, padding]), copied
 
@@ -75,7 +82,11 @@ def main():
     from dilqur.model_folder import copy_tokenizer
 
     model = AutoModelForCausalLM.from_pretrained(settings.model_name_or_path, dtype=torch.float32)
-    old, head, tied = model.get_input_embeddings().weight.data, model.get_output_embeddings(), model.config.tie_word_embeddings
+    old, head, tied = (
+        model.get_input_embeddings().weight.data,
+        model.get_output_embeddings(),
+        model.config.tie_word_embeddings,
+    )
     rows = -(-new_tokenizer.size // settings.pad_to_multiple_of) * settings.pad_to_multiple_of
     new, copied = new_matrix(old, old_tokenizer, new_tokenizer, rows)
     new_head = None if tied else new_matrix(head.weight.data, old_tokenizer, new_tokenizer, rows)[0]
@@ -92,11 +103,20 @@ def main():
         copy_tokenizer(settings.tokenizer, part)
         if TextTokenizer(part).hash != new_tokenizer.hash:
             raise RuntimeError("saving the tokenizer changed it")
-    result = {"rows": rows, "copied": copied, "made_from_pieces": new_tokenizer.size - copied, "padding_rows": rows - new_tokenizer.size,
-              "tied": tied, "parameters": sum(p.numel() for p in model.parameters()), "tokenizer_sha256": new_tokenizer.hash}
+    result = {
+        "rows": rows,
+        "copied": copied,
+        "made_from_pieces": new_tokenizer.size - copied,
+        "padding_rows": rows - new_tokenizer.size,
+        "tied": tied,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tokenizer_sha256": new_tokenizer.hash,
+    }
     stage.finish(result)
-    print(f"{stage.folder}: {rows:,} rows, {copied:,} copied, {result['made_from_pieces']:,} from pieces, {result['padding_rows']} padding; "
-          f"{result['parameters']:,} parameters")
+    print(
+        f"{stage.folder}: {rows:,} rows, {copied:,} copied, {result['made_from_pieces']:,} from pieces, {result['padding_rows']} padding; "
+        f"{result['parameters']:,} parameters"
+    )
     return None
 
 

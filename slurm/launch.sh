@@ -81,7 +81,10 @@ strategy=${DILQUR_STRATEGY:-accelerate_configs/fsdp2.yaml}
 # accelerate would bury a one-line error and turn its exit code into 1: hear it first, and whether there is anything to do.
 # All nodes ask, since all must agree; another node may see a file up to a minute later than the one that wrote it (NFS).
 tries=1
-((node == 0)) || tries=7
+if ((node > 0)); then
+  tries=7
+  trap 'exit 0' TERM # srun ends the step with the highest exit code: let it be the first node's, not 143
+fi
 for ((try = 1; ; try++)); do
   code=0
   said=$(WORLD_SIZE=$processes python "$program" "$@" --check 2>&1) || code=$?

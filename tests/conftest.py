@@ -11,15 +11,21 @@ ROOT = Path(__file__).parent.parent
 CORPUS = ROOT / "recipes" / "quickstart" / "corpus"
 SHARED = ROOT.parent / "shared"  # real text and tokenizers, where a checkout has them beside it
 
-TINY_LLAMA = ("{vocab_size: 1280, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, num_attention_heads: 4, "
-              "num_key_value_heads: 2, tie_word_embeddings: true, bos_token_id: 1024, eos_token_id: 1025, pad_token_id: 1028}")
+TINY_LLAMA = (
+    "{vocab_size: 1280, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, num_attention_heads: 4, "
+    "num_key_value_heads: 2, tie_word_embeddings: true, bos_token_id: 1024, eos_token_id: 1025, pad_token_id: 1028}"
+)
 
 
 def run_program(program, *arguments, code=0, cwd=ROOT, **environment):
     """Run `program` (a path from the root) and return the CompletedProcess; fails unless it exits with `code`."""
     command = [sys.executable, str(ROOT / program), *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600)
-    assert code is None or done.returncode == code, f"exit code {done.returncode}, not {code}\n{done.stdout}\n{done.stderr}"
+    done = subprocess.run(
+        command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600
+    )
+    assert code is None or done.returncode == code, (
+        f"exit code {done.returncode}, not {code}\n{done.stdout}\n{done.stderr}"
+    )
     return done
 
 
@@ -32,16 +38,59 @@ def run():
 def made(tmp_path_factory):
     """A folder with `clean/`, `tokenizer/` (1,024 + 256 tokens), `shards/` and `held_out/`, all made by the programs."""
     folder = tmp_path_factory.mktemp("made")
-    run_program("data_tools/clean_corpus.py", "--input", CORPUS / "az", "--language", "az", "--validation_fraction", "0.1", "--output_dir", folder / "clean")
-    run_program("data_tools/train_tokenizer.py", "--input", folder / "clean" / "train", "--vocab_size", 1024, "--output_dir", folder / "tokenizer")
+    run_program(
+        "data_tools/clean_corpus.py",
+        "--input",
+        CORPUS / "az",
+        "--language",
+        "az",
+        "--validation_fraction",
+        "0.1",
+        "--output_dir",
+        folder / "clean",
+    )
+    run_program(
+        "data_tools/train_tokenizer.py",
+        "--input",
+        folder / "clean" / "train",
+        "--vocab_size",
+        1024,
+        "--output_dir",
+        folder / "tokenizer",
+    )
     for name, split in (("shards", "train"), ("held_out", "validation")):
-        run_program("data_tools/pack_mmap.py", "--input", folder / "clean" / split, "--tokenizer", folder / "tokenizer", "--output_dir", folder / name)
+        run_program(
+            "data_tools/pack_mmap.py",
+            "--input",
+            folder / "clean" / split,
+            "--tokenizer",
+            folder / "tokenizer",
+            "--output_dir",
+            folder / name,
+        )
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_model(made):
     """A Hugging Face folder: a tiny Llama with random weights and the tokenizer of `made`, as `cpt.py` leaves one."""
-    run_program("scripts/cpt.py", "--datasets", f"{{path: {made}/shards}}", "--tokenizer", made / "tokenizer", "--model_config", TINY_LLAMA,
-                "--max_length", 64, "--global_batch_size", 4, "--max_steps", 2, "--learning_rate", "1e-3", "--output_dir", made / "tiny")
+    run_program(
+        "scripts/cpt.py",
+        "--datasets",
+        f"{{path: {made}/shards}}",
+        "--tokenizer",
+        made / "tokenizer",
+        "--model_config",
+        TINY_LLAMA,
+        "--max_length",
+        64,
+        "--global_batch_size",
+        4,
+        "--max_steps",
+        2,
+        "--learning_rate",
+        "1e-3",
+        "--output_dir",
+        made / "tiny",
+    )
     return made / "tiny" / "model"

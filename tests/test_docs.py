@@ -12,11 +12,20 @@ MADE_BY_A_RUN = ("runs/", "data/", "models/", "checkpoints/", ".venv/")
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_every_file_it_names_is_there(page):
     text = page.read_text(encoding="utf-8")
-    named = re.findall(r"(?<![\w/.-])((?:[\w.-]+/)+[\w.-]*[\w/])", text) + re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
+    named = re.findall(r"(?<![\w/.-])((?:[\w.-]+/)+[\w.-]*[\w/])", text) + re.findall(
+        r"\]\((?!https?:)([^)#]+)\)", text
+    )
     for name in named:
         if name.startswith(MADE_BY_A_RUN) or "NAME" in name or "meta-llama" in name:
             continue
-        if "." in name or name.split("/")[0] in ("scripts", "data_tools", "slurm", "recipes", "dilqur", "accelerate_configs"):
+        if "." in name or name.split("/")[0] in (
+            "scripts",
+            "data_tools",
+            "slurm",
+            "recipes",
+            "dilqur",
+            "accelerate_configs",
+        ):
             assert (ROOT / name).exists() or (page.parent / name).exists(), f"{page.name} names {name}"
 
 

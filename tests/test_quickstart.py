@@ -20,7 +20,9 @@ ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ
 def tree(tmp_path_factory):
     """What a clone has, and what `make quickstart` makes of it."""
     folder = tmp_path_factory.mktemp("clone") / "dilqur"
-    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    files = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     for name in files.splitlines():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, folder / name)
@@ -29,7 +31,9 @@ def tree(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def quickstart(tree):
-    done = subprocess.run(["slurm/pipeline.sh", "quickstart", "--local"], cwd=tree, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["slurm/pipeline.sh", "quickstart", "--local"], cwd=tree, env=ENVIRONMENT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -40,7 +44,9 @@ def result(tree, stage):
 
 def test_it_ends_with_what_was_measured(tree, quickstart):
     fertility = result(tree, "fertility")["tokenizers"]
-    assert fertility["tokenizer"]["fertility"] < fertility["tokenizer-base"]["fertility"], "the new tokenizer needs fewer tokens a word"
+    assert fertility["tokenizer"]["fertility"] < fertility["tokenizer-base"]["fertility"], (
+        "the new tokenizer needs fewer tokens a word"
+    )
     bpb = {name: figures["bits_per_byte"] for name, figures in result(tree, "bpb")["models"].items()}
     assert bpb["cpt-2-full"] < bpb["cpt-1-embeddings"] < bpb["transplant"] < bpb["base"], "each stage helped"
     seen = {s: result(tree, s)["utf8_bytes_seen"] for s in ("cpt-1-embeddings", "cpt-2-full", "control")}
@@ -55,15 +61,26 @@ def test_it_ends_with_what_was_measured(tree, quickstart):
 
 def test_the_second_time_every_stage_says_it_is_finished(tree, quickstart):
     started = time.monotonic()
-    done = subprocess.run(["slurm/pipeline.sh", "quickstart", "--local"], cwd=tree, env=ENVIRONMENT, capture_output=True, text=True)
-    stages = [line.split()[0] for line in (tree / "recipes/quickstart/pipeline.txt").read_text().splitlines() if line and line[0] != "#"]
+    done = subprocess.run(
+        ["slurm/pipeline.sh", "quickstart", "--local"], cwd=tree, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    stages = [
+        line.split()[0]
+        for line in (tree / "recipes/quickstart/pipeline.txt").read_text().splitlines()
+        if line and line[0] != "#"
+    ]
     assert done.returncode == 0 and done.stdout.count("nothing to do") == len(stages)
     assert time.monotonic() - started < 20, "the second run is quick: promised under 20 s on 2 cores"
 
 
 def commands_of(program):
     doc = ast.get_docstring(ast.parse(program.read_text()), clean=False)
-    return [line.strip() for line in doc.splitlines() if line.startswith("    ") and line.split()[0] in ("python", "accelerate", "sbatch")]
+    doc = doc.replace("\\\n", "")  # a backslash: the command goes on in the next line
+    return [
+        line.strip()
+        for line in doc.splitlines()
+        if line.startswith("    ") and line.split()[0] in ("python", "accelerate", "sbatch")
+    ]
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.stem)

@@ -1,5 +1,7 @@
 """The recipes: whole, commented, faithful to what was published, and movable."""
 
+import itertools
+
 import pytest
 import yaml
 from conftest import ROOT
@@ -34,20 +36,41 @@ def test_nothing_inside_names_the_folder(recipe):
 def test_a_comment_stands_above_every_key_or_its_group(recipe):
     for file in recipe.glob("*.yaml"):
         lines = file.read_text().splitlines()
-        for before, line in zip(lines, lines[1:], strict=False):
+        for before, line in itertools.pairwise(lines):
             if line and not line.startswith((" ", "#", "-")):
-                assert before.startswith("#") or not before.startswith(" ") and before, f"{file}: nothing explains {line!r}"
+                assert before.startswith("#") or (not before.startswith(" ") and before), (
+                    f"{file}: nothing explains {line!r}"
+                )
 
 
 def test_the_published_run_is_in_the_recipe():
     """Azercell and AWS: 100k tokens padded to 100,352; 5,000 and 15,000 steps of 224 x 2,048; LoRA r 64, alpha 28."""
-    size, multiple = load("llama3.2-1b-az", "tokenizer")["vocab_size"], load("llama3.2-1b-az", "transplant")["pad_to_multiple_of"]
+    size, multiple = (
+        load("llama3.2-1b-az", "tokenizer")["vocab_size"],
+        load("llama3.2-1b-az", "transplant")["pad_to_multiple_of"],
+    )
     assert -(-(size + 256) // multiple) * multiple == 100_352
     first, second, sft = (load("llama3.2-1b-az", s) for s in ("cpt-1-embeddings", "cpt-2-full", "sft"))
-    assert (first["learning_rate"], first["max_steps"], second["learning_rate"], second["max_steps"]) == (3.2e-3, 5000, 2.4e-3, 15000)
-    assert all((r["global_batch_size"], r["max_length"], r["bf16"], r["use_liger_kernel"]) == (224, 2048, True, True) for r in (first, second))
-    assert split_batch(224, first["per_device_train_batch_size"], 16) == (14, 1), "14 a GPU on 16 GPUs, nothing accumulated"
-    assert (sft["lora_r"], sft["lora_alpha"], sft["lora_dropout"], sft["max_length"], sft["learning_rate"]) == (64, 28, 0.05, 1024, 1e-4)
+    assert (first["learning_rate"], first["max_steps"], second["learning_rate"], second["max_steps"]) == (
+        3.2e-3,
+        5000,
+        2.4e-3,
+        15000,
+    )
+    assert all(
+        (r["global_batch_size"], r["max_length"], r["bf16"], r["use_liger_kernel"]) == (224, 2048, True, True)
+        for r in (first, second)
+    )
+    assert split_batch(224, first["per_device_train_batch_size"], 16) == (14, 1), (
+        "14 a GPU on 16 GPUs, nothing accumulated"
+    )
+    assert (sft["lora_r"], sft["lora_alpha"], sft["lora_dropout"], sft["max_length"], sft["learning_rate"]) == (
+        64,
+        28,
+        0.05,
+        1024,
+        1e-4,
+    )
     assert len(sft["lora_target_modules"]) == 7
 
 
@@ -59,8 +82,12 @@ def test_the_8b_differs_from_the_1b_in_these_keys_alone():
             differing[file.stem] = keys
     training = ["gradient_checkpointing", "learning_rate", "per_device_train_batch_size"]
     assert differing == {
-        "bpb": ["model_name_or_path"], "compare": ["model_name_or_path"], "report": ["title"], "fertility": ["tokenizer"],
-        "transplant": ["model_name_or_path"], "sft": ["per_device_train_batch_size"],
+        "bpb": ["model_name_or_path"],
+        "compare": ["model_name_or_path"],
+        "report": ["title"],
+        "fertility": ["tokenizer"],
+        "transplant": ["model_name_or_path"],
+        "sft": ["per_device_train_batch_size"],
         "cpt-1-embeddings": [*training, "unfrozen_parameters"],  # the 8B's head is not tied to its embeddings
         "cpt-2-full": training,
     }

@@ -42,16 +42,19 @@ def refused(run, tmp_path):
 # -- recipes ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("program", "text", "words"), [
-    (CLEAN, "input: [a]\nlanguge: az\n", "stage.yaml:2: unknown key languge, did you mean language?"),
-    (CLEAN, "min_chars: 1\ninput: [a]\nmin_chars: 2\n", "stage.yaml:3: min_chars is already set in line 1"),
-    ("scripts/cpt.py", "bf16: 7\n", "stage.yaml:1: bf16 should be a valid boolean, not 7"),
-    (CLEAN, "input: corpus\n", "stage.yaml:1: input should be a valid list, not 'corpus'"),
-    (CLEAN, "input: [a]\nmin_chars: 0\n", "stage.yaml:2: min_chars should be greater than or equal to 1, not 0"),
-    ("scripts/cpt.py", "learning_rate: 0\n", "stage.yaml:1: learning_rate should be greater than 0, not 0"),
-    (CLEAN, "language: az\n", "--input missing: give the flag, or the key in a recipe (--config)"),
-    (CLEAN, "input: [a\n", "stage.yaml:2: not valid YAML"),
-])
+@pytest.mark.parametrize(
+    ("program", "text", "words"),
+    [
+        (CLEAN, "input: [a]\nlanguge: az\n", "stage.yaml:2: unknown key languge, did you mean language?"),
+        (CLEAN, "min_chars: 1\ninput: [a]\nmin_chars: 2\n", "stage.yaml:3: min_chars is already set in line 1"),
+        ("scripts/cpt.py", "bf16: 7\n", "stage.yaml:1: bf16 should be a valid boolean, not 7"),
+        (CLEAN, "input: corpus\n", "stage.yaml:1: input should be a valid list, not 'corpus'"),
+        (CLEAN, "input: [a]\nmin_chars: 0\n", "stage.yaml:2: min_chars should be greater than or equal to 1, not 0"),
+        ("scripts/cpt.py", "learning_rate: 0\n", "stage.yaml:1: learning_rate should be greater than 0, not 0"),
+        (CLEAN, "language: az\n", "--input missing: give the flag, or the key in a recipe (--config)"),
+        (CLEAN, "input: [a\n", "stage.yaml:2: not valid YAML"),
+    ],
+)
 def test_a_recipe_with_a_mistake(refused, tmp_path, program, text, words):
     (tmp_path / "stage.yaml").write_text(text)
     assert words in refused(program, "--config", tmp_path / "stage.yaml")
@@ -60,7 +63,8 @@ def test_a_recipe_with_a_mistake(refused, tmp_path, program, text, words):
 def test_a_recipe_or_a_flag_that_is_not_there(refused):
     assert "nowhere.yaml: cannot read this recipe" in refused(CLEAN, "--config", "nowhere.yaml")
     assert "unknown argument --languge, did you mean --language?" in refused(
-        CLEAN, "--input", CORPUS / "az", "--languge", "az")
+        CLEAN, "--input", CORPUS / "az", "--languge", "az"
+    )
     assert "--output_dir missing: give it, or a recipe" in refused(CLEAN, "--input", CORPUS / "az", out=None)
 
 
@@ -127,9 +131,11 @@ def test_what_a_failed_run_cleaned_is_not_there_for_the_next_one(refused, tmp_pa
 
 
 def test_a_run_folder_that_another_process_is_writing(refused, tmp_path):
-    code = ("import sys; from dilqur.stage import Stage, StageSettings\n"
-            "settings = StageSettings(output_dir=sys.argv[1]); settings.config = None\n"
-            "stage = Stage(settings, 'x.py').open(); print(flush=True); input()")
+    code = (
+        "import sys; from dilqur.stage import Stage, StageSettings\n"
+        "settings = StageSettings(output_dir=sys.argv[1]); settings.config = None\n"
+        "stage = Stage(settings, 'x.py').open(); print(flush=True); input()"
+    )
     command = [sys.executable, "-c", code, tmp_path / "out"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
@@ -147,8 +153,18 @@ def test_an_output_folder_that_is_a_file(refused, tmp_path):
 def test_a_result_of_other_settings_or_of_another_program_is_not_overwritten(refused, made):
     clean = [CLEAN, "--input", CORPUS / "az", "--language", "az", "--output_dir", made / "clean"]
     assert "finished with validation_fraction = 0.1, now 0.0" in refused(*clean, out=None)
-    line = refused(PACK, "--input", CORPUS / "az", "--tokenizer", made / "tokenizer", "--output_dir", made / "clean",
-                   "--overwrite_output_dir", "true", out=None)
+    line = refused(
+        PACK,
+        "--input",
+        CORPUS / "az",
+        "--tokenizer",
+        made / "tokenizer",
+        "--output_dir",
+        made / "clean",
+        "--overwrite_output_dir",
+        "true",
+        out=None,
+    )
     assert "holds a result of clean_corpus.py, not of pack_mmap.py" in line
     assert read_manifest(made / "clean")["program"] == "clean_corpus.py"
 

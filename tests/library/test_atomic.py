@@ -63,14 +63,19 @@ def test_files_move_in_beside_what_is_there_together_or_not_at_all(tmp_path):
     assert names(tmp_path) == ["report", "train", "train/a", "train/mine"]
 
 
-@pytest.mark.parametrize("writing", [
-    "atomic_file(where / 'a') as f: f.write(b'half'); f.flush(); wait()",
-    "atomic_folder(where / 'a') as f: (f / 'half').touch(); wait()",
-    "atomic_files(where) as f: (f / 'a').touch(); wait()",
-])
+@pytest.mark.parametrize(
+    "writing",
+    [
+        "atomic_file(where / 'a') as f: f.write(b'half'); f.flush(); wait()",
+        "atomic_folder(where / 'a') as f: (f / 'half').touch(); wait()",
+        "atomic_files(where) as f: (f / 'a').touch(); wait()",
+    ],
+)
 def test_a_process_killed_while_it_writes_leaves_nothing_under_the_final_name(tmp_path, writing):
-    code = ("import pathlib, sys; from dilqur.atomic import *; where = pathlib.Path(sys.argv[1])\n"
-            f"def wait(): print(flush=True); input()\nwith {writing}")
+    code = (
+        "import pathlib, sys; from dilqur.atomic import *; where = pathlib.Path(sys.argv[1])\n"
+        f"def wait(): print(flush=True); input()\nwith {writing}"
+    )
     command = [sys.executable, "-c", code, tmp_path]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
         writer.stdout.readline()

@@ -62,9 +62,15 @@ def test_the_order_belongs_to_seed_length_and_mixture_not_to_the_place_of_the_sh
     shards, held_out = made / "shards", made / "held_out"
     assert fingerprint(shards) == fingerprint(tmp_path / "moved")
     different = [
-        fingerprint(shards), fingerprint(held_out), fingerprint(shards, seed=43), fingerprint(shards, length=32),
-        fingerprint(shards, held_out), fingerprint(held_out, shards),
-        fingerprint(shards, held_out, weights=(0.5, 0.5)), fingerprint(shards, held_out, weights=(0.7, 0.3))]
+        fingerprint(shards),
+        fingerprint(held_out),
+        fingerprint(shards, seed=43),
+        fingerprint(shards, length=32),
+        fingerprint(shards, held_out),
+        fingerprint(held_out, shards),
+        fingerprint(shards, held_out, weights=(0.5, 0.5)),
+        fingerprint(shards, held_out, weights=(0.7, 0.3)),
+    ]
     assert len(set(different)) == len(different)
 
 
@@ -90,14 +96,17 @@ def test_datasets_that_do_not_fit_together_are_refused(made, tmp_path):
 # -- splitting the global batch ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("global_batch", "ceiling", "world", "expected"), [
-    (224, 14, 16, (14, 1)),    # 16 GPUs of 40 GB hold 14 sequences each
-    (224, 14, 8, (14, 2)),     # half of them: two micro-batches
-    (224, 10, 16, (7, 2)),     # 10 fit, but 7 is the largest divisor of 14 that does
-    (224, 1000, 1, (224, 1)),  # a ceiling, not a wish
-    (2304, 48, 8, (48, 6)),
-    (13, 8, 1, (1, 13)),       # a prime
-])
+@pytest.mark.parametrize(
+    ("global_batch", "ceiling", "world", "expected"),
+    [
+        (224, 14, 16, (14, 1)),  # 16 GPUs of 40 GB hold 14 sequences each
+        (224, 14, 8, (14, 2)),  # half of them: two micro-batches
+        (224, 10, 16, (7, 2)),  # 10 fit, but 7 is the largest divisor of 14 that does
+        (224, 1000, 1, (224, 1)),  # a ceiling, not a wish
+        (2304, 48, 8, (48, 6)),
+        (13, 8, 1, (1, 13)),  # a prime
+    ],
+)
 def test_accumulation_is_derived_from_the_global_batch(global_batch, ceiling, world, expected):
     assert split_batch(global_batch, ceiling, world) == expected
     assert math.prod(expected) * world == global_batch

@@ -17,14 +17,19 @@ def test_every_token_but_the_first_is_predicted_once_with_enough_before_it(lengt
     predicted = []
     for start, stop, first in windows(length, max_length=8, stride=4):
         assert stop - start <= 9, "the window sees at most 8 tokens and predicts the ninth"
-        assert first - start >= min(first, 5), "past the first window, max_length - stride tokens and one more stand before"
+        assert first - start >= min(first, 5), (
+            "past the first window, max_length - stride tokens and one more stand before"
+        )
         predicted += range(first, stop)
     assert predicted == list(range(1, length))
 
 
 def test_it_is_the_models_own_loss(tiny_model):
     """One document that fits one window: the figure follows from transformers' own loss."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval(), TextTokenizer(tiny_model)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval(),
+        TextTokenizer(tiny_model),
+    )
     text = TEXTS[1]
     ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(text)]])
     with torch.no_grad():
@@ -36,8 +41,13 @@ def test_it_is_the_models_own_loss(tiny_model):
 
 
 def test_batches_do_not_change_it(tiny_model):
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval(), TextTokenizer(tiny_model)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval(),
+        TextTokenizer(tiny_model),
+    )
     alone = score(model, tokenizer, TEXTS, max_length=16, stride=8, batch_size=1).result()
     together = score(model, tokenizer, TEXTS, max_length=16, stride=8, batch_size=16).result()
-    assert together["bits_per_byte"] == pytest.approx(alone["bits_per_byte"], rel=1e-5)  # padding to the right is not seen
+    assert together["bits_per_byte"] == pytest.approx(
+        alone["bits_per_byte"], rel=1e-5
+    )  # padding to the right is not seen
     assert together["bits_per_end_of_document"] == pytest.approx(alone["bits_per_end_of_document"], rel=1e-5)

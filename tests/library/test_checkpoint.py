@@ -13,8 +13,12 @@ from dilqur.distributed import make_accelerator
 from dilqur.errors import InputError
 
 FILES = {"rank-00000.safetensors", "rank-00000.json", "trainer.json", "index.json", "COMPLETE"}
-KINDS = {"weights": "rank-00000.safetensors", "pieces": "rank-00000.json", "trainer": "trainer.json",
-         "index": "index.json"}
+KINDS = {
+    "weights": "rank-00000.safetensors",
+    "pieces": "rank-00000.json",
+    "trainer": "trainer.json",
+    "index": "index.json",
+}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +77,8 @@ def saved(tmp_path, accelerator, training):
 
 @pytest.mark.parametrize("piece", [None, 100])  # 100: smaller than the matrices, which then lie in many pieces
 def test_what_is_written_is_read_to_the_bit_and_training_goes_on_as_if_nothing_had_been(
-        tmp_path, monkeypatch, accelerator, training, piece):
+    tmp_path, monkeypatch, accelerator, training, piece
+):
     if piece:
         monkeypatch.setattr("dilqur.checkpoint.PIECE", piece)
     model, optimizer, step = training(seed=0)

@@ -31,18 +31,21 @@ def texts(path, **options):
 # -- formats ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "data"), [
-    ("a.jsonl", LINES),
-    ("a.json", LINES),
-    ("a.jsonl.gz", gzip.compress(LINES)),
-    ("a.jsonl.zst", zstd(LINES)),
-    ("two-members.jsonl.gz", gzip.compress(LINES[:50]) + gzip.compress(LINES[50:])),  # as pigz and `cat` make them
-    ("two-frames.jsonl.zst", zstd(LINES[:50]) + zstd(LINES[50:])),
-    ("crlf.jsonl", LINES.replace(b"\n", b"\r\n")),
-    ("no-last-line-end.jsonl", LINES[:-1]),
-    ("empty-lines.jsonl", LINES.replace(b"\n", b"\n\n")),
-    ("escaped.jsonl", "".join(json.dumps({"text": t}) + "\n" for t in TEXTS).encode()),  # pairs as \ud83d\ude00
-])
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.jsonl", LINES),
+        ("a.json", LINES),
+        ("a.jsonl.gz", gzip.compress(LINES)),
+        ("a.jsonl.zst", zstd(LINES)),
+        ("two-members.jsonl.gz", gzip.compress(LINES[:50]) + gzip.compress(LINES[50:])),  # as pigz and `cat` make them
+        ("two-frames.jsonl.zst", zstd(LINES[:50]) + zstd(LINES[50:])),
+        ("crlf.jsonl", LINES.replace(b"\n", b"\r\n")),
+        ("no-last-line-end.jsonl", LINES[:-1]),
+        ("empty-lines.jsonl", LINES.replace(b"\n", b"\n\n")),
+        ("escaped.jsonl", "".join(json.dumps({"text": t}) + "\n" for t in TEXTS).encode()),  # pairs as \ud83d\ude00
+    ],
+)
 def test_jsonl_gives_the_same_documents_however_it_is_stored(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
     assert texts(tmp_path / name) == TEXTS
@@ -55,11 +58,10 @@ def test_parquet_gives_the_same_documents_with_their_row_and_what_else_is_said_o
     assert (found[3].where, found[3].record["id"]) == (f"{tmp_path / 'a.parquet'}:4", 3)
 
 
-@pytest.mark.parametrize(("sample_by", "expected"), [
-    ("line", ["one", "two", "three"]),
-    ("paragraph", ["one\ntwo", "three"]),
-    ("document", ["one\ntwo\n\nthree"]),
-])
+@pytest.mark.parametrize(
+    ("sample_by", "expected"),
+    [("line", ["one", "two", "three"]), ("paragraph", ["one\ntwo", "three"]), ("document", ["one\ntwo\n\nthree"])],
+)
 def test_a_text_file_is_cut_by_lines_paragraphs_or_not_at_all(tmp_path, sample_by, expected):
     (tmp_path / "a.txt").write_text("\none\ntwo\n\nthree\n\n")
     assert texts(tmp_path / "a.txt", sample_by=sample_by) == expected
@@ -83,16 +85,19 @@ def test_a_document_of_many_megabytes_in_one_line_is_read_whole(tmp_path):
 GOOD = b'{"text": "salam"}\n'
 
 
-@pytest.mark.parametrize(("record", "words"), [
-    (b'{"text": "sal', "broken JSON"),
-    (b'{"text": "sal\xff"}', "invalid UTF-8 at byte 13"),  # 13 bytes stand before it
-    (b'["salam"]', "not a JSON object"),
-    (b'{"content": "salam"}', "no text field 'text' (keys: content); see --text_field"),
-    (b'{"text": null}', "no text field 'text'"),
-    (b'{"text": "\\ud83d"}', "a lone surrogate"),  # json.loads takes it, UTF-8 cannot hold it
-    (b'{"text": "a", "x": ' + b"[" * 100_000, "JSON nested too deeply"),
-    (b'{"text": "a", "x": ' + b"1" * 5000 + b"}", "a number of over 4,300 digits"),
-])
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        (b'{"text": "sal', "broken JSON"),
+        (b'{"text": "sal\xff"}', "invalid UTF-8 at byte 13"),  # 13 bytes stand before it
+        (b'["salam"]', "not a JSON object"),
+        (b'{"content": "salam"}', "no text field 'text' (keys: content); see --text_field"),
+        (b'{"text": null}', "no text field 'text'"),
+        (b'{"text": "\\ud83d"}', "a lone surrogate"),  # json.loads takes it, UTF-8 cannot hold it
+        (b'{"text": "a", "x": ' + b"[" * 100_000, "JSON nested too deeply"),
+        (b'{"text": "a", "x": ' + b"1" * 5000 + b"}", "a number of over 4,300 digits"),
+    ],
+)
 def test_a_bad_record_is_named_with_file_and_line_and_can_be_skipped(tmp_path, record, words):
     file = tmp_path / "a.jsonl"
     file.write_bytes(GOOD + record + b"\n" + GOOD)
@@ -152,12 +157,15 @@ def test_folders_and_globs_give_their_files_sorted_once_and_without_hidden_ones(
     assert expand([str(tmp_path / "*.jsonl"), str(tmp_path)]) == [found[1], found[0], found[2]]
 
 
-@pytest.mark.parametrize(("name", "words"), [
-    ("missing", "no such file, folder or pattern"),
-    ("*.jsonl", "no such file, folder or pattern"),
-    ("notes.md", "not a known format; give .jsonl, .json, .parquet, .txt"),
-    ("sub", "no .jsonl, .json, .parquet, .txt file in this folder"),
-])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("missing", "no such file, folder or pattern"),
+        ("*.jsonl", "no such file, folder or pattern"),
+        ("notes.md", "not a known format; give .jsonl, .json, .parquet, .txt"),
+        ("sub", "no .jsonl, .json, .parquet, .txt file in this folder"),
+    ],
+)
 def test_what_is_not_there_is_named(tmp_path, name, words):
     (tmp_path / "notes.md").touch()
     (tmp_path / "sub").mkdir()

@@ -60,11 +60,14 @@ def test_the_earlier_of_job_end_and_max_minutes_counts(tmp_path, monkeypatch):
     assert Interrupt(tmp_path, max_minutes=60).reason(0) == "the time is up"
 
 
-@pytest.mark.parametrize(("answer", "stops"), [
-    ("%Y-%m-%dT%H:%M:%S", True),  # local time, as Slurm 22 prints it, in a padded column
-    ("Unknown", False),           # a partition without a limit
-    ("", False),                  # the job is unknown to squeue
-])
+@pytest.mark.parametrize(
+    ("answer", "stops"),
+    [
+        ("%Y-%m-%dT%H:%M:%S", True),  # local time, as Slurm 22 prints it, in a padded column
+        ("Unknown", False),  # a partition without a limit
+        ("", False),  # the job is unknown to squeue
+    ],
+)
 def test_before_slurm_23_squeue_is_asked_for_the_end(tmp_path, monkeypatch, answer, stops):
     end = time.strftime(answer, time.localtime(time.time() + 290))
     squeue = tmp_path / "squeue"

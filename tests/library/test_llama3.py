@@ -11,8 +11,10 @@ CHAT = [{"role": "user", "content": "Salam, necəsən?"}, {"role": "assistant", 
 def test_the_special_tokens_are_llama_3s_256_in_their_order():
     assert len(SPECIAL_TOKENS) == len(set(SPECIAL_TOKENS)) == 256
     # offsets from the first special id, from the Llama 3.1 model card: begin 0, end 1, pad 4, headers 6 and 7, eot 9
-    assert [SPECIAL_TOKENS.index(f"<|{t}|>") for t in
-            ("begin_of_text", "end_of_text", "finetune_right_pad_id", "start_header_id", "end_header_id", "eot_id")] == [0, 1, 4, 6, 7, 9]
+    assert [
+        SPECIAL_TOKENS.index(f"<|{t}|>")
+        for t in ("begin_of_text", "end_of_text", "finetune_right_pad_id", "start_header_id", "end_header_id", "eot_id")
+    ] == [0, 1, 4, 6, 7, 9]
     assert SPECIAL_TOKENS[-1] == "<|reserved_special_token_247|>"
 
 

@@ -31,7 +31,9 @@ def test_a_resume_drops_the_lines_of_steps_that_are_done_again(tmp_path):
     record(tmp_path, 0, 7, run=1).close()
     record(tmp_path, 4, 10, run=2).close()  # the last checkpoint was of step 4
     assert [(line["step"], line["run"]) for line in lines(tmp_path)] == [
-        *((step, 1) for step in (1, 2, 3, 4)), *((step, 2) for step in (5, 6, 7, 8, 9, 10))]
+        *((step, 1) for step in (1, 2, 3, 4)),
+        *((step, 2) for step in (5, 6, 7, 8, 9, 10)),
+    ]
 
 
 @pytest.mark.parametrize("half", ['{"step": 6, "lo', '{"step": 6, "loss": 0.1', "\0\0\0\0", "\n"])

@@ -12,9 +12,17 @@ def llama():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     def make(tied=True):
-        return LlamaForCausalLM(LlamaConfig(
-            vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, tie_word_embeddings=tied))
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=128,
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                tie_word_embeddings=tied,
+            )
+        )
 
     return make
 
@@ -29,11 +37,14 @@ def test_warm_up_climbs_by_equal_parts_and_its_last_step_has_the_peak(schedule):
     assert rates == pytest.approx([0.6e-3, 1.2e-3, 1.8e-3, 2.4e-3, 2.4e-3])
 
 
-@pytest.mark.parametrize(("schedule", "third", "half", "end"), [
-    ("cosine", 0.75, 0.5, 0.0),  # (1 + cos 60°) / 2, (1 + cos 90°) / 2, (1 + cos 180°) / 2
-    ("linear", 2 / 3, 0.5, 0.0),
-    ("constant", 1.0, 1.0, 1.0),
-])
+@pytest.mark.parametrize(
+    ("schedule", "third", "half", "end"),
+    [
+        ("cosine", 0.75, 0.5, 0.0),  # (1 + cos 60°) / 2, (1 + cos 90°) / 2, (1 + cos 180°) / 2
+        ("linear", 2 / 3, 0.5, 0.0),
+        ("constant", 1.0, 1.0, 1.0),
+    ],
+)
 @pytest.mark.parametrize("floor", [0.0, 0.1])
 def test_the_schedule_runs_from_the_peak_to_its_floor(schedule, third, half, end, floor):
     warmup, steps = 10, 70  # 60 steps after the warm-up: a third is 20

@@ -14,7 +14,7 @@ from dilqur.recipe import parse, to_dict
 
 
 class Dataset(TypedDict, total=False):
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+    __pydantic_config__ = {"extra": "forbid"}
     path: Required[str]
     weight: Annotated[float, Field(gt=0)]
 
@@ -81,26 +81,29 @@ def test_what_says_only_where_and_whether_to_run_is_not_in_a_manifest():
     assert "output_dir" not in to_dict(settings("--output_dir", "x"))
 
 
-@pytest.mark.parametrize(("text", "line", "words"), [
-    ("bf16: true\nlearnin_rate: 1\n", 2, "unknown key learnin_rate, did you mean learning_rate?"),
-    ("env: {CUDA_VISIBLE_DEVICES: 0}\n", 1, "unknown key env"),  # TRL would set the environment from it
-    ("max_steps: 1\n\n# again\nmax_steps: 2\n", 4, "max_steps is already set in line 1"),
-    ("bf16: 7\n", 1, "bf16 should be a valid boolean, not 7"),
-    ("bf16: 'true'\n", 1, "bf16 should be a valid boolean, not 'true'"),
-    ("max_steps: true\n", 1, "max_steps should be a valid integer, not True"),
-    ("max_steps: 1.5\n", 1, "max_steps should be a valid integer, not 1.5"),
-    ("max_steps: 0\n", 1, "max_steps should be greater than or equal to 1, not 0"),
-    ("learning_rate: -1e-3\n", 1, "learning_rate should be greater than 0, not -0.001"),
-    ("learning_rate: [1, 2]\n", 1, "learning_rate should be a valid number"),
-    ("report_to: wandb\n", 1, "report_to should be a valid list, not 'wandb'"),
-    ("report_to: [mlflow]\n", 1, "report_to[0] should be 'tensorboard' or 'wandb', not 'mlflow'"),
-    ("datasets:\n  - {path: a, wieght: 1}\n", 1, "datasets[0].wieght unknown key"),
-    ("datasets:\n  - path: a\n    path: b\n", 3, "path is set twice"),
-    ("datasets: [{weight: 1}]\n", 1, "datasets[0].path field required"),
-    ("bf16: true\n  model: x\n", 2, "not valid YAML"),
-    ("- bf16\n", 1, "a recipe is a table"),
-    ("model: [unclosed\n", 2, "not valid YAML"),
-])
+@pytest.mark.parametrize(
+    ("text", "line", "words"),
+    [
+        ("bf16: true\nlearnin_rate: 1\n", 2, "unknown key learnin_rate, did you mean learning_rate?"),
+        ("env: {CUDA_VISIBLE_DEVICES: 0}\n", 1, "unknown key env"),  # TRL would set the environment from it
+        ("max_steps: 1\n\n# again\nmax_steps: 2\n", 4, "max_steps is already set in line 1"),
+        ("bf16: 7\n", 1, "bf16 should be a valid boolean, not 7"),
+        ("bf16: 'true'\n", 1, "bf16 should be a valid boolean, not 'true'"),
+        ("max_steps: true\n", 1, "max_steps should be a valid integer, not True"),
+        ("max_steps: 1.5\n", 1, "max_steps should be a valid integer, not 1.5"),
+        ("max_steps: 0\n", 1, "max_steps should be greater than or equal to 1, not 0"),
+        ("learning_rate: -1e-3\n", 1, "learning_rate should be greater than 0, not -0.001"),
+        ("learning_rate: [1, 2]\n", 1, "learning_rate should be a valid number"),
+        ("report_to: wandb\n", 1, "report_to should be a valid list, not 'wandb'"),
+        ("report_to: [mlflow]\n", 1, "report_to[0] should be 'tensorboard' or 'wandb', not 'mlflow'"),
+        ("datasets:\n  - {path: a, wieght: 1}\n", 1, "datasets[0].wieght unknown key"),
+        ("datasets:\n  - path: a\n    path: b\n", 3, "path is set twice"),
+        ("datasets: [{weight: 1}]\n", 1, "datasets[0].path field required"),
+        ("bf16: true\n  model: x\n", 2, "not valid YAML"),
+        ("- bf16\n", 1, "a recipe is a table"),
+        ("model: [unclosed\n", 2, "not valid YAML"),
+    ],
+)
 def test_what_is_wrong_in_a_recipe_is_said_with_its_line(recipe, text, line, words):
     file = recipe(text)
     with pytest.raises(InputError) as refused:
@@ -109,16 +112,22 @@ def test_what_is_wrong_in_a_recipe_is_said_with_its_line(recipe, text, line, wor
     assert words in str(refused.value)
 
 
-@pytest.mark.parametrize(("flags", "words"), [
-    (["--learnin_rate", "1"], "unknown argument --learnin_rate, did you mean --learning_rate?"),
-    (["--learning", "1"], "unknown argument --learning"),  # no abbreviations: a later key could change their meaning
-    (["--max_steps", "many"], "--max_steps: invalid int value: 'many'"),
-    (["--max_steps", "0"], "--max_steps should be greater than or equal to 1"),
-    (["--bf16", "7"], "--bf16"),
-    (["--datasets", "{path: [}"], "not YAML"),
-    (["--config"], "--config needs the path of a recipe"),
-    (["--config", "missing.yaml"], "missing.yaml: cannot read this recipe"),
-])
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--learnin_rate", "1"], "unknown argument --learnin_rate, did you mean --learning_rate?"),
+        (
+            ["--learning", "1"],
+            "unknown argument --learning",
+        ),  # no abbreviations: a later key could change their meaning
+        (["--max_steps", "many"], "--max_steps: invalid int value: 'many'"),
+        (["--max_steps", "0"], "--max_steps should be greater than or equal to 1"),
+        (["--bf16", "7"], "--bf16"),
+        (["--datasets", "{path: [}"], "not YAML"),
+        (["--config"], "--config needs the path of a recipe"),
+        (["--config", "missing.yaml"], "missing.yaml: cannot read this recipe"),
+    ],
+)
 def test_what_is_wrong_on_the_command_line_is_said_with_the_flag(flags, words):
     with pytest.raises(InputError) as refused:
         settings(*flags)

@@ -64,8 +64,12 @@ def test_so_it_does_for_each_dataset_of_a_mixture():
 
 def test_no_two_epochs_and_no_two_seeds_have_the_same_order():
     n = 1000
-    orders = [tuple(permute(np.arange(n), n, seed, stream, epoch))
-              for seed in (42, 43) for stream in (0, 1) for epoch in (0, 1)]
+    orders = [
+        tuple(permute(np.arange(n), n, seed, stream, epoch))
+        for seed in (42, 43)
+        for stream in (0, 1)
+        for epoch in (0, 1)
+    ]
     assert len(set(orders)) == 8  # seed + epoch would make (42, 1) the order of (43, 0)
 
 
@@ -109,11 +113,14 @@ def test_without_weights_the_datasets_are_mixed_in_proportion_to_their_sizes():
     assert counts == {0: 3072, 1: 1024}  # three quarters and one quarter of 4,096
 
 
-@pytest.mark.parametrize(("sizes", "weights", "words"), [
-    ([10, 0], None, "a dataset holds less than one sample"),
-    ([], None, "a dataset holds less than one sample"),
-    ([10, 10], [1.0, 0.0001], "weights: 0.00010 of the tokens is less than 1 in 4096"),
-])
+@pytest.mark.parametrize(
+    ("sizes", "weights", "words"),
+    [
+        ([10, 0], None, "a dataset holds less than one sample"),
+        ([], None, "a dataset holds less than one sample"),
+        ([10, 10], [1.0, 0.0001], "weights: 0.00010 of the tokens is less than 1 in 4096"),
+    ],
+)
 def test_a_mixture_that_cannot_be_is_refused(sizes, weights, words):
     with pytest.raises(InputError, match=words):
         SampleOrder(sizes, 0, weights)

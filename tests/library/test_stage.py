@@ -130,9 +130,11 @@ def test_the_manifest_says_what_was_read_with_what_and_on_what(finished, tmp_pat
 
 
 def test_a_folder_another_process_writes_is_refused_until_that_ends(stage, tmp_path, text):
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); from test_stage import Settings, Stage\n"
-            "stage = Stage(Settings(input=[sys.argv[2]], output_dir=sys.argv[3]), 'x.py').open()\n"
-            "print(flush=True); input()")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from test_stage import Settings, Stage\n"
+        "stage = Stage(Settings(input=[sys.argv[2]], output_dir=sys.argv[3]), 'x.py').open()\n"
+        "print(flush=True); input()"
+    )
     command = [sys.executable, "-c", code, Path(__file__).parent, text, tmp_path / "out"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
@@ -156,8 +158,10 @@ def test_an_output_folder_that_cannot_be_is_said_in_a_line(stage, tmp_path, plac
 def recipe(tmp_path):
     folder = tmp_path / "recipes" / "mine"
     folder.mkdir(parents=True)
-    (folder / "pipeline.txt").write_text("# a comment\n\nclean  data_tools/clean_corpus.py  cpu\n"
-                                         "pack  data_tools/pack_mmap.py  cpu  --seed 7  # and another\n")
+    (folder / "pipeline.txt").write_text(
+        "# a comment\n\nclean  data_tools/clean_corpus.py  cpu\n"
+        "pack  data_tools/pack_mmap.py  cpu  --seed 7  # and another\n"
+    )
     (folder / "pack.yaml").write_text("input: [clean/train]\n")
     return folder / "pack.yaml"
 
@@ -203,10 +207,13 @@ def test_a_program_that_prints_writes_nothing_without_a_folder(text, tmp_path, m
     assert [p.name for p in tmp_path.iterdir()] == ["raw"]
 
 
-@pytest.mark.parametrize(("kind", "words"), [
-    (ModelPath, "no config.json .*: not a Hugging Face model folder"),
-    (ShardsPath, "no manifest.json .*: not a folder of token shards"),
-])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (ModelPath, "no config.json .*: not a Hugging Face model folder"),
+        (ShardsPath, "no manifest.json .*: not a folder of token shards"),
+    ],
+)
 def test_a_folder_of_the_wrong_kind_is_refused(kind, words, tmp_path):
     @dataclass(kw_only=True)
     class Reads(StageSettings):
@@ -234,14 +241,19 @@ def test_a_stage_stands_for_the_model_it_wrote(stage, tmp_path):
 def test_a_pipeline_is_a_table_of_stage_program_batch_file_and_flags(recipe):
     rows = read_pipeline(recipe.parent)
     assert [(r.name, r.program, r.batch, r.flags) for r in rows] == [
-        ("clean", "data_tools/clean_corpus.py", "cpu", ()), ("pack", "data_tools/pack_mmap.py", "cpu", ("--seed", "7"))]
+        ("clean", "data_tools/clean_corpus.py", "cpu", ()),
+        ("pack", "data_tools/pack_mmap.py", "cpu", ("--seed", "7")),
+    ]
 
 
-@pytest.mark.parametrize(("line", "words"), [
-    ("clean data_tools/clean_corpus.py", r"pipeline\.txt:2: a line is: stage, program, batch file, flags"),
-    ("first x.py cpu", r"pipeline\.txt:2: the stage first is there twice"),
-    ("second x.py cpu --names 'Llama 3", r"pipeline\.txt:2: a quotation mark is not closed"),
-])
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("clean data_tools/clean_corpus.py", r"pipeline\.txt:2: a line is: stage, program, batch file, flags"),
+        ("first x.py cpu", r"pipeline\.txt:2: the stage first is there twice"),
+        ("second x.py cpu --names 'Llama 3", r"pipeline\.txt:2: a quotation mark is not closed"),
+    ],
+)
 def test_a_broken_pipeline_is_refused_with_its_line(tmp_path, line, words):
     (tmp_path / "pipeline.txt").write_text(f"first x.py cpu\n{line}\n")
     with pytest.raises(InputError, match=words):

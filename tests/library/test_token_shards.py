@@ -72,15 +72,18 @@ def test_an_id_that_int32_cannot_hold_is_refused(tmp_path):
         writer.add([2**31])
 
 
-@pytest.mark.parametrize(("damage", "words"), [
-    (lambda f: (f / "tokens-00001.npy").unlink(), r"tokens-00001\.npy: missing, though manifest\.json lists it"),
-    (lambda f: (f / "tokens-00001.npy").open("ab").write(b"x"), r"00001\.npy: 141 bytes, manifest\.json says 140"),
-    (lambda f: flip(f / "tokens-00001.npy", 1), r"tokens-00001\.npy: not a \.npy file"),  # in the header
-    (lambda f: (f / "manifest.json").unlink(), r"manifest\.json: not there: .* is not finished"),
-    (lambda f: (f / "manifest.json").write_text("{"), r"manifest\.json: damaged"),
-    (lambda f: (f / "manifest.json").write_text('{"stage": "clean"}'), "not a folder of token shards"),
-    (lambda f: edit(f / "manifest.json", version=2), "format version 2 is newer than this program's 1"),
-])
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: (f / "tokens-00001.npy").unlink(), r"tokens-00001\.npy: missing, though manifest\.json lists it"),
+        (lambda f: (f / "tokens-00001.npy").open("ab").write(b"x"), r"00001\.npy: 141 bytes, manifest\.json says 140"),
+        (lambda f: flip(f / "tokens-00001.npy", 1), r"tokens-00001\.npy: not a \.npy file"),  # in the header
+        (lambda f: (f / "manifest.json").unlink(), r"manifest\.json: not there: .* is not finished"),
+        (lambda f: (f / "manifest.json").write_text("{"), r"manifest\.json: damaged"),
+        (lambda f: (f / "manifest.json").write_text('{"stage": "clean"}'), "not a folder of token shards"),
+        (lambda f: edit(f / "manifest.json", version=2), "format version 2 is newer than this program's 1"),
+    ],
+)
 def test_a_folder_that_is_not_whole_is_refused_with_the_file(folder, damage, words):
     damage(folder)
     with pytest.raises(InputError, match=words):

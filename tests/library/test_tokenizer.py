@@ -70,24 +70,31 @@ def changed(made, folder, change):
     return TextTokenizer(folder)
 
 
-@pytest.mark.parametrize("change", [
-    lambda spec: None,  # only the layout of the file
-    lambda spec: spec.update(truncation={
-        "max_length": 8, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}),
-    lambda spec: spec.update(post_processor=None),
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda spec: None,  # only the layout of the file
+        lambda spec: spec.update(
+            truncation={"max_length": 8, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+        ),
+        lambda spec: spec.update(post_processor=None),
+    ],
+)
 def test_what_does_not_change_the_ids_does_not_change_the_hash(made, tokenizer, tmp_path, change):
     other = changed(made, tmp_path, change)
     assert other.hash == tokenizer.hash
     assert other.encode("Sabahınız xeyir! " * 20) == tokenizer.encode("Sabahınız xeyir! " * 20)
 
 
-@pytest.mark.parametrize("change", [
-    lambda spec: spec["model"]["merges"].reverse(),
-    lambda spec: spec.update(normalizer={"type": "Lowercase"}),
-    lambda spec: spec["added_tokens"][0].update(content="<s>"),
-    lambda spec: spec["model"].update(ignore_merges=False),
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda spec: spec["model"]["merges"].reverse(),
+        lambda spec: spec.update(normalizer={"type": "Lowercase"}),
+        lambda spec: spec["added_tokens"][0].update(content="<s>"),
+        lambda spec: spec["model"].update(ignore_merges=False),
+    ],
+)
 def test_what_can_change_the_ids_changes_the_hash(made, tokenizer, tmp_path, change):
     assert changed(made, tmp_path, change).hash != tokenizer.hash
 
@@ -103,12 +110,15 @@ def test_a_folder_its_file_a_compressed_file_and_a_stage_with_a_model_are_the_sa
         assert TextTokenizer(path).hash == tokenizer.hash
 
 
-@pytest.mark.parametrize(("files", "words"), [
-    ({}, "no tokenizer.json there"),
-    ({"tokenizer.json": "{}"}, "not a tokenizer"),
-    ({"tokenizer.json": "not JSON"}, "not a tokenizer"),
-    ({"tokenizer.json": None, "tokenizer_config.json": "{"}, r"tokenizer_config\.json: damaged"),
-])
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({}, "no tokenizer.json there"),
+        ({"tokenizer.json": "{}"}, "not a tokenizer"),
+        ({"tokenizer.json": "not JSON"}, "not a tokenizer"),
+        ({"tokenizer.json": None, "tokenizer_config.json": "{"}, r"tokenizer_config\.json: damaged"),
+    ],
+)
 def test_what_is_no_tokenizer_is_refused_with_the_file(made, tmp_path, files, words):
     for name, content in files.items():
         (tmp_path / name).write_text((made / "tokenizer" / name).read_text() if content is None else content)

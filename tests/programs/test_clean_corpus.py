@@ -29,31 +29,49 @@ def kept(folder):
     return [document.text for document in read(sorted(map(str, folder.glob("*"))))]
 
 
-@pytest.mark.parametrize(("raw", "expected"), [
-    ("Bak\u0131\u200b \ufeffşə\u00adhəri\x07", "Bakı şəhəri"),  # zero-width, BOM, soft hyphen, bell
-    ("I\u0307zmir", "İzmir"),  # NFC: one character for the dotted capital
-    ("bir\r\niki\rüç\u2028dörd", "bir\niki\nüç\ndörd"),
-    ("  bir \u00a0 iki \t üç  ", "bir iki üç"),
-    ("bir\n\n\n\niki", "bir\n\niki"),
-    ("ailə 👨\u200d👩\u200d👧", "ailə 👨\u200d👩\u200d👧"),  # emoji are joined by an invisible character
-])
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ("Bak\u0131\u200b \ufeffşə\u00adhəri\x07", "Bakı şəhəri"),  # zero-width, BOM, soft hyphen, bell
+        ("I\u0307zmir", "İzmir"),  # NFC: one character for the dotted capital
+        ("bir\r\niki\rüç\u2028dörd", "bir\niki\nüç\ndörd"),
+        ("  bir \u00a0 iki \t üç  ", "bir iki üç"),
+        ("bir\n\n\n\niki", "bir\n\niki"),
+        ("ailə 👨\u200d👩\u200d👧", "ailə 👨\u200d👩\u200d👧"),  # emoji are joined by an invisible character
+    ],
+)
 def test_text_is_made_one_kind(clean, raw, expected):
     assert clean([raw], "--min_chars", 1)[0] == [expected]
 
 
 def test_every_document_dropped_is_counted_under_its_reason(clean):
-    texts, counts = clean([
-        GOOD,
-        GOOD.replace(" ", "  "),  # equal once its spaces are one
-        "qısa",
-        GOOD * 20,
-        "The old town lies on a hill above the river, and many visitors come to see it in spring.",
-        "Bu sətir təkrar olunur və olunur.\n" * 3,
-        f"{GOOD} {GOOD}",  # half of its words are in 5-grams that came before
-    ], "--language", "az", "--max_chars", 1000)
+    texts, counts = clean(
+        [
+            GOOD,
+            GOOD.replace(" ", "  "),  # equal once its spaces are one
+            "qısa",
+            GOOD * 20,
+            "The old town lies on a hill above the river, and many visitors come to see it in spring.",
+            "Bu sətir təkrar olunur və olunur.\n" * 3,
+            f"{GOOD} {GOOD}",  # half of its words are in 5-grams that came before
+        ],
+        "--language",
+        "az",
+        "--max_chars",
+        1000,
+    )
     assert texts == [GOOD]
-    assert counts == {"read": 7, "kept_train": 1, "bytes_train": len(GOOD.encode()), "exact_duplicate": 1,
-                      "too_short": 1, "too_long": 1, "other_language": 1, "repeated_lines": 1, "repeated_ngrams": 1}
+    assert counts == {
+        "read": 7,
+        "kept_train": 1,
+        "bytes_train": len(GOOD.encode()),
+        "exact_duplicate": 1,
+        "too_short": 1,
+        "too_long": 1,
+        "other_language": 1,
+        "repeated_lines": 1,
+        "repeated_ngrams": 1,
+    }
 
 
 def test_the_held_out_share_is_chosen_by_the_text_and_nothing_is_in_both(made, run, tmp_path):
@@ -90,11 +108,14 @@ def test_files_of_the_same_name_do_not_overwrite_each_other(run, tmp_path):
     assert sorted(kept(tmp_path / "out" / "train")) == [f"{GOOD} 0", f"{GOOD} 1"]
 
 
-@pytest.mark.parametrize(("flags", "words"), [
-    (["--min_chars", 10, "--max_chars", 9], "min_chars 10 is more than max_chars 9"),
-    (["--language", "xx"], "language: 'xx' is not among the identifier's"),
-    (["--min_chars", 500_000], "no document of 170 is left (too_short 170): loosen a filter"),
-])
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--min_chars", 10, "--max_chars", 9], "min_chars 10 is more than max_chars 9"),
+        (["--language", "xx"], "language: 'xx' is not among the identifier's"),
+        (["--min_chars", 500_000], "no document of 170 is left (too_short 170): loosen a filter"),
+    ],
+)
 def test_settings_that_leave_nothing_are_refused(run, tmp_path, flags, words):
     done = run(PROGRAM, "--input", CORPUS / "az", "--output_dir", tmp_path / "out", *flags, code=2)
     assert words in done.stderr

@@ -17,13 +17,35 @@ def test_repetition_is_the_share_of_4_grams_said_before():
 
 def test_side_by_side(run, tiny_model, made, tmp_path):
     (tmp_path / "prompts.txt").write_text("Bakı\nSalam, necəsən?\n")
-    run("scripts/compare_generations.py", "--model_name_or_path", tiny_model, "--chat_models", "tiny", "--input", tmp_path / "prompts.txt",
-        "--max_new_tokens", 4, "--output_dir", tmp_path / "out")
+    run(
+        "scripts/compare_generations.py",
+        "--model_name_or_path",
+        tiny_model,
+        "--chat_models",
+        "tiny",
+        "--input",
+        tmp_path / "prompts.txt",
+        "--max_new_tokens",
+        4,
+        "--output_dir",
+        tmp_path / "out",
+    )
     rows = [json.loads(line) for line in (tmp_path / "out" / "generations.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ["Bakı", "Salam, necəsən?"]
     assert all(0 < row["answers"]["tiny"]["tokens"] <= 4 for row in rows)
     page = (tmp_path / "out" / "generations.md").read_text()
     assert "## Bakı" in page and "**tiny**" in page
-    done = run("scripts/compare_generations.py", "--model_name_or_path", tiny_model, "--input", tmp_path / "prompts.txt",
-               "--chat_models", "sft", "--output_dir", tmp_path / "x", "--check", code=2)
+    done = run(
+        "scripts/compare_generations.py",
+        "--model_name_or_path",
+        tiny_model,
+        "--input",
+        tmp_path / "prompts.txt",
+        "--chat_models",
+        "sft",
+        "--output_dir",
+        tmp_path / "x",
+        "--check",
+        code=2,
+    )
     assert "sft is not among the models (tiny)" in done.stderr

@@ -18,9 +18,22 @@ def cpt(run, made, tiny_model):
 
     def start(*flags, model=tiny_model, shards=made / "shards", code=0, **environment):
         source = ("--model_name_or_path", model) if model else ()
-        return run("scripts/cpt.py", *source, "--datasets", f"{{path: {shards}}}", "--max_length", LENGTH,
-                   "--global_batch_size", BATCH, "--learning_rate", "3e-3", *flags, code=code,
-                   OMP_NUM_THREADS="1", **environment)  # on a busy machine two threads wait for each other
+        return run(
+            "scripts/cpt.py",
+            *source,
+            "--datasets",
+            f"{{path: {shards}}}",
+            "--max_length",
+            LENGTH,
+            "--global_batch_size",
+            BATCH,
+            "--learning_rate",
+            "3e-3",
+            *flags,
+            code=code,
+            OMP_NUM_THREADS="1",
+            **environment,
+        )  # on a busy machine two threads wait for each other
 
     return start
 
@@ -34,8 +47,18 @@ def base(cpt, made, tmp_path_factory):
 
 
 def training(made):
-    return ("--max_steps", STEPS, "--warmup_steps", 3, "--save_steps", 4, "--eval_steps", 10,
-            "--eval_datasets", f"{{path: {made}/held_out}}")
+    return (
+        "--max_steps",
+        STEPS,
+        "--warmup_steps",
+        3,
+        "--save_steps",
+        4,
+        "--eval_steps",
+        10,
+        "--eval_datasets",
+        f"{{path: {made}/held_out}}",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +126,10 @@ def test_the_model_loads_with_transformers_as_it_is(base):
 def test_the_manifest_says_what_the_model_was_made_of_and_where(base, made, tiny_model):
     manifest = json.loads((base / "manifest.json").read_text())
     assert {(path, record["kind"]) for path, record in manifest["inputs"].items()} == {
-        (str(tiny_model), "model"), (f"{made}/shards", "shards"), (f"{made}/held_out", "shards")}
+        (str(tiny_model), "model"),
+        (f"{made}/shards", "shards"),
+        (f"{made}/held_out", "shards"),
+    }
     assert all(file["xxh3"] for record in manifest["inputs"].values() for file in record["files"].values())
     assert torch.__version__.startswith(manifest["packages"]["torch"])
     assert manifest["hardware"]["cores"] >= 1
@@ -143,7 +169,9 @@ def test_a_new_model_can_begin_with_random_weights_drawn_from_the_seed(cpt, made
 def test_the_memory_ceiling_does_not_change_the_run(cpt, base, made, tmp_path, ceiling):
     cpt(*training(made), "--per_device_train_batch_size", ceiling, "--output_dir", tmp_path / "run")
     for name in ("loss", "eval_loss", "grad_norm"):
-        expected, found = ([v for (v,) in metrics(folder, name) if v is not None] for folder in (base, tmp_path / "run"))
+        expected, found = (
+            [v for (v,) in metrics(folder, name) if v is not None] for folder in (base, tmp_path / "run")
+        )
         # fp32 sums in another order: 1e-5 is some 100 roundings of 6e-8. Gradients drift apart sooner than losses; in
         # the first steps, with ten times that, a norm of twice the size would be seen, which Adam hides from the loss
         compared, tolerance = (8, 1e-4) if name == "grad_norm" else (None, 1e-5)
@@ -177,7 +205,9 @@ def test_going_on_with_another_recipe_is_refused(cpt, stopped, made):
 
 def test_going_on_for_longer_with_less_memory_is_the_same_run(cpt, stopped, made, tmp_path):
     folder = shutil.copytree(stopped, tmp_path / "run")
-    cpt(*training(made), "--max_steps", 8, "--per_device_train_batch_size", 2, "--save_steps", 1, "--output_dir", folder)
+    cpt(
+        *training(made), "--max_steps", 8, "--per_device_train_batch_size", 2, "--save_steps", 1, "--output_dir", folder
+    )
     assert metrics(folder, "loss")[:6] == metrics(stopped, "loss")
     assert len(metrics(folder, "loss")) == 8
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-0000007", "step-0000008"]
@@ -249,14 +279,17 @@ def test_a_batch_that_does_not_divide_is_refused_with_what_would(cpt):
     refused(done, "global_batch_size 8 does not divide by 3 processes: take 1, 2, 4, 8 processes", "of 9")
 
 
-@pytest.mark.parametrize(("flags", "says"), [
-    (("--num_train_epochs", 1), "max_steps or num_train_epochs"),
-    (("--warmup_steps", 5), "leaves none of the 5 steps"),
-    (("--max_length", 4096), "more than the model's 2048 positions"),
-    (("--model_config", "{vocab_size: 1280}"), "give model_name_or_path"),
-    (("--model_name_or_path", "nobody/nothing"), "nobody/nothing"),
-    (("--learning_rat", "1e-3"), "did you mean --learning_rate?"),
-])
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--num_train_epochs", 1), "max_steps or num_train_epochs"),
+        (("--warmup_steps", 5), "leaves none of the 5 steps"),
+        (("--max_length", 4096), "more than the model's 2048 positions"),
+        (("--model_config", "{vocab_size: 1280}"), "give model_name_or_path"),
+        (("--model_name_or_path", "nobody/nothing"), "nobody/nothing"),
+        (("--learning_rat", "1e-3"), "did you mean --learning_rate?"),
+    ],
+)
 def test_other_mistakes_are_one_line_too(cpt, flags, says):
     refused(check(cpt, *flags), says)
 

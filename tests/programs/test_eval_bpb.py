@@ -4,7 +4,16 @@ import json
 
 
 def test_one_model_prints_its_figures(run, made, tiny_model):
-    done = run("scripts/eval_bpb.py", "--model_name_or_path", tiny_model, "--input", made / "clean" / "validation", "--max_length", 64, "--json")
+    done = run(
+        "scripts/eval_bpb.py",
+        "--model_name_or_path",
+        tiny_model,
+        "--input",
+        made / "clean" / "validation",
+        "--max_length",
+        64,
+        "--json",
+    )
     figures = json.loads(done.stdout)
     held_out = sum(len(json.loads(line)["text"].encode()) for line in _lines(made / "clean" / "validation"))
     assert figures["utf8_bytes"] == held_out, "the bytes of the cleaned text, not of decoded tokens"
@@ -13,17 +22,41 @@ def test_one_model_prints_its_figures(run, made, tiny_model):
 
 
 def test_several_models_by_name_and_in_a_folder(run, made, tiny_model, tmp_path):
-    done = run("scripts/eval_bpb.py", "--model_name_or_path", tiny_model, made / "tiny", "--input", made / "clean" / "validation",
-               "--max_length", 64, "--json", "--output_dir", tmp_path / "bpb")
+    done = run(
+        "scripts/eval_bpb.py",
+        "--model_name_or_path",
+        tiny_model,
+        made / "tiny",
+        "--input",
+        made / "clean" / "validation",
+        "--max_length",
+        64,
+        "--json",
+        "--output_dir",
+        tmp_path / "bpb",
+    )
     models = json.loads(done.stdout)["models"]
     assert len(models) == 1 or len({m["bits_per_byte"] for m in models.values()}) == 1, "the same folder twice"
     assert json.loads((tmp_path / "bpb" / "manifest.json").read_text())["result"]["models"].keys() == models.keys()
 
 
 def test_mistakes_are_one_line(run, made, tiny_model):
-    for arguments, said in ((("--stride", 65), "stride 65 is more than max_length 64"), (("--max_length", 10**9), "positions")):
-        done = run("scripts/eval_bpb.py", "--model_name_or_path", tiny_model, "--input", made / "clean" / "validation",
-                   "--max_length", 64, *arguments, "--check", code=2)
+    for arguments, said in (
+        (("--stride", 65), "stride 65 is more than max_length 64"),
+        (("--max_length", 10**9), "positions"),
+    ):
+        done = run(
+            "scripts/eval_bpb.py",
+            "--model_name_or_path",
+            tiny_model,
+            "--input",
+            made / "clean" / "validation",
+            "--max_length",
+            64,
+            *arguments,
+            "--check",
+            code=2,
+        )
         assert said in done.stderr and done.stderr.count("\n") == 1
 
 

@@ -52,8 +52,16 @@ def test_a_word_counts_as_whole_with_its_space_and_not_when_bytes_of_it_are_apar
         (tmp_path / name).mkdir()
         tokenizer.save(str(tmp_path / name / "tokenizer.json"))
         (tmp_path / "text.txt").write_text("ab ab\n\nab abab ş abş")  # abab is ab twice, abş two tokens at the least
-        done = run(PROGRAM, "--tokenizer", tmp_path / name, "--input", tmp_path / "text.txt", "--json",
-                   "--sample_by", "document")
+        done = run(
+            PROGRAM,
+            "--tokenizer",
+            tmp_path / name,
+            "--input",
+            tmp_path / "text.txt",
+            "--json",
+            "--sample_by",
+            "document",
+        )
         # ab, ab, ab and, where its bytes are merged, ş: its space is a token of its own and belongs to no word
         assert json.loads(done.stdout)["tokenizers"][name]["words_kept_whole"] == pytest.approx(kept / 6, abs=1e-4)
 
@@ -63,14 +71,28 @@ def test_tokens_words_and_bytes_are_those_of_the_packed_shards(run, made):
     results = json.loads(done.stdout)
     packed, got = read_manifest(made / "shards"), results["tokenizers"]["tokenizer"]
     assert (results["documents"], results["words"], results["utf8_bytes"]) == (
-        packed["documents"], packed["words"], packed["utf8_bytes"])
+        packed["documents"],
+        packed["words"],
+        packed["utf8_bytes"],
+    )
     assert got["tokens"] == packed["tokens"] - 2 * packed["documents"]  # each document has a BOS and an EOS there
     assert got["vocab_size"] == 1280 and got["unknown_tokens"] == 0
 
 
 def test_a_table_a_plot_and_the_figures_are_left_in_the_folder(run, made, wordpiece, tmp_path):
-    done = run(PROGRAM, "--tokenizer", wordpiece, made / "tokenizer", "--names", "small", "ours",
-               "--input", CORPUS / "az", "--output_dir", tmp_path / "out")
+    done = run(
+        PROGRAM,
+        "--tokenizer",
+        wordpiece,
+        made / "tokenizer",
+        "--names",
+        "small",
+        "ours",
+        "--input",
+        CORPUS / "az",
+        "--output_dir",
+        tmp_path / "out",
+    )
     table = (tmp_path / "out" / "table.md").read_text()
     assert done.stdout.strip() == table.strip()
     rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")]

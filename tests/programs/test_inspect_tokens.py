@@ -54,10 +54,10 @@ def test_it_is_readable_without_json_and_says_that_it_verified(run, made):
     assert "documents: 157" in lines and "verified: every checksum is the manifest's" in lines
 
 
-@pytest.mark.parametrize(("flags", "words"), [
-    (["--sample", 10**6], "--sample 1000000: there are"),
-    (["--document", 157], "--document 157: there are 157"),
-])
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [(["--sample", 10**6], "--sample 1000000: there are"), (["--document", 157], "--document 157: there are 157")],
+)
 def test_what_is_not_there_is_said_with_how_much_is(run, made, flags, words):
     assert words in run(PROGRAM, made / "shards", *flags, code=2).stderr
 

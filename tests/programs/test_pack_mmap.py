@@ -110,18 +110,22 @@ def test_a_recipe_packs_each_dataset_into_a_folder_of_its_own(run, made, tmp_pat
     (tmp_path / "pack.yaml").write_text(
         f"tokenizer: {made / 'tokenizer'}\ndatasets:\n"
         f"  - {{name: letters, input: [{CORPUS / 'az' / 'letters.jsonl'}]}}\n"
-        f"  - {{name: tales, input: [{CORPUS / 'az' / 'tales.jsonl'}]}}\n")
+        f"  - {{name: tales, input: [{CORPUS / 'az' / 'tales.jsonl'}]}}\n"
+    )
     run(PROGRAM, "--config", tmp_path / "pack.yaml", "--run_dir", tmp_path)
     # ten letters and eight tales
     assert [TokenShards(tmp_path / "pack" / name).num_documents for name in ("letters", "tales")] == [10, 8]
     assert read_manifest(tmp_path / "pack")["result"]["documents"] == 18
 
 
-@pytest.mark.parametrize(("flags", "words"), [
-    ([], "give either --input (one dataset) or, in a recipe, datasets"),
-    (["--datasets", "{name: a/b, input: [x]}"], "the names a/b must be distinct and plain folder names"),
-    (["--datasets", "{name: a}"], "datasets"),
-])
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "give either --input (one dataset) or, in a recipe, datasets"),
+        (["--datasets", "{name: a/b, input: [x]}"], "the names a/b must be distinct and plain folder names"),
+        (["--datasets", "{name: a}"], "datasets"),
+    ],
+)
 def test_datasets_that_cannot_be_are_refused(run, made, tmp_path, flags, words):
     flags = [word.replace("[x]", f"[{CORPUS / 'az'}]") for word in flags]
     done = run(PROGRAM, "--tokenizer", made / "tokenizer", "--output_dir", tmp_path, *flags, code=2)

@@ -503,6 +503,16 @@ def test_mistakes_are_heard_before_accelerate_starts(tree, launch):
     assert "DILQUR_STRATEGY: zero9: no such file; there are: accelerate_configs/ddp.yaml" in done.stderr
 
 
+def test_the_exit_code_of_a_mistake_is_the_first_node_s(tree, launch):
+    """srun takes the highest: the others wait for a file that may come late (NFS), and leave with 0 when srun ends them."""
+    process = tree.start("slurm/launch.sh", "scripts/cpt.py", "bad", SLURM_JOB_ID="1", SLURM_STEP_NUM_NODES="2",
+                         SLURM_NODEID="1", SLURM_GPUS_ON_NODE="1")
+    time.sleep(1)
+    assert process.poll() is None
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.communicate(timeout=10) and process.returncode == 0
+
+
 def test_the_environment_is_that_of_a_compute_node(tree, launch):
     (tree / "slurm/site.env").write_text("SITE_SAYS=hello\n[[ -z $unset ]] || false\nfalse\n")
     (tree / "tools/env.py").write_text("import json, os; print(json.dumps(dict(os.environ)))")
