@@ -39,23 +39,14 @@ class DatasetShare(TypedDict, total=False):
 
 @dataclass(kw_only=True)
 class TrainingSettings(StageSettings):
-    """What every run on this loop can be told. `may_change`: what a resumed run may have otherwise than the first one."""
+    """What every run on this loop can be told. `harmless`: keys that do not change the result; `may_change`: what a resumed
+    run may have otherwise than the first one."""
 
-    may_change: ClassVar = (
-        "max_steps",
-        "num_train_epochs",
-        "per_device_train_batch_size",
-        "save_steps",
-        "save_total_limit",
-        "eval_steps",
-        "eval_samples",
-        "logging_steps",
-        "report_to",
-        "dataloader_num_workers",
-        "resume_from_checkpoint",
-        "stop_at_step",
-        "max_minutes",
-    )
+    harmless: ClassVar = (
+        "per_device_train_batch_size", "save_steps", "save_total_limit", "eval_steps", "eval_samples", "logging_steps",
+        "report_to", "dataloader_num_workers", "resume_from_checkpoint", "stop_at_step", "max_minutes",
+    )  # fmt: skip
+    may_change: ClassVar = (*harmless, "max_steps", "num_train_epochs")
 
     model_name_or_path: ModelPath | None = field(
         default=None, metadata={"help": "model folder, or the stage that made it"}

@@ -159,8 +159,8 @@ class Stage:
         if self.settings.overwrite_output_dir and not self.settings.check:
             return
         now, then = self._arguments(), done["arguments"]
-        may_change = getattr(self.settings, "may_change", ())
-        changed = [k for k in now if k in then and now[k] != then[k] and k not in may_change]
+        harmless = getattr(self.settings, "harmless", ())
+        changed = [k for k in now if k in then and now[k] != then[k] and k not in harmless]
         if changed:
             raise InputError(
                 f"{self.folder}: finished with {changed[0]} = {then[changed[0]]!r}, now {now[changed[0]]!r}; {again}"

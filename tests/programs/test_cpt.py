@@ -18,22 +18,10 @@ def cpt(run, made, tiny_model):
 
     def start(*flags, model=tiny_model, shards=made / "shards", code=0, **environment):
         source = ("--model_name_or_path", model) if model else ()
-        return run(
-            "scripts/cpt.py",
-            *source,
-            "--datasets",
-            f"{{path: {shards}}}",
-            "--max_length",
-            LENGTH,
-            "--global_batch_size",
-            BATCH,
-            "--learning_rate",
-            "3e-3",
-            *flags,
-            code=code,
-            OMP_NUM_THREADS="1",
-            **environment,
-        )  # on a busy machine two threads wait for each other
+        shape = f"--max_length {LENGTH} --global_batch_size {BATCH} --learning_rate 3e-3".split()
+        flags = (*source, "--datasets", f"{{path: {shards}}}", *shape, *flags)
+        # one thread: on a busy machine two wait for each other
+        return run("scripts/cpt.py", *flags, code=code, OMP_NUM_THREADS="1", **environment)
 
     return start
 
@@ -47,27 +35,17 @@ def base(cpt, made, tmp_path_factory):
 
 
 def training(made):
-    return (
-        "--max_steps",
-        STEPS,
-        "--warmup_steps",
-        3,
-        "--save_steps",
-        4,
-        "--eval_steps",
-        10,
-        "--eval_datasets",
-        f"{{path: {made}/held_out}}",
-    )
+    flags = f"--max_steps {STEPS} --warmup_steps 3 --save_steps 4 --eval_steps 10".split()
+    return (*flags, "--eval_datasets", f"{{path: {made}/held_out}}")
 
 
 @pytest.fixture(scope="module")
 def english(run, made, tmp_path_factory):
-    """The corpus, packed with a tokenizer that is not the model's."""
+    """Token shards of a tokenizer that is not the model's."""
     folder = tmp_path_factory.mktemp("english")
     tokenizer, shards = folder / "tokenizer", folder / "shards"
     run("data_tools/train_tokenizer.py", "--input", CORPUS / "en", "--vocab_size", 700, "--output_dir", tokenizer)
-    run("data_tools/pack_mmap.py", "--input", made / "clean", "--tokenizer", tokenizer, "--output_dir", shards)
+    run("data_tools/pack_mmap.py", "--input", CORPUS / "en", "--tokenizer", tokenizer, "--output_dir", shards)
     return folder
 
 
@@ -161,17 +139,16 @@ def test_a_new_model_can_begin_with_random_weights_drawn_from_the_seed(cpt, made
     new = ("--model_config", TINY_LLAMA, "--tokenizer", made / "tokenizer", "--max_steps", 1)
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         cpt(*new, "--seed", seed, "--output_dir", tmp_path / name, model=None)
-    assert equal(weights(tmp_path / "a" / "model"), weights(tmp_path / "b" / "model"))
-    assert not equal(weights(tmp_path / "a" / "model"), weights(tmp_path / "c" / "model"))
+    a, b, c = (weights(tmp_path / name / "model") for name in "abc")
+    assert equal(a, b)
+    assert not equal(a, c)
 
 
 @pytest.mark.parametrize("ceiling", [4, 1])  # 8 = 4 × 2 accumulated = 1 × 8 accumulated; the base run is 8 × 1
 def test_the_memory_ceiling_does_not_change_the_run(cpt, base, made, tmp_path, ceiling):
     cpt(*training(made), "--per_device_train_batch_size", ceiling, "--output_dir", tmp_path / "run")
     for name in ("loss", "eval_loss", "grad_norm"):
-        expected, found = (
-            [v for (v,) in metrics(folder, name) if v is not None] for folder in (base, tmp_path / "run")
-        )
+        expected, found = ([v for (v,) in metrics(f, name) if v is not None] for f in (base, tmp_path / "run"))
         # fp32 sums in another order: 1e-5 is some 100 roundings of 6e-8. Gradients drift apart sooner than losses; in
         # the first steps, with ten times that, a norm of twice the size would be seen, which Adam hides from the loss
         compared, tolerance = (8, 1e-4) if name == "grad_norm" else (None, 1e-5)
@@ -205,9 +182,8 @@ def test_going_on_with_another_recipe_is_refused(cpt, stopped, made):
 
 def test_going_on_for_longer_with_less_memory_is_the_same_run(cpt, stopped, made, tmp_path):
     folder = shutil.copytree(stopped, tmp_path / "run")
-    cpt(
-        *training(made), "--max_steps", 8, "--per_device_train_batch_size", 2, "--save_steps", 1, "--output_dir", folder
-    )
+    changed = ("--max_steps", 8, "--per_device_train_batch_size", 2, "--save_steps", 1)
+    cpt(*training(made), *changed, "--output_dir", folder)
     assert metrics(folder, "loss")[:6] == metrics(stopped, "loss")
     assert len(metrics(folder, "loss")) == 8
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-0000007", "step-0000008"]
@@ -221,6 +197,16 @@ def test_the_same_command_goes_on_and_the_losses_are_those_of_an_uninterrupted_r
     assert metrics(folder, *names) == metrics(base, *names)
     assert equal(weights(folder / "model"), weights(base / "model"))
     assert not (folder / "REQUEUE").exists()
+
+
+def test_a_run_killed_while_it_wrote_its_result_writes_it_again(cpt, base, made, tmp_path):
+    folder = shutil.copytree(base, tmp_path / "run")
+    (folder / "manifest.json").unlink()
+    (folder / "model" / "model.safetensors").unlink()
+    cpt(*training(made), "--output_dir", folder)
+    assert equal(weights(folder / "model"), weights(base / "model"))
+    assert metrics(folder, "loss") == metrics(base, "loss")
+    assert (folder / "manifest.json").exists()
 
 
 def test_a_finished_run_says_so_and_another_recipe_is_no_reason_to_overwrite_it(cpt, base, made):

@@ -1,0 +1,177 @@
+"""DDP, FSDP2 and ZeRO-1, 2, 3 on two processes: the same run under each, killed or not.
+
+Real launches on a CPU with the accelerate files of a cluster. A launch costs some 10 s, so runs are shared between tests.
+"""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+BATCH, EMBEDDING_STEPS, STEPS, SAVED = 8, 6, 24, 20  # SAVED: the last checkpoint before the end, one every 4 steps
+ROUNDING = 1e-5  # relative: fp32 sums in another order, some 100 roundings of 6e-8
+
+
+@contextlib.contextmanager
+def launch(strategy, flags, log):
+    """The process of `accelerate launch`; it and all its workers are gone at the end, whatever happens."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
+    config = ["--config_file", ROOT / "accelerate_configs" / f"{strategy}.yaml", ROOT / "scripts" / "cpt.py"]
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [*launcher, *config, *map(str, flags)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        yield process
+    finally:
+        kill(process)
+
+
+def kill(process):
+    """SIGKILL for all at once, workers too: each of them leads a process group of its own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for member in tree:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.send_signal(signal.SIGKILL)
+        psutil.wait_procs(tree, timeout=60)
+    process.wait(60)
+
+
+class Runs:
+    """Runs of cpt.py by name, each done once; "single" is one process without a launcher."""
+
+    def __init__(self, folder, run, made, tiny_model):
+        self.folder, self.run, self.tiny_model, self.shards = folder, run, tiny_model, made / "shards"
+
+    def flags(self, *flags, model):
+        # two sequences a device at once: two processes accumulate two micro-batches
+        shape = f"--max_length 64 --global_batch_size {BATCH} --per_device_train_batch_size 2 --save_steps 4".split()
+        data = ("--datasets", f"{{path: {self.shards}}}")
+        return ("--model_name_or_path", model, *data, *shape, "--learning_rate", "1e-3", *flags)
+
+    def start(self, strategy, name, *flags, model):
+        """The folder of the finished run."""
+        folder, log = self.folder / strategy / name, self.folder / f"{strategy}-{name}.log"
+        if (folder / "manifest.json").exists():
+            return folder
+        flags = self.flags(*flags, "--output_dir", folder, model=model)
+        if strategy == "single":
+            log.write_text(self.run("scripts/cpt.py", *flags, OMP_NUM_THREADS="1").stdout)
+        else:
+            with launch(strategy, flags, log) as process:
+                assert process.wait(300) == 0, log.read_text()
+        processes = "1 process" if strategy == "single" else "2 processes"
+        assert re.search(rf"^strategy +{strategy}, {processes} on cpu$", log.read_text(), re.M), log.read_text()
+        return folder
+
+    def embeddings(self, strategy):
+        """Phase 1: only the embeddings."""
+        frozen = ("--unfrozen_parameters", "*embed_tokens*", "--max_steps", EMBEDDING_STEPS)
+        return self.start(strategy, "phase-1", *frozen, model=self.tiny_model)
+
+    def full_flags(self):
+        return ("--continue_data", "true", "--max_steps", STEPS)
+
+    def full(self, strategy):
+        """Phase 2: all weights, from phase 1 of the same strategy, going on in its data."""
+        return self.start(strategy, "phase-2", *self.full_flags(), model=self.embeddings(strategy))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, run, made, tiny_model):
+    return Runs(tmp_path_factory.mktemp("strategies"), run, made, tiny_model)
+
+
+def metrics(folder, *names):
+    """{step: the numbers of `names`}."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {r["step"]: tuple(r[name] for name in names) for r in records}
+
+
+def flat(numbers):
+    return [number for step in sorted(numbers) for number in numbers[step]]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_losses_of_both_phases_are_those_of_one_process(runs, strategy):
+    for phase, steps in ((runs.embeddings, EMBEDDING_STEPS), (runs.full, STEPS)):
+        expected, found = metrics(phase("single"), "loss", "grad_norm"), metrics(phase(strategy), "loss", "grad_norm")
+        assert list(found) == list(range(1, steps + 1))
+        assert flat(found) == pytest.approx(flat(expected), rel=ROUNDING)
+    data = json.loads((runs.full(strategy) / "manifest.json").read_text())["result"]["data"]
+    assert data["start_position"] == EMBEDDING_STEPS * BATCH
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_frozen_weights_come_out_as_they_went_in_and_the_tied_head_stays_tied(runs, strategy):
+    before, phase_1, phase_2 = (
+        load_file(folder / "model.safetensors")
+        for folder in (runs.tiny_model, runs.embeddings(strategy) / "model", runs.full(strategy) / "model")
+    )
+    assert before.keys() == phase_1.keys() == phase_2.keys()  # no lm_head of its own
+    changed = {name for name in before if not torch.equal(before[name], phase_1[name])}
+    assert changed == {"model.embed_tokens.weight"}
+    assert not any(torch.equal(phase_1[name], phase_2[name]) for name in before)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_killed_and_started_again_it_gives_the_numbers_of_an_uninterrupted_run_to_the_bit(runs, strategy):
+    expected, folder = (
+        metrics(runs.full(strategy), "loss", "grad_norm", "learning_rate"),
+        runs.folder / strategy / "killed",
+    )
+    flags = runs.flags(*runs.full_flags(), "--output_dir", folder, model=runs.embeddings(strategy))
+    log = runs.folder / f"{strategy}-killed.log"
+    with launch(strategy, flags, log) as process:
+        while not steps_beyond_a_checkpoint(folder):
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.01)
+        kill(process)
+    assert not (folder / "manifest.json").exists(), "it had finished before it was killed: the test did not test"
+    with launch(strategy, flags, log) as process:
+        assert process.wait(300) == 0, log.read_text()
+    resumed = int(re.search(rf"^resumed +{folder}/checkpoints/step-(\d+)$", log.read_text(), re.M)[1])
+    assert 4 <= resumed < STEPS
+    assert metrics(folder, "loss", "grad_norm", "learning_rate") == expected
+    ours, theirs = (load_file(f / "model" / "model.safetensors") for f in (folder, runs.full(strategy)))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def steps_beyond_a_checkpoint(folder):
+    """How many steps are in metrics.jsonl past the newest complete checkpoint; 0 without one."""
+    try:
+        lines = (folder / "metrics.jsonl").read_text().count("\n")
+        newest = max(p.parent.name for p in folder.glob("checkpoints/step-*/COMPLETE"))
+    except (FileNotFoundError, ValueError):
+        return 0
+    return max(0, lines - int(newest.removeprefix("step-")))
+
+
+RING = ("single", *STRATEGIES)
+
+
+@pytest.mark.parametrize(("saved_by", "read_by"), zip(RING, RING[1:] + RING[:1], strict=True))
+def test_a_checkpoint_of_one_strategy_goes_on_under_another_and_on_another_number_of_processes(runs, saved_by, read_by):
+    checkpoint = runs.full(saved_by) / "checkpoints" / f"step-{SAVED:07d}"
+    resume = ("--resume_from_checkpoint", checkpoint)
+    model = runs.embeddings(saved_by)  # frozen weights, if there were any, come from there
+    folder = runs.start(read_by, f"from-{saved_by}", *runs.full_flags(), *resume, model=model)
+    found, expected = metrics(folder, "loss", "grad_norm"), metrics(runs.full(saved_by), "loss", "grad_norm")
+    assert list(found) == list(range(SAVED + 1, STEPS + 1))
+    assert flat(found) == pytest.approx(flat({step: expected[step] for step in found}), rel=ROUNDING)
