@@ -10,6 +10,7 @@ The number of processes is the batch file's nodes × GPUs unless given. Sizes ar
 
 import contextlib
 import fcntl
+import functools
 import importlib.util
 import io
 import json
@@ -149,7 +150,7 @@ def check_model(planned, preflight):
             ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
             if file.stat().st_size != 8 + length + max(ends, default=0):
                 raise InputError(f"{file}: {file.stat().st_size:,} bytes, its header says otherwise: fetch it again")
-        tokenizer = TextTokenizer(path)
+        tokenizer = load_tokenizer(path)
         if tokenizer.bos_id is None or tokenizer.eos_id is None:
             raise InputError(f"{tokenizer.path}: no BOS or no EOS token: name them in tokenizer_config.json beside it")
         if hasattr(planned.module, "conversations"):
@@ -198,7 +199,7 @@ def check_batch(planned, preflight):
 def check_output(planned, preflight):
     """The folder can be written to and locked, and nobody else is writing there."""
     folder = planned.stage.folder
-    with contextlib.suppress(FileNotFoundError, PermissionError), (folder / ".lock").open() as lock:
+    with contextlib.suppress(OSError), (folder / ".lock").open() as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -227,7 +228,10 @@ def check_space(planned, preflight):
         kept = settings.save_total_limit or max(1, (settings.max_steps or 0) // settings.save_steps)
         need += 12 * trained * (kept + 1)  # the new one stands before the oldest goes
         what = f"about {total:,} parameters, {trained:,} of them trained, {kept} checkpoints"
-    there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    there = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # a running stage tidies up
+            there += file.stat().st_size
     device, free = existing(folder).stat().st_dev, shutil.disk_usage(existing(folder)).free
     claimed = preflight.claimed[device] = preflight.claimed.get(device, 0) + max(0, need - there)
     text = f"{gb(need)} for {what}; {gb(free)} free"
@@ -281,8 +285,11 @@ def check_gpus(found):
     if run.returncode or not lines:
         raise Skipped(f"nvidia-smi finds none: {' '.join((run.stdout + run.stderr).split()) or 'silence'}")
     for name, mib, driver, capability in lines:
-        major = int(driver.split(".")[0])
-        found.append({"name": name, "bytes": int(mib) << 20, "driver": major, "capability": float(capability)})
+        try:
+            numbers = {"bytes": int(mib) << 20, "driver": int(driver.split(".")[0]), "capability": float(capability)}
+        except ValueError:  # "[N/A]", of a GPU that shares the CPU's memory, say
+            raise Skipped(f"nvidia-smi says of {name}: {mib} MiB, driver {driver}, capability {capability}") from None
+        found.append({"name": name, **numbers})
 
 
 def check_driver(gpus, bf16):
@@ -313,6 +320,12 @@ def gb(size):
 def existing(path):
     """The path, or the nearest folder above it that is there."""
     return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
+@functools.cache
+def load_tokenizer(path):
+    """TextTokenizer; that of a model which several stages read is loaded once: 128,000 tokens take half a second."""
+    return TextTokenizer(path)
 
 
 def read_json(path):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as slurm/launch.sh has it: waiting threads do not spin
 CORPUS = ROOT / "recipes" / "quickstart" / "corpus"
 SHARED = ROOT.parent / "shared"  # real text and tokenizers, where a checkout has them beside it
 
