@@ -36,7 +36,7 @@ from dilqur.errors import AlreadyFinished, InputError, program
 from dilqur.llama3 import SPECIAL_TOKENS, encode_chat
 from dilqur.loop import TrainingSettings, check_training
 from dilqur.recipe import parse
-from dilqur.stage import Stage, StageSettings, read_pipeline
+from dilqur.stage import PipelineRow, Stage, StageSettings, read_pipeline
 from dilqur.token_shards import TokenShards
 from dilqur.tokenizer import TextTokenizer
 
@@ -90,7 +90,7 @@ class Probe(Stage):
 class Planned:
     """A row of pipeline.txt with all that its checks look at. config: of the model it reads or makes, None if unknown."""
 
-    row: object
+    row: PipelineRow
     arguments: list
     processes: int
     module: object = None
@@ -115,8 +115,10 @@ def check_recipe(planned, preflight):
     planned.module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(planned.module)
     classes = [v for v in vars(planned.module).values() if isinstance(v, type) and issubclass(v, StageSettings)]
-    (own,) = [c for c in classes if c.__module__ == spec.name]
-    planned.settings = parse(own, "", planned.arguments)
+    own = [c for c in classes if c.__module__ == spec.name]
+    if not own:
+        raise InputError(f"{path}: has no StageSettings: not a program that makes a stage")
+    planned.settings = parse(own[0], "", planned.arguments)
     return f"keys fit {planned.row.program}"
 
 
@@ -144,12 +146,8 @@ def check_model(planned, preflight):
         for file in sorted(path / name for name in listed):
             if not file.exists():
                 raise InputError(f"{file}: not there: fetch or convert the model again")
-            with file.open("rb") as opened:
-                length = int.from_bytes(opened.read(8), "little")
-                header = json.loads(opened.read(length)) if length < file.stat().st_size else {}
-            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-            if file.stat().st_size != 8 + length + max(ends, default=0):
-                raise InputError(f"{file}: {file.stat().st_size:,} bytes, its header says otherwise: fetch it again")
+            if (size := file.stat().st_size) != (stated := stated_size(file)):
+                raise InputError(f"{file}: {size:,} bytes, its header says {stated:,}: fetch or convert it again")
         tokenizer = load_tokenizer(path)
         if tokenizer.bos_id is None or tokenizer.eos_id is None:
             raise InputError(f"{tokenizer.path}: no BOS or no EOS token: name them in tokenizer_config.json beside it")
@@ -179,12 +177,11 @@ def check_fit(planned, preflight):
         finally:
             sys.argv = arguments
         return "recipe, data and model belong together"
-    if isinstance(planned.settings, TrainingSettings) and not set(shards_of(planned.settings)) & set(
-        planned.stage.later
-    ):
-        _, _, steps = check_training(replace(planned.settings, continue_data=False))
-        raise Later(f"{steps:,} steps; whether data and model belong together")
-    return None
+    settings = planned.settings
+    if not isinstance(settings, TrainingSettings) or "shards" in [planned.stage.inputs[p] for p in planned.stage.later]:
+        return None
+    _, _, steps = check_training(replace(settings, continue_data=False))
+    raise Later(f"{steps:,} steps; whether data and model belong together")
 
 
 def check_batch(planned, preflight):
@@ -322,6 +319,17 @@ def existing(path):
     return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
 
 
+def stated_size(file):
+    """Bytes that the header of a .safetensors file says it has: its length, the header, the tensors; 0 for a broken header."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        try:
+            header = json.loads(opened.read(min(length, file.stat().st_size)))
+        except ValueError:
+            return 0
+    return 8 + length + max((t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"), default=0)
+
+
 @functools.cache
 def load_tokenizer(path):
     """TextTokenizer; that of a model which several stages read is loaded once: 128,000 tokens take half a second."""
@@ -333,10 +341,6 @@ def read_json(path):
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as problem:
         raise InputError(f"{path}: damaged ({problem}): fetch it again") from None
-
-
-def shards_of(settings):
-    return [dataset["path"] for dataset in (*settings.datasets, *(settings.eval_datasets or []))]
 
 
 def parameter_sizes(config):
@@ -459,30 +463,31 @@ class Preflight:
 
 @program
 def main():
-    settings = parse(
-        PreflightSettings, __doc__, [re.sub("^--config(?==|$)", "--recipe", w) for w in sys.argv[1:]], "recipe"
-    )
+    argv = [
+        re.sub("^--config(?==|$)", "--recipe", word) for word in sys.argv[1:]
+    ]  # --config is another program's recipe
+    settings = parse(PreflightSettings, __doc__, argv, positional="recipe")
     recipe = Path(settings.recipe)
-    folder = recipe if recipe.is_dir() else recipe.parent
+    folder, only = (recipe, None) if recipe.is_dir() else (recipe.parent, recipe.stem)
     rows = read_pipeline(folder)
     if not recipe.exists() or not rows:
         raise InputError(f"{recipe}: no recipe there, or no pipeline.txt that says which program each stage runs")
-    if recipe != folder and recipe.stem not in [row.name for row in rows]:
-        raise InputError(
-            f"{folder}/pipeline.txt: no line for {recipe.stem}, which would say what program reads {recipe}"
-        )
+    if only and only not in [row.name for row in rows]:
+        raise InputError(f"{folder}/pipeline.txt: no line for {only}, which would say what program reads {recipe}")
     if settings.check:
         return print("preflight: ok")
 
     preflight = Preflight(settings)
     preflight.run("", check_packages)
     preflight.run("", check_gpus, preflight.gpus)
-    for row in rows[: 1 + next((i for i, row in enumerate(rows) if row.name == recipe.stem), len(rows))]:
+    for row in rows:
         where = ["--run_dir", settings.run_dir] if settings.run_dir else []
         arguments = ["--config", str(folder / f"{row.name}.yaml"), *where, *row.flags]
         planned = Planned(row, arguments, settings.num_processes or number_of_processes(row.batch))
         preflight.plans[row.name] = planned
-        preflight.stage(planned, wanted=recipe == folder or recipe.stem == row.name)
+        preflight.stage(planned, wanted=only in (None, row.name))
+        if row.name == only:
+            break
     bf16 = any(getattr(planned.settings, "bf16", False) for planned in preflight.plans.values())
     preflight.run("", check_driver, preflight.gpus, bf16)
 

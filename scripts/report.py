@@ -194,7 +194,7 @@ def chart(title, x_label, unit, names, lines, dots):
             where = 'cx="{:.1f}" cy="{:.1f}"'.format(*at(x, y))
             drawn.append(f'<circle {where} r="4" class="{colour}"><title>{escape(name)}: {y:.4f}</title></circle>')
         keys += f'<li class="{colour}">{escape(name)}</li>'
-    svg = f'<svg viewBox="0 0 520 296" role="img" aria-label="{title}">' + "\n".join(drawn) + "</svg>"
+    svg = f'<svg viewBox="0 0 530 296" role="img" aria-label="{title}">' + "\n".join(drawn) + "</svg>"
     return f'<figure><figcaption>{title}</figcaption><ul>{keys}</ul><div class="scroll">{svg}</div></figure>'
 
 

@@ -163,10 +163,10 @@ def steps_beyond_a_checkpoint(folder):
     return max(0, lines - int(newest.removeprefix("step-")))
 
 
-RING = ("single", *STRATEGIES)
-
-
-@pytest.mark.parametrize(("saved_by", "read_by"), zip(RING, RING[1:] + RING[:1], strict=True))
+@pytest.mark.parametrize(
+    ("saved_by", "read_by"),  # every way to own pieces is written and read by another; zero1 has that of zero2
+    [("single", "fsdp2"), ("fsdp2", "zero2"), ("zero2", "zero3"), ("zero3", "single")],
+)
 def test_a_checkpoint_of_one_strategy_goes_on_under_another_and_on_another_number_of_processes(runs, saved_by, read_by):
     checkpoint = runs.full(saved_by) / "checkpoints" / f"step-{SAVED:07d}"
     resume = ("--resume_from_checkpoint", checkpoint)

@@ -121,13 +121,17 @@ def test_the_manifest_says_what_the_model_was_made_of_and_where(base, made, tiny
 
 
 def test_embeddings_only_leaves_every_other_weight_as_it_was_to_the_bit(cpt, tiny_model, tmp_path):
-    cpt("--unfrozen_parameters", "*embed_tokens*", "--max_steps", 3, "--output_dir", tmp_path / "run")
-    before, after = weights(tiny_model), weights(tmp_path / "run" / "model")
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM, set_seed
+
+    set_seed(0)
+    shutil.copytree(tiny_model, tmp_path / "base")  # for its tokenizer; the weights are written by transformers alone
+    LlamaForCausalLM(AutoModelForCausalLM.from_pretrained(tiny_model).config).save_pretrained(tmp_path / "base")
+    only = ("--unfrozen_parameters", "*embed_tokens*")
+    cpt(*only, "--max_steps", 3, "--output_dir", tmp_path / "run", model=tmp_path / "base")
+    before, after = weights(tmp_path / "base"), weights(tmp_path / "run" / "model")
     assert before.keys() == after.keys()  # tied: neither has an lm_head of its own
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"model.embed_tokens.weight"}
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert model.config.tie_word_embeddings
     assert model.lm_head.weight is model.model.embed_tokens.weight
