@@ -252,6 +252,15 @@ def read_manifest(folder):
         raise InputError(f"{path}: damaged ({problem})") from None
 
 
+def read_config(folder):
+    """config.json of a model folder, as a dict. Raises InputError where it is missing or damaged."""
+    path = Path(folder) / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise InputError(f"{path}: cannot be read ({problem}); fetch or convert the model again") from None
+
+
 def display_names(paths):
     """{name to show: path}: the folder's name, its parent's for a `model/`, the whole path where two are alike."""
     names = [Path(p).resolve().parent.name if Path(p).name == "model" else Path(p).resolve().name for p in paths]

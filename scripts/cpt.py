@@ -9,15 +9,13 @@ The strategy (DDP, FSDP2, ZeRO) is the accelerate config's; the recipe gives the
 the same command goes on from the newest complete checkpoint. At the end OUTPUT_DIR/model is a Hugging Face folder.
 """
 
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from dilqur.errors import InputError, program
 from dilqur.loop import TrainingSettings, check_model, check_training, train
 from dilqur.quiet import quiet_libraries
 from dilqur.recipe import parse
-from dilqur.stage import Stage, TokenizerPath
+from dilqur.stage import Stage, TokenizerPath, read_config
 
 
 @dataclass(kw_only=True)
@@ -40,7 +38,7 @@ def check(settings):
             raise InputError("tokenizer missing: model_config needs one")
         check_model(settings, samples, settings.model_config, settings.tokenizer)
     else:
-        config = json.loads((Path(settings.model_name_or_path) / "config.json").read_text())
+        config = read_config(settings.model_name_or_path)
         check_model(settings, samples, config, settings.model_name_or_path)
 
 

@@ -13,7 +13,6 @@ tokenizer with longer tokens sees more text. With one model, --json prints its f
 import json
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -23,7 +22,7 @@ from dilqur.documents import expand, read
 from dilqur.errors import InputError, program
 from dilqur.quiet import quiet_libraries
 from dilqur.recipe import parse
-from dilqur.stage import Documents, ModelPath, Stage, StageSettings, display_names
+from dilqur.stage import Documents, ModelPath, Stage, StageSettings, display_names, read_config
 from dilqur.tokenizer import TextTokenizer
 
 
@@ -63,7 +62,7 @@ def check(settings):
         tokenizer = TextTokenizer(path)
         if tokenizer.bos_id is None or tokenizer.eos_id is None:
             raise InputError(f"{path}: its tokenizer has no BOS or no EOS token")
-        config = json.loads((Path(path) / "config.json").read_text())
+        config = read_config(path)
         if settings.max_length > config.get("max_position_embeddings", settings.max_length):
             raise InputError(
                 f"max_length {settings.max_length} is more than the {config['max_position_embeddings']} positions of {path}"

@@ -36,7 +36,7 @@ from dilqur.errors import AlreadyFinished, InputError, program
 from dilqur.llama3 import SPECIAL_TOKENS, encode_chat
 from dilqur.loop import TrainingSettings, check_training
 from dilqur.recipe import parse
-from dilqur.stage import PipelineRow, Stage, StageSettings, read_pipeline
+from dilqur.stage import PipelineRow, Stage, StageSettings, read_config, read_pipeline
 from dilqur.token_shards import TokenShards
 from dilqur.tokenizer import TextTokenizer
 
@@ -386,7 +386,7 @@ def find_config(planned, plans):
     path = getattr(settings, "model_name_or_path", None)
     if not isinstance(path, str):
         return getattr(settings, "model_config", None)
-    config = plans[later[path]].config if path in later else read_json(Path(path) / "config.json")
+    config = plans[later[path]].config if path in later else read_config(path)
     if not config or not hasattr(settings, "pad_to_multiple_of"):
         return config
     waits_for = later.get(settings.tokenizer)  # a transplant: the new tokenizer's size, padded

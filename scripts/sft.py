@@ -14,7 +14,6 @@ import json
 import os
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -26,7 +25,7 @@ from dilqur.errors import InputError, program
 from dilqur.llama3 import CHAT_TEMPLATE, EOS, EOT, PAD, encode_chat
 from dilqur.quiet import quiet_libraries
 from dilqur.recipe import parse
-from dilqur.stage import Documents, ModelPath, Stage, StageSettings
+from dilqur.stage import Documents, ModelPath, Stage, StageSettings, read_config
 from dilqur.tokenizer import TextTokenizer
 
 Positive = Annotated[int, Field(ge=1)]
@@ -192,9 +191,7 @@ def main():
     tokenizer = TextTokenizer(settings.model_name_or_path)
     for token in (EOT, PAD):
         tokenizer.control_id(token)
-    positions = json.loads((Path(settings.model_name_or_path) / "config.json").read_text()).get(
-        "max_position_embeddings"
-    )
+    positions = read_config(settings.model_name_or_path).get("max_position_embeddings")
     if positions and settings.max_length > positions:
         raise InputError(
             f"max_length {settings.max_length} is more than the {positions} positions of {settings.model_name_or_path}"

@@ -4,7 +4,7 @@
 #     slurm/launch.sh scripts/cpt.py --config recipes/NAME/STAGE.yaml [--max_steps 10 ...]
 #
 # Programs that train get a process for each GPU of each node, under DILQUR_STRATEGY (an accelerate config; the default is
-# accelerate_configs/fsdp2.yaml); with one process in all, and for every other program: plain python, on the first node.
+# fsdp2.yaml, and ddp.yaml for sft.py); with one process in all, and for every other program: plain python, on the first node.
 # DILQUR_NUM_PROCESSES: processes a node where there is no GPU.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -17,13 +17,7 @@ shift
 
 # -- environment ----------------------------------------------------------------------------------------------------------
 
-if [[ -f slurm/site.env ]]; then
-  # `module` and the like are not written for -eu
-  set -a +eu
-  # shellcheck source=/dev/null
-  source slurm/site.env
-  set +a -eu
-fi
+source slurm/read_site.sh
 if [[ -z ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} && -x .venv/bin/python ]]; then
   export PATH=$PWD/.venv/bin:$PATH
 fi
@@ -56,12 +50,13 @@ gpus() {
     nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true
   fi
 }
-here=1
+here=1 default=accelerate_configs/fsdp2.yaml
 case $program in
   scripts/cpt.py | scripts/mlm.py | scripts/sft.py)
     export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false} # its threads do not survive the fork of data workers
     here=$(gpus)
     ((here > 0)) || here=${DILQUR_NUM_PROCESSES:-1}
+    [[ $program != scripts/sft.py ]] || default=accelerate_configs/ddp.yaml # an adapter needs no sharding, and is merged on one GPU
     ;;
   *)
     ((node == 0)) || exit 0
@@ -75,7 +70,7 @@ fi
 
 # -- the launcher ---------------------------------------------------------------------------------------------------------
 
-strategy=${DILQUR_STRATEGY:-accelerate_configs/fsdp2.yaml}
+strategy=${DILQUR_STRATEGY:-$default}
 [[ -f $strategy ]] || {
   echo "error: DILQUR_STRATEGY: $strategy: no such file; there are: $(echo accelerate_configs/*.yaml)" >&2
   exit 2

@@ -11,13 +11,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source slurm/read_pipeline.sh
-if [[ -f slurm/site.env ]]; then
-  # `module` and the like are not written for -eu
-  set -a +eu
-  # shellcheck source=/dev/null
-  source slurm/site.env
-  set +a -eu
-fi
+source slurm/read_site.sh
 usage="usage: slurm/pipeline.sh NAME [--local | --dry-run | --status] [--from STAGE]"
 recipe='' mode=submit from=''
 while (($#)); do

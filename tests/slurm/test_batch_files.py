@@ -10,8 +10,18 @@ from dilqur.stage import read_pipeline
 
 FILES = sorted((ROOT / "slurm").glob("*.sbatch"))
 OPTIONS = {
-    "job-name", "nodes", "ntasks-per-node", "gres", "cpus-per-task", "exclusive", "time", "signal", "requeue",
-    "open-mode", "output"}
+    "job-name",
+    "nodes",
+    "ntasks-per-node",
+    "gres",
+    "cpus-per-task",
+    "exclusive",
+    "time",
+    "signal",
+    "requeue",
+    "open-mode",
+    "output",
+}
 
 
 def options(file):

@@ -61,8 +61,15 @@ class Tree:
         (root / "tools" / "stub.py").write_text(STUB)
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "DILQUR"))}
         path = f"{self.fakes}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-        self.environment = {**inherited, "PATH": path, "VIRTUAL_ENV": sys.prefix, "CUDA_VISIBLE_DEVICES": "",
-                            "NOTES": str(self.notes), "TMPDIR": str(root), "OMP_NUM_THREADS": "1"}  # for so tiny models
+        self.environment = {
+            **inherited,
+            "PATH": path,
+            "VIRTUAL_ENV": sys.prefix,
+            "CUDA_VISIBLE_DEVICES": "",
+            "NOTES": str(self.notes),
+            "TMPDIR": str(root),
+            "OMP_NUM_THREADS": "1",
+        }  # for so tiny models
 
     def recipe(self, name, table, **stages):
         """recipes/NAME with this pipeline.txt, and STAGE.yaml of these texts (empty for the stages not named)."""
@@ -84,8 +91,14 @@ class Tree:
 
     def start(self, *command, **environment):
         return subprocess.Popen(
-            list(map(str, command)), cwd=self.root, env={**self.environment, **environment}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+            list(map(str, command)),
+            cwd=self.root,
+            env={**self.environment, **environment},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
 
     def run(self, *command, code=0, **environment):
         """The CompletedProcess of `command` in the root; fails unless it exits with `code`."""
@@ -120,18 +133,24 @@ def wait_for(path, process, seconds=120):
 
 def rows_as_bash_reads_them(tree, name):
     """[[stage, program, batch file, flag, …], …] of recipes/NAME/pipeline.txt."""
-    script = ('source slurm/read_pipeline.sh; read_pipeline "$1"; for row in "${!stages[@]}"; do '
-              'split_words "${flags[row]}"; '
-              'printf "%s\\0" "${stages[row]}" "${programs[row]}" "${batches[row]}" "${words[@]}" $\'\\n\'; done')
+    script = (
+        'source slurm/read_pipeline.sh; read_pipeline "$1"; for row in "${!stages[@]}"; do '
+        'split_words "${flags[row]}"; '
+        'printf "%s\\0" "${stages[row]}" "${programs[row]}" "${batches[row]}" "${words[@]}" $\'\\n\'; done'
+    )
     done = tree.run("bash", "-euo", "pipefail", "-c", script, "-", name)
     return [row.removesuffix("\0").split("\0") for row in done.stdout.split("\n\0")[:-1]]
 
 
 def test_bash_and_python_read_the_same_table(tree):
-    tree.recipe("hard", (
-        "# a comment\n\n  one\ttools/stub.py  a\r\n"
-        "two tools/stub.py b --x 1 '{p: q, r: [s]}' \"a b\" c\\ d # more\n"
-        "three t c --y"))
+    tree.recipe(
+        "hard",
+        (
+            "# a comment\n\n  one\ttools/stub.py  a\r\n"
+            "two tools/stub.py b --x 1 '{p: q, r: [s]}' \"a b\" c\\ d # more\n"
+            "three t c --y"
+        ),
+    )
     names = ["hard"]
     for folder in (ROOT / "recipes").iterdir():
         if (folder / "pipeline.txt").exists():
@@ -144,18 +163,21 @@ def test_bash_and_python_read_the_same_table(tree):
     assert rows_as_bash_reads_them(tree, "hard")[1][3:] == ["--x", "1", "{p: q, r: [s]}", "a b", "c d"]
 
 
-@pytest.mark.parametrize(("command", "message"), [
-    (["pipeline.sh"], "usage: slurm/pipeline.sh NAME"),
-    (["pipeline.sh", "nowhere"], "recipes/nowhere/pipeline.txt: no such file; recipes with one: quickstart small"),
-    (["pipeline.sh", "small", "--from", "c"], "recipes/small/pipeline.txt: no stage c; there are: a b"),
-    (["pipeline.sh", "small", "--form", "a"], "unknown option --form"),
-    (["pipeline.sh", "small", "--local", "--status"], "--status: --local is given already"),
-    (["pipeline.sh", "small", "--dry-run"], "small/pipeline.txt: b: slurm/elsewhere.sbatch: no such batch file"),
-    (["pipeline.sh", "small", "--local"], "recipes/small/b.yaml: no such file"),
-    (["run_stages.sh", "small", "cpt_p5"], "no row's batch file is cpt_p5; there are: elsewhere prepare_cpu"),
-    (["run_stages.sh", "small"], "usage: slurm/run_stages.sh NAME BATCH"),
-    (["launch.sh"], "usage: slurm/launch.sh PROGRAM"),
-])
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["pipeline.sh"], "usage: slurm/pipeline.sh NAME"),
+        (["pipeline.sh", "nowhere"], "recipes/nowhere/pipeline.txt: no such file; recipes with one: quickstart small"),
+        (["pipeline.sh", "small", "--from", "c"], "recipes/small/pipeline.txt: no stage c; there are: a b"),
+        (["pipeline.sh", "small", "--form", "a"], "unknown option --form"),
+        (["pipeline.sh", "small", "--local", "--status"], "--status: --local is given already"),
+        (["pipeline.sh", "small", "--dry-run"], "small/pipeline.txt: b: slurm/elsewhere.sbatch: no such batch file"),
+        (["pipeline.sh", "small", "--local"], "recipes/small/b.yaml: no such file"),
+        (["run_stages.sh", "small", "cpt_p5"], "no row's batch file is cpt_p5; there are: elsewhere prepare_cpu"),
+        (["run_stages.sh", "small"], "usage: slurm/run_stages.sh NAME BATCH"),
+        (["launch.sh"], "usage: slurm/launch.sh PROGRAM"),
+    ],
+)
 def test_a_mistake_is_one_line_and_exit_code_2(tree, command, message):
     tree.recipe("small", "a tools/stub.py prepare_cpu\nb tools/stub.py elsewhere\n")
     if "--dry-run" not in command:
@@ -220,8 +242,10 @@ def test_local_runs_the_real_programs_and_a_second_time_nothing(tree):
         "clean     data_tools/clean_corpus.py     prepare_cpu\n"
         "tokenizer data_tools/train_tokenizer.py  prepare_cpu --vocab_size 512  # flags win over the recipe\n"
         "pack      data_tools/pack_mmap.py        prepare_cpu --datasets '{name: train, input: [clean/train]}'\n",
-        clean="input: [recipes/quickstart/corpus/az]\nlanguage: az\n", pack="tokenizer: tokenizer\n",
-        tokenizer="input: [clean/train]\nvocab_size: 2048\n")
+        clean="input: [recipes/quickstart/corpus/az]\nlanguage: az\n",
+        pack="tokenizer: tokenizer\n",
+        tokenizer="input: [clean/train]\nvocab_size: 2048\n",
+    )
     assert tree.run("slurm/pipeline.sh", "small", "--status").stdout.split("\n")[0] == "clean      not started"
 
     done = tree.run("slurm/pipeline.sh", "small", "--local")
@@ -268,7 +292,8 @@ def test_status_tells_apart_what_a_stage_can_be(tree):
     for stage in ("pack", "cpt-1", "cpt-2", "bpb"):
         (tree / "runs/new" / stage).mkdir(parents=True)
     (tree / "runs/new/pack/manifest.json").write_text(
-        '{\n "result": {\n  "seconds": 1\n },\n "ended": "2026-01-02T03:04:05Z",\n "seconds": 61.5\n}')
+        '{\n "result": {\n  "seconds": 1\n },\n "ended": "2026-01-02T03:04:05Z",\n "seconds": 61.5\n}'
+    )
     for stage in ("cpt-1", "cpt-2"):
         (tree / "runs/new" / stage / "checkpoints/step-0000100").mkdir(parents=True)
         (tree / "runs/new" / stage / "checkpoints/step-0000100/COMPLETE").touch()
@@ -308,16 +333,21 @@ def test_a_batch_file_runs_its_rows_up_to_those_that_wait_for_others(tree):
 
 def tiny_run(made):
     """A recipe of cpt.py, but for its length."""
-    return (f"datasets:\n  - {{path: {made}/shards}}\ntokenizer: {made}/tokenizer\nmodel_config: {TINY_LLAMA}\n"
-            "max_length: 16\nglobal_batch_size: 2\nlearning_rate: 1.0e-3\n")
+    return (
+        f"datasets:\n  - {{path: {made}/shards}}\ntokenizer: {made}/tokenizer\nmodel_config: {TINY_LLAMA}\n"
+        "max_length: 16\nglobal_batch_size: 2\nlearning_rate: 1.0e-3\n"
+    )
 
 
 # -- stopping ---------------------------------------------------------------------------------------------------------
 
 
 def test_asked_to_stop_a_run_leaves_a_checkpoint_and_goes_on_when_started_again(tree, made):
-    tree.recipe("new", "cpt scripts/cpt.py cpt_p5\nafter tools/stub.py cpt_p5\n", cpt=(
-        tiny_run(made) + "max_steps: 80\nsave_steps: 1000\nlogging_steps: 40\n"))
+    tree.recipe(
+        "new",
+        "cpt scripts/cpt.py cpt_p5\nafter tools/stub.py cpt_p5\n",
+        cpt=(tiny_run(made) + "max_steps: 80\nsave_steps: 1000\nlogging_steps: 40\n"),
+    )
     process = tree.start("slurm/run_stages.sh", "new", "cpt_p5")
     wait_for(tree / "runs/new/cpt/metrics.jsonl", process)
     process.send_signal(signal.SIGTERM)
@@ -335,6 +365,7 @@ def test_asked_to_stop_a_run_leaves_a_checkpoint_and_goes_on_when_started_again(
 @pytest.fixture
 def job(tree):
     """A recipe of three cpt_p5 stages, the second of which waits to be stopped; and Slurm."""
+
     def make(**texts):
         tree.recipe("new", "".join(f"{stage} tools/stub.py cpt_p5\n" for stage in ("one", "two", "three")), **texts)
         tree.fake_slurm()
@@ -436,7 +467,8 @@ def launch(tree):
     (tree / "scripts/cpt.py").write_text(
         "import os, sys\nprint('python', *sys.argv[1:], 'WORLD_SIZE', os.environ.get('WORLD_SIZE'))\n"
         "if 'bad' in sys.argv: sys.exit('error: bad')\n"
-        "if 'old' in sys.argv: print('x: finished 2026 in 1 s, nothing to do (runs/x)')\n")
+        "if 'old' in sys.argv: print('x: finished 2026 in 1 s, nothing to do (runs/x)')\n"
+    )
 
     def start(*words, program="scripts/cpt.py", **environment):
         return tree.run("slurm/launch.sh", program, "--config", "c.yaml", *words, **environment)
@@ -458,7 +490,7 @@ def test_one_process_is_started_without_accelerate(tree, launch):
 
 
 def test_a_process_for_each_gpu(tree, launch):
-    tree.fake("nvidia-smi", "for i in 0 1 2; do echo \"GPU $i: H100 (UUID: $i)\"; done\n", note=False)
+    tree.fake("nvidia-smi", 'for i in 0 1 2; do echo "GPU $i: H100 (UUID: $i)"; done\n', note=False)
     for processes, environment in {
         8: {"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"},
         2: {"CUDA_VISIBLE_DEVICES": "4,5"},
@@ -467,20 +499,26 @@ def test_a_process_for_each_gpu(tree, launch):
         launch("--seed", "1", DILQUR_NUM_PROCESSES="4", **environment)
         assert told_accelerate(tree) == (
             f"--config_file accelerate_configs/fsdp2.yaml --num_machines 1 --num_processes {processes} "
-            "--machine_rank 0 --main_process_port 0 scripts/cpt.py --config c.yaml --seed 1")
+            "--machine_rank 0 --main_process_port 0 scripts/cpt.py --config c.yaml --seed 1"
+        )
     del tree.environment["CUDA_VISIBLE_DEVICES"]
     launch(DILQUR_STRATEGY="accelerate_configs/zero2.yaml")
     assert "accelerate_configs/zero2.yaml --num_machines 1 --num_processes 3 " in told_accelerate(tree)
 
 
 def test_two_nodes_agree_on_address_and_port_and_differ_in_rank(tree, launch):
-    step = {"SLURM_JOB_ID": "123456", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "n[1-2]",
-            "SLURM_GPUS_ON_NODE": "8"}
+    step = {
+        "SLURM_JOB_ID": "123456",
+        "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_STEP_NODELIST": "n[1-2]",
+        "SLURM_GPUS_ON_NODE": "8",
+    }
     for node in (0, 1):
         launch(SLURM_NODEID=str(node), **step)
         assert told_accelerate(tree) == (
             f"--config_file accelerate_configs/fsdp2.yaml --num_machines 2 --num_processes 16 --machine_rank {node} "
-            "--main_process_ip n1 --main_process_port 23456 --rdzv_backend static scripts/cpt.py --config c.yaml")
+            "--main_process_ip n1 --main_process_port 23456 --rdzv_backend static scripts/cpt.py --config c.yaml"
+        )
 
 
 def test_a_program_that_does_not_train_runs_on_the_first_node_alone(tree, launch):
@@ -505,8 +543,15 @@ def test_mistakes_are_heard_before_accelerate_starts(tree, launch):
 
 def test_the_exit_code_of_a_mistake_is_the_first_node_s(tree, launch):
     """srun takes the highest: the others wait for a file that may come late (NFS), and leave with 0 when srun ends them."""
-    process = tree.start("slurm/launch.sh", "scripts/cpt.py", "bad", SLURM_JOB_ID="1", SLURM_STEP_NUM_NODES="2",
-                         SLURM_NODEID="1", SLURM_GPUS_ON_NODE="1")
+    process = tree.start(
+        "slurm/launch.sh",
+        "scripts/cpt.py",
+        "bad",
+        SLURM_JOB_ID="1",
+        SLURM_STEP_NUM_NODES="2",
+        SLURM_NODEID="1",
+        SLURM_GPUS_ON_NODE="1",
+    )
     time.sleep(1)
     assert process.poll() is None
     os.killpg(process.pid, signal.SIGTERM)
