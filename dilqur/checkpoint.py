@@ -50,9 +50,7 @@ class CheckpointWriter:
             self.folder.mkdir(parents=True, exist_ok=True)
             for stale in self.folder.glob(".tmp-*"):  # of a run that was killed
                 shutil.rmtree(stale)
-        if (
-            self.world > 1
-        ):  # files that a killed run left must not complete a later save: a word of this run in the name
+        if self.world > 1:  # a word of this run in the name: what a killed run left must not complete a later save
             torch.distributed.broadcast_object_list(run)
         self.run = run[0]
 

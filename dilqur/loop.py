@@ -280,7 +280,8 @@ def train(settings, stage, model, compute_loss, write_model):
         return total / count
 
     # loop
-    scale, saved_at, stopped, clock = backward_scale(accelerator), step, None, time.perf_counter()
+    saved_at = step if checkpoint and checkpoint.parent == writer.folder else 0
+    scale, stopped, clock = backward_scale(accelerator), None, time.perf_counter()
     stream = batches(
         samples,
         start + step * settings.global_batch_size,
