@@ -85,7 +85,7 @@ def split_batch(global_batch_size, ceiling, world_size):
     return batch, share // batch
 
 
-def batches(samples, start, steps, batch, accumulation, rank, world_size, num_workers=0, pin_memory=False):
+def training_batches(samples, start, steps, batch, accumulation, rank, world_size, num_workers=0, pin_memory=False):
     """Yield, for each of `steps` steps from position `start`, this rank's list of `accumulation` micro-batches."""
     from torch.utils.data import DataLoader
 

@@ -25,7 +25,7 @@ import xxhash
 from safetensors import safe_open
 
 from dilqur.atomic import atomic_file, fsync_folder, write_json
-from dilqur.distributed import owned, refresh, set_optimizer_step
+from dilqur.distributed import owned_slices, refresh, set_optimizer_step
 from dilqur.errors import InputError
 
 VERSION = 1
@@ -59,7 +59,7 @@ class CheckpointWriter:
         """Start saving the state after `step` steps. trainer: dict for trainer.json, the same on every rank."""
         self.wait()  # the buffer is in use until the last one is written
         pieces, views, shapes, size = [], [], {}, 0
-        for name, shape, start, state in owned(model, optimizer):
+        for name, shape, start, state in owned_slices(model, optimizer):
             shapes[name] = list(shape)
             for kind, live in state.items():
                 for first in range(0, live.numel(), PIECE):
@@ -238,7 +238,7 @@ class CheckpointReader:
 def load_checkpoint(reader, model, optimizer):
     """Fill weights, moments and Adam's step of a prepared model. Raises InputError where the parameters do not agree."""
     jobs, names = [], set()
-    for name, shape, start, state in owned(model, optimizer, for_read=True):
+    for name, shape, start, state in owned_slices(model, optimizer, for_read=True):
         names.add(name)
         if tuple(reader.shapes.get(name, ())) != shape:
             raise InputError(

@@ -30,8 +30,8 @@ def make_accelerator(bf16, batch, accumulation, max_grad_norm, report_to=(), fol
     from accelerate.utils import InitProcessGroupKwargs
 
     # rank 0 alone writes model/ at the end, and the others wait: an 8B on a slow file system takes longer than NCCL's 10 min
-    patient = InitProcessGroupKwargs(timeout=timedelta(hours=1))
-    arguments = {"kwargs_handlers": [patient]} if torch.cuda.is_available() else _persuade_cpu(patient)
+    process_group = InitProcessGroupKwargs(timeout=timedelta(hours=1))
+    arguments = {"kwargs_handlers": [process_group]} if torch.cuda.is_available() else _allow_cpu(process_group)
     accelerator = Accelerator(
         mixed_precision="bf16" if bf16 else "no",
         gradient_accumulation_steps=accumulation,
@@ -58,20 +58,20 @@ def make_accelerator(bf16, batch, accumulation, max_grad_norm, report_to=(), fol
     return accelerator
 
 
-def _persuade_cpu(patient):
+def _allow_cpu(process_group):
     """accelerate turns FSDP and DeepSpeed on for GPUs only: say that gloo on a CPU is such a world. Arguments for Accelerator."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        patient.backend = "gloo"
-        return {"kwargs_handlers": [patient]}
+        process_group.backend = "gloo"
+        return {"kwargs_handlers": [process_group]}
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         from accelerate.state import PartialState
         from accelerate.utils import DistributedType
 
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
         PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
-        return {"kwargs_handlers": [patient]}
-    return {"cpu": True, "kwargs_handlers": [patient]}
+        return {"kwargs_handlers": [process_group]}
+    return {"cpu": True, "kwargs_handlers": [process_group]}
 
 
 def strategy(accelerator):
@@ -123,7 +123,7 @@ def gradient_norm(accelerator, model, max_norm):
     return float(norm) if norm is not None else float("nan")
 
 
-def add_up(accelerator, *values):
+def sum_over_ranks(accelerator, *values):
     """Sum over ranks of each of `values` (numbers or one-element tensors), in float64, as a tuple of floats."""
     import torch
 
@@ -136,7 +136,7 @@ def add_up(accelerator, *values):
 # -- who owns what ----------------------------------------------------------------------------------------------------
 
 
-def owned(model, optimizer, for_read=False):
+def owned_slices(model, optimizer, for_read=False):
     """Yield (name, shape, start, {"fp32": view, "exp_avg": view, "exp_avg_sq": view}) for every trainable parameter.
 
     The views are 1-D, alias the live training state, and cover the elements [start, start + len) of the flattened
@@ -158,7 +158,7 @@ def owned(model, optimizer, for_read=False):
 
 
 def refresh(optimizer):
-    """After writing into the views of `owned`: make the strategy's own low-precision or gathered copies again."""
+    """After writing into the views of `owned_slices`: make the strategy's own low-precision or gathered copies again."""
     zero = _zero(optimizer)
     if zero is None:
         return

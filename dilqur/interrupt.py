@@ -19,7 +19,7 @@ class Interrupt:
     def __init__(self, folder, max_minutes=None, stop_at_step=None, margin_s=300):
         self.stop_file, self.requeue_file = Path(folder) / "STOP", Path(folder) / "REQUEUE"
         self.stop_at_step, self.started = stop_at_step, time.time()
-        ends = [_job_end(), self.started + 60 * max_minutes if max_minutes else None]
+        ends = [_slurm_end_time(), self.started + 60 * max_minutes if max_minutes else None]
         margins = [margin_s, 0]
         self.deadline = min((end - margin for end, margin in zip(ends, margins, strict=True) if end), default=None)
 
@@ -30,7 +30,7 @@ class Interrupt:
         if self.stop_file.exists() and self.stop_file.stat().st_mtime < born - CLOCK_S:
             self.stop_file.unlink()
 
-    def reason(self, step):
+    def stop_reason(self, step):
         """Why to stop after `step` steps, or None."""
         if self.stop_file.exists():
             return f"{self.stop_file} is there"
@@ -44,7 +44,7 @@ class Interrupt:
         self.requeue_file.touch()
 
 
-def _job_end():
+def _slurm_end_time():
     """End of the Slurm job in seconds since 1970, or None. Slurm before 23 does not export it; squeue knows."""
     job = os.environ.get("SLURM_JOB_ID")
     if not job or os.environ.get("RANK", "0") != "0":

@@ -40,7 +40,7 @@ class TextTokenizer:
         self.backend.no_padding()
         self.backend.no_truncation()
         self.size = max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
-        self.bos_token, self.eos_token = self._boundary_tokens()
+        self.bos_token, self.eos_token = self._bos_and_eos()
         self.bos_id, self.eos_id = (t and self.backend.token_to_id(t) for t in (self.bos_token, self.eos_token))
         self._check_control_tokens()
 
@@ -83,7 +83,7 @@ class TextTokenizer:
             raise InputError(f"{self.path}: no control token {token}")
         return found
 
-    def _boundary_tokens(self):
+    def _bos_and_eos(self):
         """What tokenizer_config.json beside it calls BOS and EOS; without one, the names of Llama 3 if it has them."""
         config = self.path.with_name("tokenizer_config.json")
         names = {"bos_token": BOS, "eos_token": EOS}

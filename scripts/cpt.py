@@ -12,10 +12,11 @@ the same command goes on from the newest complete checkpoint. At the end OUTPUT_
 from dataclasses import dataclass, field
 
 from dilqur.errors import InputError, program
-from dilqur.loop import TrainingSettings, check_model, check_training, train
+from dilqur.loop import train
 from dilqur.quiet import quiet_libraries
 from dilqur.recipe import parse
 from dilqur.stage import Stage, TokenizerPath, read_config
+from dilqur.training_settings import TrainingSettings, check_model, check_training
 
 
 @dataclass(kw_only=True)

@@ -34,11 +34,11 @@ from dilqur.batches import split_batch
 from dilqur.documents import expand, read_jsonl
 from dilqur.errors import AlreadyFinished, InputError, program
 from dilqur.llama3 import SPECIAL_TOKENS, encode_chat
-from dilqur.loop import TrainingSettings, check_training
 from dilqur.recipe import parse
 from dilqur.stage import PipelineRow, Stage, StageSettings, read_config, read_pipeline
 from dilqur.token_shards import TokenShards
 from dilqur.tokenizer import TextTokenizer
+from dilqur.training_settings import TrainingSettings, check_training
 
 ROOT = Path(__file__).resolve().parent.parent
 DRIVERS = {"cu126": 560, "cu128": 570}  # NVIDIA's oldest for CUDA 12.6 and 12.8; torch 2.13 from PyPI is CUDA 13: 580

@@ -88,6 +88,6 @@ def test_the_command_lines_a_program_opens_with_run_as_pasted(program, tree, qui
     commands = commands_of(program)
     assert commands
     for command in commands:
-        command = command.replace("sbatch", "bash -n")  # no Slurm here: the batch file is there and parses
+        command = command.replace("sbatch ", "bash -n ")  # no Slurm here: the batch file is there and parses
         done = subprocess.run(["bash", "-c", command], cwd=tree, env=ENVIRONMENT, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from dilqur.batches import IGNORE, TokenSamples, batches, evaluation_batches, split_batch
+from dilqur.batches import IGNORE, TokenSamples, evaluation_batches, split_batch, training_batches
 from dilqur.errors import InputError
 
 LENGTH = 64  # tokens a sample: some 900 samples in the corpus
@@ -131,7 +131,9 @@ def test_a_batch_that_does_not_divide_is_refused_with_numbers_that_work(global_b
 def step_by_step(samples, world, ceiling, start=0, steps=3, global_batch=16, **loader):
     """The samples of each step, in the order of the stream, put together from what every rank gets."""
     batch, accumulation = split_batch(global_batch, ceiling, world)
-    ranks = [list(batches(samples, start, steps, batch, accumulation, r, world, **loader)) for r in range(world)]
+    ranks = [
+        list(training_batches(samples, start, steps, batch, accumulation, r, world, **loader)) for r in range(world)
+    ]
     assert all(len(micro_batches) == accumulation for rank in ranks for micro_batches in rank)
     return [rows(ranks[r][step][m] for m in range(accumulation) for r in range(world)) for step in range(steps)]
 
