@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as slurm/launch.sh has it: waiting threads do not spin
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for models this small a second thread only adds waiting
 CORPUS = ROOT / "recipes" / "quickstart" / "corpus"
 SHARED = ROOT.parent / "shared"  # real text and tokenizers, where a checkout has them beside it
 
