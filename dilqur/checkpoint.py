@@ -2,7 +2,7 @@
 
     checkpoints/step-0000500/rank-00003.safetensors   the flat fp32 pieces rank 3 owned: {fp32,exp_avg,exp_avg_sq}/NAME@START
     checkpoints/step-0000500/rank-00003.json          the same pieces with checksums, shapes, the size of the file
-    checkpoints/step-0000500/trainer.json             step, position in the stream, seed, recipe, data, tied and frozen names
+    checkpoints/step-0000500/trainer.json             step, position in the stream, seed, recipe, data, trained names
     checkpoints/step-0000500/index.json               checksums of the JSON files
     checkpoints/step-0000500/COMPLETE                 checksum of index.json
 

@@ -66,7 +66,7 @@ def train(settings, stage, model, compute_loss, write_model):
     metrics = Metrics(stage.folder, max_steps, accelerator if settings.report_to else None, settings.logging_steps)
     writer = CheckpointWriter(stage.folder / "checkpoints", accelerator, keep=settings.save_total_limit)
     identity = {
-        "recipe": _plain(settings),
+        "recipe": to_dict(settings),
         "seed": settings.seed,
         "data": {"fingerprint": samples.fingerprint(), "start_position": start},
         "trainable": trainable,
@@ -182,7 +182,7 @@ def train(settings, stage, model, compute_loss, write_model):
             clock = time.perf_counter()
         if main:
             metrics.log(step, **values)
-        if step % settings.save_steps == 0 or step == max_steps:
+        if step % settings.save_steps == 0:
             save(step)
             saved_at = step
 
@@ -267,11 +267,6 @@ def _refuse_other_run(settings, reader, identity):
         raise InputError(f"{reader.folder}: made on other data (the shards have changed): choose another --output_dir")
     if then["trainable"] != now["trainable"]:
         raise InputError(f"{reader.folder}: trained other parameters than this run would")
-
-
-def _plain(settings):
-    """The recipe as JSON would give it back."""
-    return json.loads(json.dumps(to_dict(settings)))
 
 
 def _summary(settings, samples, start, step, max_steps, sizes, where, batch_size, accumulation, checkpoint):

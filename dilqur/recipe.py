@@ -7,6 +7,7 @@ file and line in the message, and the nearest name for a key that does not exist
 
 import argparse
 import difflib
+import json
 import re
 import sys
 from collections.abc import Mapping
@@ -99,9 +100,10 @@ def check_value(hint, value, where):
 
 
 def to_dict(settings):
-    """The settings as plain values, for manifests and comparisons; without what says only where and whether to run."""
+    """The settings as JSON gives them back, for manifests and comparisons; without what says only where and whether to run."""
     leave_out = {"check", "json", "overwrite_output_dir", "run_dir", "output_dir"}
-    return {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in leave_out}
+    values = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in leave_out}
+    return json.loads(json.dumps(values))
 
 
 class _Loader(yaml.SafeLoader):

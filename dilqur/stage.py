@@ -158,7 +158,7 @@ class Stage:
             )
         if self.settings.overwrite_output_dir and not self.settings.check:
             return
-        now, then = self._arguments(), done["arguments"]
+        now, then = to_dict(self.settings), done["arguments"]
         harmless = getattr(self.settings, "harmless", ())
         changed = [k for k in now if k in then and now[k] != then[k] and k not in harmless]
         if changed:
@@ -219,7 +219,7 @@ class Stage:
             "program": self.program.name,
             "command": shlex.join(sys.argv),
             "recipe": self.config and {"path": self.config, "xxh3": _xxh3(Path(self.config))},
-            "arguments": self._arguments(),
+            "arguments": to_dict(self.settings),
             "inputs": hashes,
             "seed": getattr(self.settings, "seed", None),
             "git": _git(),
@@ -236,9 +236,6 @@ class Stage:
     def _is_finished(self):
         again = self.settings.overwrite_output_dir and not self.settings.check
         return self.folder is not None and (self.folder / "manifest.json").exists() and not again
-
-    def _arguments(self):
-        return json.loads(json.dumps(to_dict(self.settings)))
 
 
 def read_manifest(folder):
