@@ -12,17 +12,15 @@ recipe or --output_dir its folder gets table.md, results.json and tokenizers.png
 import itertools
 import json
 import re
-import sys
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
 
 from dilqur.atomic import atomic_files, write_json
-from dilqur.documents import expand, read
+from dilqur.documents import ReadingSettings, read_input
 from dilqur.errors import InputError, program
 from dilqur.recipe import parse
 from dilqur.stage import Documents, Stage, StageSettings, TokenizerPath, display_names
@@ -40,17 +38,10 @@ RULES = {
 
 
 @dataclass(kw_only=True)
-class EvalTokenizerSettings(StageSettings):
+class EvalTokenizerSettings(StageSettings, ReadingSettings):
     tokenizer: list[TokenizerPath] = field(metadata={"help": "folders with a tokenizer.json, or such files"})
     names: list[str] | None = field(default=None, metadata={"help": "what to call them; none: their folders' names"})
     input: list[Documents] = field(metadata={"help": "files, folders or globs: text that no tokenizer was trained on"})
-    text_field: str = field(default="text", metadata={"help": "key or column that holds the text"})
-    sample_by: Literal["line", "paragraph", "document"] = field(
-        default="line", metadata={"help": "one document of a .txt"}
-    )
-    skip_bad_records: bool = field(
-        default=False, metadata={"help": "skip and count broken JSON and UTF-8 instead of stopping"}
-    )
     json: bool = field(default=False, metadata={"help": "one JSON object on standard output"})
 
 
@@ -159,14 +150,8 @@ def main():
         return print(f"{stage.name}: ok")
     stage.open()
 
-    count = {"documents": 0, "words": 0, "utf8_bytes": 0, "bad_records": 0}
-
-    def bad(message):
-        count["bad_records"] += 1
-        print(f"skipped: {message}", file=sys.stderr)
-
-    on_error = bad if settings.skip_bad_records else None
-    documents = read(expand(settings.input), settings.text_field, settings.sample_by, on_error)
+    count = {"documents": 0, "words": 0, "utf8_bytes": 0}
+    documents, skipped = read_input(settings)
     with tqdm(desc=stage.name, unit="B", unit_scale=True, disable=None) as bar:
         while texts := [d.text for d in itertools.islice(documents, BATCH)]:
             size = sum(len(text.encode("utf-8")) for text in texts)
@@ -180,7 +165,7 @@ def main():
         raise InputError(f"{' '.join(settings.input)}: no word in there: nothing to measure")
 
     measured = {name: counter.result(count["words"], count["utf8_bytes"]) for name, counter in counters.items()}
-    results = {**count, "rules": RULES, "tokenizers": measured}
+    results = {**count, "bad_records": skipped.count, "rules": RULES, "tokenizers": measured}
     if stage.folder:
         with atomic_files(stage.folder) as part:
             write_json(part / "results.json", results)

@@ -7,15 +7,14 @@
 folder loads with transformers.AutoTokenizer and with `tokenizers` alone.
 """
 
-import sys
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 from tqdm import tqdm
 
 from dilqur.atomic import atomic_files
-from dilqur.documents import expand, read
+from dilqur.documents import ReadingSettings, read_input
 from dilqur.errors import InputError, program
 from dilqur.llama3 import BOS, CHAT_TEMPLATE, EOS, PAD, PATTERN, SPECIAL_TOKENS
 from dilqur.recipe import parse
@@ -24,20 +23,13 @@ from dilqur.tokenizer import TextTokenizer
 
 
 @dataclass(kw_only=True)
-class TokenizerSettings(StageSettings):
+class TokenizerSettings(StageSettings, ReadingSettings):
     input: list[Documents] = field(metadata={"help": "files, folders or globs to learn the merges from"})
     vocab_size: Annotated[int, Field(ge=256, le=2**31 - 1)] = field(
         metadata={"help": "bytes and merges, without the 256 special tokens"}
     )
     min_frequency: Annotated[int, Field(ge=1)] = field(
         default=2, metadata={"help": "a pair seen less often is not merged"}
-    )
-    text_field: str = field(default="text", metadata={"help": "key or column that holds the text"})
-    sample_by: Literal["line", "paragraph", "document"] = field(
-        default="line", metadata={"help": "one document of a .txt"}
-    )
-    skip_bad_records: bool = field(
-        default=False, metadata={"help": "skip and count broken JSON and UTF-8 instead of stopping"}
     )
     model_max_length: Annotated[int, Field(ge=1)] = field(
         default=131_072, metadata={"help": "noted in tokenizer_config.json"}
@@ -81,16 +73,10 @@ def main():
     if settings.check:
         return print(f"{stage.name}: ok")
     stage.open()
-    count = {"documents": 0, "utf8_bytes": 0, "bad_records": 0}
-
-    def bad(message):
-        count["bad_records"] += 1
-        print(f"skipped: {message}", file=sys.stderr)
+    count = {"documents": 0, "utf8_bytes": 0}
+    documents, skipped = read_input(settings)
 
     def texts():
-        documents = read(
-            expand(settings.input), settings.text_field, settings.sample_by, bad if settings.skip_bad_records else None
-        )
         for document in tqdm(documents, desc=stage.name, disable=None):
             count["documents"] += 1
             count["utf8_bytes"] += len(document.text.encode("utf-8"))
@@ -124,6 +110,7 @@ def main():
     stage.finish(
         {
             **count,
+            "bad_records": skipped.count,
             "vocab_size": learned,
             "special_tokens": len(SPECIAL_TOKENS),
             "size": saved.size,

@@ -1,25 +1,49 @@
-"""Documents in: jsonl, parquet and txt, plain, .gz or .zst, with file and line in every error.
+"""Documents out of blocks of input files, with file and line in every error; and which of them are held out for validation."""
 
-Lines end at LF alone (U+2028 is a legal character inside JSON). Also here: which documents are held out for validation.
-"""
-
-import gzip
-import io
 import json
-import lzma
 import re
-import zlib
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import Literal
 
+import orjson
 import xxhash
-import zstandard
 
 from dilqur.errors import InputError
+from dilqur.input_files import MAX_RECORD_BYTES, blocks, expand, kind_of
 
-FORMATS = (".jsonl", ".json", ".parquet", ".txt")
-COMPRESSIONS = (".gz", ".zst")
-MAX_LINE_BYTES = 256 << 20  # a longer line is a broken file, or one made to fill the memory
+_SKIP = "--on_error skip goes on without it and counts it"
+
+
+@dataclass(kw_only=True)
+class ReadingSettings:
+    """How a program that reads documents is told what one is."""
+
+    text_field: str = field(default="text", metadata={"help": "key or column that holds the text"})
+    sample_by: Literal["line", "paragraph", "document"] = field(
+        default="line", metadata={"help": "one document of a .txt"}
+    )
+    on_error: Literal["stop", "skip"] = field(
+        default="stop", metadata={"help": "at a bad record (broken JSON or UTF-8, no text): stop, or skip and count it"}
+    )
+
+
+class Skipped:
+    """Counts the records that are skipped, and says the first SAID of them. count: int."""
+
+    SAID = 20
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, message):
+        self.count += 1
+        if self.count <= self.SAID:
+            print(f"skipped: {message.replace(f'; {_SKIP}', '')}", file=sys.stderr)
+        if self.count == self.SAID:
+            print("skipped: what follows is only counted", file=sys.stderr)
 
 
 @dataclass
@@ -36,195 +60,163 @@ class Document:
         return f"{self.file}:{self.line}"
 
 
-def expand(inputs):
-    """Files, folders and globs → a sorted list of files without repeats. Raises InputError for what is not there."""
-    files = []
-    for item in inputs:
-        path = Path(item)
-        if path.is_dir():
-            found = [p for p in path.rglob("*") if p.is_file() and _kind(p) and not _hidden(p.relative_to(path))]
-            if not found:
-                raise InputError(f"{item}: no {', '.join(FORMATS)} file in this folder (plain, .gz or .zst)")
-        elif path.is_file():
-            if not _kind(path):
-                raise InputError(f"{item}: not a known format; give {', '.join(FORMATS)}, plain, .gz or .zst")
-            found = [path]
-        else:
-            found = [p for p in Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))) if p.is_file()]
-            if not found:
-                raise InputError(f"{item}: no such file, folder or pattern")
-        files += sorted(map(str, found))
-    return list(dict.fromkeys(files))
-
-
 def read(files, text_field="text", sample_by="line", on_error=None):
     """Yield every Document of `files`, in order.
 
     text_field: the key (jsonl) or column (parquet) that holds the text. sample_by: what one document of a .txt file is,
     "line", "paragraph" (up to an empty line) or "document" (the file), as in Hugging Face datasets.
-    on_error: None raises InputError at the first bad record; a function is called with the message instead and the
-    record is skipped. A file that cannot be decompressed to its end always raises.
+    on_error: None raises InputError at the first bad record; a function is called with the message instead and the record is
+    skipped. A file that cannot be read to its end always raises: nobody knows what it held.
     """
     for file in files:
-        kind = _kind(Path(file))
-        if kind == ".parquet":
-            yield from _read_parquet(file, text_field, on_error)
-        elif kind == ".txt":
-            yield from _read_txt(file, sample_by, on_error)
-        else:
-            for line, record in read_jsonl(file, on_error):
-                if not isinstance(record.get(text_field), str):
-                    keys = ", ".join(record) or "none"
-                    _report(f"{file}:{line}: no text field {text_field!r} (keys: {keys}); see --text_field", on_error)
-                    continue
-                yield Document(record[text_field], file, line, record)
+        for block in blocks(file, sample_by, skip=on_error is not None):
+            yield from documents(block, text_field, sample_by, on_error)
+
+
+def read_input(settings):
+    """(iterator of the Documents of `settings.input`, Skipped), read as the program's ReadingSettings say."""
+    skipped = Skipped()
+    on_error = skipped if settings.on_error == "skip" else None
+    return read(expand(settings.input), settings.text_field, settings.sample_by, on_error), skipped
 
 
 def read_jsonl(file, on_error=None):
     """Yield (line number, object) of a .jsonl file, whatever its compression. Errors as in `read`."""
-    for number, raw in enumerate(_lines(file), 1):
-        try:
-            text = raw.decode("utf-8")
-        except UnicodeDecodeError as problem:
-            _report(f"{file}:{number}: invalid UTF-8 at byte {problem.start}; {_SKIP}", on_error)
-            continue
-        if not text.strip():
-            continue
-        try:
-            record = json.loads(text)
-            text.encode("utf-8") if "\\ud" not in text.lower() else json.dumps(record, ensure_ascii=False).encode()
-        except json.JSONDecodeError as problem:
-            _report(f"{file}:{number}: broken JSON ({problem.msg}, column {problem.colno}); {_SKIP}", on_error)
-            continue
-        except UnicodeEncodeError:
-            _report(f"{file}:{number}: a lone surrogate (\\ud800 to \\udfff) is no character; {_SKIP}", on_error)
-            continue
-        except (RecursionError, ValueError):  # what Python's parser refuses though it is JSON
-            _report(f"{file}:{number}: JSON nested too deeply, or a number of over 4,300 digits; {_SKIP}", on_error)
-            continue
-        if not isinstance(record, dict):
-            _report(f"{file}:{number}: not a JSON object; {_SKIP}", on_error)
-            continue
-        yield number, record
+    for block in blocks(file, skip=on_error is not None):
+        yield from _objects(block, on_error)
 
 
 def is_validation(text, fraction):
     """Is this document held out? A function of its letters and digits alone, so equal for every tokenizer and machine,
     and for copies that differ in case, spacing or punctuation."""
-    if not fraction:
-        return False
-    letters = re.sub(r"[\W_]+", "", text).casefold()
-    return xxhash.xxh3_64_intdigest(letters.encode("utf-8"), seed=1) < fraction * 2**64
+    letters = fold(re.sub(r"[\W_]+", "", text))
+    return bool(fraction) and xxhash.xxh3_64_intdigest(letters.encode("utf-8"), seed=1) < fraction * 2**64
 
 
-_SKIP = "--skip_bad_records true goes on without it and counts it"
+def fold(text):
+    """Casefolded, and every i alike: which of i, ı, I and İ are one letter depends on the language of who changed the case."""
+    return text.casefold().replace("\u0307", "").replace("ı", "i")
 
 
-def _kind(path):
-    suffixes = path.suffixes[-2:]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        suffixes = suffixes[:-1]
-    return suffixes[-1] if suffixes and suffixes[-1] in FORMATS else None
+# -- parsing ----------------------------------------------------------------------------------------------------------
 
 
-def _hidden(path):
-    return any(part.startswith(".") for part in path.parts)
+def documents(block, text_field="text", sample_by="line", on_error=None):
+    """Yield the Documents of one Block. Every record of it becomes one, or a call of `on_error` (None: InputError)."""
+    kind = kind_of(Path(block.file))
+    if kind == ".txt":
+        found = ((line, {"text": text}) for line, text in _texts(block, sample_by, on_error))
+        text_field = "text"
+    elif kind == ".parquet":
+        found = _rows(block, on_error)
+    else:
+        found = _objects(block, on_error)
+    for line, record in found:
+        text = record.get(text_field)
+        where = f"{block.file}:{line}"
+        if not isinstance(text, str):
+            _report(f"{where}: {_no_text(record, text_field)}; see --text_field; {_SKIP}", on_error)
+        elif "\0" in text:
+            _report(f"{where}: NUL (U+0000) in the text: damaged, or not text; {_SKIP}", on_error)
+        else:
+            yield Document(text, block.file, line, record)
 
 
-def _lines(file):
-    """The lines of a file as bytes, without their LF; InputError where the compressed data is cut or damaged."""
-    number = 0
-    try:
-        with _open(file) as stream:
-            while line := stream.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                if len(line) > MAX_LINE_BYTES:
-                    raise InputError(
-                        f"{file}:{number}: a line of over {MAX_LINE_BYTES >> 20} MB; one document a line, please"
-                    )
-                yield line.removesuffix(b"\n")
-    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError, lzma.LZMAError) as problem:
-        raise InputError(f"{file}: truncated or damaged after line {number} ({problem}); fetch it again") from None
+def _no_text(record, text_field):
+    if text_field in record:
+        return f"{text_field!r} is {str(record[text_field])[:40]!r}, not text"
+    keys = ", ".join(key if key.isprintable() and len(key) < 40 else repr(key[:40]) for key in islice(record, 20))
+    return f"no text field {text_field!r} (keys: {keys or 'none'})"
 
 
-def _open(file):
-    if file.endswith(".gz"):
-        return gzip.open(file, "rb")
-    if file.endswith(".zst"):
-        return io.BufferedReader(_WholeZstd(file), 1 << 20)
-    return Path(file).open("rb")
+def _lines(block, on_error):
+    """(number, bytes) of the lines of a block that hold something; the over-long ones before it are reported."""
+    for line in block.too_long:
+        _report(f"{block.file}:{line}: a line of over {MAX_RECORD_BYTES >> 20} MB; {_SKIP}", on_error)
+    data = block.data.removeprefix(b"\xef\xbb\xbf") if block.line == 1 else block.data  # a byte order mark
+    for number, raw in enumerate(data.split(b"\n"), block.line):
+        if raw and not raw.isspace():
+            yield number, raw
 
 
-class _WholeZstd(io.RawIOBase):
-    """zstandard's own reader ends a truncated frame in silence: this one checks that the last frame is whole."""
-
-    def __init__(self, file):
-        self._source, self._frame, self._ready = Path(file).open("rb"), None, b""  # noqa: SIM115, close() is below
-
-    def readable(self):
-        return True
-
-    def readinto(self, target):
-        while not self._ready:
-            chunk = self._frame.unused_data if self._frame and self._frame.eof else b""
-            chunk = chunk or self._source.read(1 << 12)  # 4 kB of a zip bomb are 128 MB at most
-            if not chunk:
-                if self._frame and not self._frame.eof:
-                    raise EOFError("the zstd frame has no end")
-                return 0
-            if self._frame is None or self._frame.eof:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-            self._ready = memoryview(self._frame.decompress(chunk))
-        n = min(len(target), len(self._ready))
-        target[:n], self._ready = self._ready[:n], self._ready[n:]
-        return n
-
-    def close(self):
-        self._source.close()
-        super().close()
-
-
-def _read_parquet(file, text_field, on_error):
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        source = pyarrow.parquet.ParquetFile(file)
-        if text_field not in source.schema_arrow.names:
-            names = ", ".join(source.schema_arrow.names)
-            raise InputError(f"{file}: no column {text_field!r} (columns: {names}); see --text_field")
-        row = 0
-        for batch in source.iter_batches(batch_size=1024):
-            for record in batch.to_pylist():
-                row += 1
-                if not isinstance(record[text_field], str):
-                    _report(f"{file}:{row}: {text_field!r} is {record[text_field]!r}, not text; {_SKIP}", on_error)
-                    continue
-                yield Document(record[text_field], file, row, record)
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowException, UnicodeDecodeError, OSError) as problem:
-        raise InputError(f"{file}: not a whole parquet file ({str(problem).splitlines()[0]})") from None
-
-
-def _read_txt(file, sample_by, on_error):
-    block, start = [], 1
-    for number, raw in enumerate(_lines(file), 1):
+def _objects(block, on_error):
+    """(line, object) of the lines of a block of .jsonl."""
+    for number, raw in _lines(block, on_error):
         try:
-            line = raw.decode("utf-8")
-        except UnicodeDecodeError as problem:
-            _report(f"{file}:{number}: invalid UTF-8 at byte {problem.start}; {_SKIP}", on_error)
+            record = orjson.loads(raw)
+        except orjson.JSONDecodeError:
+            try:  # Python's parser takes a little more (NaN), and says better what is wrong
+                record = _loads(raw)
+            except ValueError as mistake:
+                _report(f"{block.file}:{number}: {mistake}; {_SKIP}", on_error)
+                continue
+            except RecursionError:
+                _report(f"{block.file}:{number}: JSON nested too deeply; {_SKIP}", on_error)
+                continue
+        if not isinstance(record, dict):
+            _report(f"{block.file}:{number}: not a JSON object; {_SKIP}", on_error)
             continue
-        if sample_by == "line":
-            if line.strip():
-                yield Document(line, file, number, {"text": line})
-        elif line.strip() or (sample_by == "document" and block):
-            start = number if not block else start
-            block.append(line)
-        elif block:
-            yield Document("\n".join(block), file, start, {"text": "\n".join(block)})
-            block = []
-    if block:
-        text = "\n".join(block).strip("\n")
-        yield Document(text, file, start, {"text": text})
+        yield number, record
+
+
+def _loads(raw):
+    """json.loads of UTF-8 bytes. Raises ValueError with what is wrong with them."""
+    text = _decode(raw)
+    try:
+        record = json.loads(text)
+        json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except json.JSONDecodeError as problem:
+        raise ValueError(f"broken JSON ({problem.msg}, column {problem.colno})") from None
+    except UnicodeEncodeError:
+        raise ValueError("a lone surrogate (\\ud800 to \\udfff) is no character") from None
+    return record
+
+
+def _rows(block, on_error):
+    """(row, record) of a block of parquet."""
+    try:
+        yield from enumerate(block.data.to_pylist(), block.line)
+        return
+    except UnicodeDecodeError:  # it does not say in which row
+        pass
+    for index in range(block.data.num_rows):
+        try:
+            yield block.line + index, block.data.slice(index, 1).to_pylist()[0]
+        except UnicodeDecodeError as problem:
+            _report(f"{block.file}:{block.line + index}: invalid UTF-8 at byte {problem.start}; {_SKIP}", on_error)
+
+
+def _texts(block, sample_by, on_error):
+    """(line, text) of a block of .txt."""
+    if sample_by == "line":
+        for number, raw in _lines(block, on_error):
+            try:
+                yield number, _decode(raw).removesuffix("\r")
+            except ValueError as mistake:
+                _report(f"{block.file}:{number}: {mistake}; {_SKIP}", on_error)
+        return
+    kept, start = [], None
+    numbered = list(enumerate(block.data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), block.line))
+    last = [number for number, raw in numbered if raw.strip()][-1:]
+    for number, raw in numbered:
+        if raw.strip() or (kept and sample_by == "document"):
+            start = start or number
+            kept.append(raw.removesuffix(b"\r"))
+        if start and (number == last[0] or (sample_by == "paragraph" and not raw.strip())):
+            try:
+                yield start, _decode(b"\n".join(kept))
+            except ValueError as mistake:
+                _report(f"{block.file}:{start}: {mistake}; {_SKIP}", on_error)
+            kept, start = [], None
+            if number == last[0]:
+                return
+
+
+def _decode(raw):
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as problem:
+        raise ValueError(f"invalid UTF-8 at byte {problem.start}") from None
 
 
 def _report(message, on_error):

@@ -30,8 +30,8 @@ import xxhash
 from typing_extensions import is_typeddict
 
 from dilqur.atomic import write_json
-from dilqur.documents import expand
 from dilqur.errors import AlreadyFinished, InputError
+from dilqur.input_files import expand
 from dilqur.recipe import to_dict
 
 PACKAGES = ("torch", "accelerate", "transformers", "tokenizers", "deepspeed", "liger-kernel", "peft", "trl", "numpy")
@@ -40,7 +40,7 @@ PACKAGES = ("torch", "accelerate", "transformers", "tokenizers", "deepspeed", "l
 @dataclass(frozen=True)
 class Input:
     """Marks a settings field as something this stage reads. kind: "documents" (files, folders, globs), "tokenizer",
-    "shards", "model" (a Hugging Face folder, or a stage that wrote one under `model/`), "run" (a run folder)."""
+    "shards", "model" (a Hugging Face folder, or a stage that wrote one under `model/`), "run" (a run folder), "file"."""
 
     kind: str
 
@@ -49,6 +49,7 @@ Documents = Annotated[str, Input("documents")]
 TokenizerPath = Annotated[str, Input("tokenizer")]
 ShardsPath = Annotated[str, Input("shards")]
 ModelPath = Annotated[str, Input("model")]
+FilePath = Annotated[str, Input("file")]
 
 
 @dataclass(kw_only=True)
@@ -136,6 +137,10 @@ class Stage:
 
             tokenizer_file(path, key)
         elif kind == "documents":
+            if self.folder and path.is_dir() and self.folder.resolve().is_relative_to(path.resolve()):
+                raise InputError(
+                    f"{key}: {value}: the result would lie in it, {self.folder}; choose another --output_dir"
+                )
             if not self._is_finished():  # raw inputs may be moved away once their result stands
                 expand([str(path)])
         elif not path.exists():
@@ -175,42 +180,47 @@ class Stage:
             f"{self.name}: finished {done['ended']} in {done['seconds']:.0f} s, nothing to do ({self.folder})"
         )
 
-    def open(self):
-        """Take the folder: the only writer from now on. Only the main process calls it."""
+    def open(self, part=None):
+        """Take the folder: the only writer from now on. Only the main process calls it. part: take only this folder in it, so
+        that several jobs can each fill one."""
         if self.folder is None:
             return self
+        folder = self.folder / (part or "")
         if self.settings.overwrite_output_dir and (self.folder / "manifest.json").exists():
             shutil.rmtree(self.folder)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError, PermissionError) as problem:
             raise InputError(
-                f"{self.folder}: no folder can be made there ({problem.strerror}); choose another --output_dir"
+                f"{folder}: no folder can be made there ({problem.strerror}); choose another --output_dir"
             ) from None
-        self._lock = (self.folder / ".lock").open("a+")
+        self._lock = (folder / ".lock").open("a+")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock.seek(0)
             owner = self._lock.read().strip() or "another process"
             raise InputError(
-                f"{self.folder}: {owner} is writing this folder; wait for it, or choose another --output_dir"
+                f"{folder}: {owner} is writing this folder; wait for it, or choose another --output_dir"
             ) from None
         except OSError as problem:  # a file system without locks, as some Lustre mounts: better run than not
-            print(
-                f"warning: {self.folder} cannot be locked ({problem.strerror}); do not start it twice", file=sys.stderr
-            )
+            print(f"warning: {folder} cannot be locked ({problem.strerror}); do not start it twice", file=sys.stderr)
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()
         return self
 
-    def finish(self, result, **more):
-        """Write manifest.json: from now on the stage is finished. `result`: what was measured; `more`: top-level keys."""
+    def finish(self, result, hashed=None, **more):
+        """Write manifest.json: from now on the stage is finished. `result`: what was measured; `more`: top-level keys;
+        `hashed`: {file: file_identity} of inputs that were hashed while they were read."""
         if self.folder is None:
             return None
+        hashed = hashed or {}
         hashes = {
-            path: {"kind": kind, "files": {str(f): file_identity(f) for f in _files(path, kind)}}
+            path: {
+                "kind": kind,
+                "files": {f: hashed.get(f) or file_identity(Path(f)) for f in _read(path, kind, hashed)},
+            }
             for path, kind in self.inputs.items()
         }
         manifest = {
@@ -348,6 +358,12 @@ def _files(path, kind):
         if (folder / "manifest.json").exists():
             return [folder / "manifest.json"]
     return sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
+
+
+def _read(path, kind, hashed):
+    """The files of an input as they were read: what has come into a folder since is none of them."""
+    files = list(map(str, _files(path, kind)))
+    return [f for f in files if f in hashed] or files
 
 
 def _documents(path, kind):

@@ -103,3 +103,10 @@ class TextTokenizer:
                 raise InputError(
                     f"{self.path}: the text {content!r} becomes the control token {i}; a user could write it"
                 )
+
+
+def byte_characters():
+    """str of 256: the character that byte-level BPE writes for each byte (GPT-2's table, `bytes_to_unicode` of its encoder.py)."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return "".join(chr(b if b in printable else next(others)) for b in range(256))

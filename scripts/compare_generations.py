@@ -17,8 +17,9 @@ from pydantic import Field
 from tqdm import tqdm
 
 from dilqur.atomic import atomic_file
-from dilqur.documents import expand, read
+from dilqur.documents import read
 from dilqur.errors import InputError, program
+from dilqur.input_files import expand
 from dilqur.llama3 import EOT, encode_chat
 from dilqur.quiet import quiet_libraries
 from dilqur.recipe import parse

@@ -18,8 +18,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 from tqdm import tqdm
 
-from dilqur.documents import expand, read
+from dilqur.documents import read
 from dilqur.errors import InputError, program
+from dilqur.input_files import expand
 from dilqur.quiet import quiet_libraries
 from dilqur.recipe import parse
 from dilqur.stage import Documents, ModelPath, Stage, StageSettings, display_names, read_config

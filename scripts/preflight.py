@@ -31,8 +31,9 @@ from typing import Annotated
 from pydantic import Field
 
 from dilqur.batches import split_batch
-from dilqur.documents import expand, read_jsonl
+from dilqur.documents import read_jsonl
 from dilqur.errors import AlreadyFinished, InputError, program
+from dilqur.input_files import expand
 from dilqur.llama3 import SPECIAL_TOKENS, encode_chat
 from dilqur.recipe import parse
 from dilqur.stage import PipelineRow, Stage, StageSettings, read_config, read_pipeline
@@ -133,7 +134,7 @@ def check_inputs(planned, preflight):
 
 def check_shards(planned, preflight):
     """Every shard has the size, and with --verify the checksum, that its manifest says."""
-    folders = [TokenShards(path, preflight.settings.verify) for path in planned.there("shards")]
+    folders = [TokenShards(path).check_files(preflight.settings.verify) for path in planned.there("shards")]
     files = sum(len(shard["files"]) for folder in folders for shard in folder.manifest["shards"])
     return f"{files} files whole, {sum(f.num_tokens for f in folders):,} tokens" if folders else None
 

@@ -20,8 +20,9 @@ from pydantic import Field
 
 from dilqur.atomic import atomic_folder
 from dilqur.batches import IGNORE, split_batch
-from dilqur.documents import expand, is_validation, read_jsonl
+from dilqur.documents import is_validation, read_jsonl
 from dilqur.errors import InputError, program
+from dilqur.input_files import expand
 from dilqur.llama3 import CHAT_TEMPLATE, EOS, EOT, PAD, encode_chat
 from dilqur.quiet import quiet_libraries
 from dilqur.recipe import parse
@@ -36,7 +37,9 @@ ROLES = ("system", "user", "assistant")
 class SftSettings(StageSettings):
     model_name_or_path: ModelPath = field(metadata={"help": "model folder, or the stage that made it"})
     input: list[Documents] = field(metadata={"help": "conversations: .jsonl, plain, .gz or .zst"})
-    skip_bad_records: bool = field(default=False, metadata={"help": "skip and count bad records instead of stopping"})
+    on_error: Literal["stop", "skip"] = field(
+        default="stop", metadata={"help": "at a bad record: stop, or skip and count it"}
+    )
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = field(
         default=0.0, metadata={"help": "share held out for eval_loss"}
     )
@@ -99,7 +102,7 @@ def conversations(settings, tokenizer):
     rows, counts = {"train": [], "validation": []}, {"read": 0, "too_long": 0, "bad_record": 0, "trained_tokens": 0}
 
     def bad(message):
-        if not settings.skip_bad_records:
+        if settings.on_error == "stop":
             raise InputError(message)
         counts["bad_record"] += 1
         print(f"skipped: {message}", file=sys.stderr)
@@ -108,7 +111,7 @@ def conversations(settings, tokenizer):
         for line, record in read_jsonl(file, bad):
             counts["read"] += 1
             if problem := problem_with(record):
-                bad(f"{file}:{line}: {problem}; --skip_bad_records true goes on without it and counts it")
+                bad(f"{file}:{line}: {problem}; --on_error skip goes on without it and counts it")
                 continue
             ids, mask = encode_chat(tokenizer, record["messages"])
             if len(ids) > settings.max_length:
