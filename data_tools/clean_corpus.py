@@ -1,214 +1,443 @@
-"""Raw documents in (jsonl, parquet, txt; plain, .gz, .zst), clean ones out, with a count for every reason one was dropped.
+"""Raw documents in (jsonl, parquet, txt; plain, .gz, .zst, .bz2), clean ones out, with a count for every reason one was dropped.
 
     python data_tools/clean_corpus.py --input recipes/quickstart/corpus/az --language az --output_dir runs/try/clean
     python data_tools/clean_corpus.py --config recipes/quickstart/clean.yaml --check
 
-What happens to a document, in this order: control and zero-width characters out, Unicode NFC, line ends and spaces made
-one kind; then it is dropped if it is too short or too long, not in the language, repetitive, or an exact copy of an
-earlier one. The rest goes to OUTPUT_DIR/train/FILE.jsonl.zst, and the share `validation_fraction`, chosen by a hash of
-the text itself, to OUTPUT_DIR/validation/FILE.jsonl.zst; FILE is the input file's name. report.json has the counts.
+First every document by itself (dilqur/document_filter.py has the steps, --help their settings), then all of them together:
+exact copies, near copies (MinHash) and, if asked, documents of the same id are dropped but for the first one. What is left
+goes to OUTPUT_DIR/train/FILE.jsonl.zst, and the share `validation_fraction`, chosen by a hash of the text of the first
+document of each cluster of near copies, to OUTPUT_DIR/validation/FILE.jsonl.zst; FILE is the input file's name.
+
+A recipe may have `sources`, each with settings of its own; their files go to train/NAME/ and validation/NAME/:
+
+    sources:
+      - {name: web, input: [data/web], license: ODC-BY, min_sentence_line_share: 0.12, pii: {email: mask, phone: mask}}
+      - {name: law, input: [data/law], max_repeated_ngram_share: 0.5}
+
+Killed, it goes on with the first file that is not done when it is started again. On several nodes each cleans a part of the
+files, and a last call does what needs all of them (--finish true only makes sure that all parts are done):
+
+    python data_tools/clean_corpus.py --config recipes/quickstart/clean.yaml --output_dir runs/try/clean-parts --shard 0 --of 2
+    python data_tools/clean_corpus.py --config recipes/quickstart/clean.yaml --output_dir runs/try/clean-parts --shard 1 --of 2
+    python data_tools/clean_corpus.py --config recipes/quickstart/clean.yaml --output_dir runs/try/clean-parts --of 2 --finish true
+
+report.md and report.json say what was kept, why the rest was not, with examples; lengths.png shows the lengths.
 """
 
 import collections
+import copy
+import fcntl
 import json
 import re
+import shutil
 import sys
-import unicodedata
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, Required
 
+import numpy as np
+import orjson
 import xxhash
 import zstandard
 from pydantic import Field
-from tqdm import tqdm
+from typing_extensions import TypedDict
 
-from dilqur.atomic import atomic_file, atomic_files, write_json
-from dilqur.documents import COMPRESSIONS, FORMATS, expand, is_validation, read
+from dilqur.atomic import atomic_file, write_json
+from dilqur.corpus_report import EXAMPLES, length_bins, write_report
+from dilqur.document_filter import DocumentFilter, FilterSettings
+from dilqur.documents import ReadingSettings, Skipped, documents
 from dilqur.errors import InputError, program
-from dilqur.recipe import parse
-from dilqur.stage import Documents, Stage, StageSettings
+from dilqur.input_files import COMPRESSIONS, FORMATS, blocks, expand, left_out
+from dilqur.near_duplicates import signatures
+from dilqur.npy_stream import npy_stream
+from dilqur.parallel import ParallelSettings, cores, ordered_map, part_of
+from dilqur.progress import Progress
+from dilqur.recipe import parse, to_dict
+from dilqur.split_corpus import DOCUMENT, frame_of, judge, write_files
+from dilqur.stage import Documents, Stage, StageSettings, file_identity
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
+PER_SOURCE = (ReadingSettings, FilterSettings)
+_KEYS = {f.name: f.type for settings in PER_SOURCE for f in fields(settings)}
+Source = TypedDict(
+    "Source", {"name": Required[str], "input": Required[list[Documents]], "license": str, **_KEYS}, total=False
+)
+Source.__pydantic_config__ = {"extra": "forbid"}
+
 
 @dataclass(kw_only=True)
-class CleanSettings(StageSettings):
-    input: list[Documents] = field(metadata={"help": "files, folders or globs"})
-    text_field: str = field(default="text", metadata={"help": "key or column that holds the text"})
-    sample_by: Literal["line", "paragraph", "document"] = field(
-        default="line", metadata={"help": "one document of a .txt"}
+class CleanSettings(StageSettings, ReadingSettings, FilterSettings, ParallelSettings):
+    harmless: ClassVar = ("memory_gb", *ParallelSettings.harmless)
+
+    input: list[Documents] | None = field(default=None, metadata={"help": "files, folders or globs"})
+    sources: list[Source] | None = field(
+        default=None, metadata={"help": "instead: {name, input, license, and any of the keys of reading and filtering}"}
     )
-    skip_bad_records: bool = field(
-        default=False, metadata={"help": "skip and count broken JSON and UTF-8 instead of stopping"}
+    id_field: str = field(default="id", metadata={"help": "key of a document's id; without one it gets FILE:LINE"})
+    url_field: str = field(default="url", metadata={"help": "key of its address, for blocked_urls"})
+    unique_ids: bool = field(default=False, metadata={"help": "drop a document whose id came before"})
+    near_duplicate_threshold: Annotated[float, Field(ge=0.3, le=1)] | None = field(
+        default=None,
+        metadata={"help": "drop what shares so much with an earlier document, e.g. 0.65; none: exact copies only"},
     )
-    min_chars: Annotated[int, Field(ge=1)] = field(default=50, metadata={"help": "shortest document kept"})
-    max_chars: Annotated[int, Field(ge=1)] = field(default=1_000_000, metadata={"help": "longest document kept"})
-    language: str | None = field(
-        default=None, metadata={"help": "ISO 639-1 code to keep, e.g. az; none: all languages"}
-    )
-    max_repeated_line_share: Share = field(
-        default=0.3, metadata={"help": "most of a text's characters in repeated lines"}
-    )
-    max_repeated_ngram_share: Share = field(
-        default=0.2, metadata={"help": "most of a text's words in repeated 5-grams"}
+    memory_gb: Annotated[float, Field(ge=0.5)] = field(
+        default=4.0, metadata={"help": "memory the search for copies may take"}
     )
     validation_fraction: Share = field(
         default=0.0, metadata={"help": "share of the documents held out, by hash of text"}
     )
+    write_dropped: bool = field(
+        default=False, metadata={"help": "write what is dropped, with the reason, to dropped/FILE.jsonl.zst"}
+    )
+    output_format: Literal["jsonl.zst", "parquet"] = field(default="jsonl.zst", metadata={"help": "what to write"})
 
 
-# -- one document -----------------------------------------------------------------------------------------------------
-
-# C0 and C1 controls but tab and LF, zero-width and direction marks, BOM, soft hyphen, and what is not a character at all.
-# ZWJ and ZWNJ stay: emoji, Persian and the Indic scripts are written with them.
-_INVISIBLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\ufeff\ufffe\uffff]"
-)
+RESULTS = ("train", "validation", "dropped", "report.json", "report.md", "lengths.png")
+VERSION = 1  # of what lies in .work: a file that another version has filtered is filtered again
 
 
-def normalise(text):
-    """NFC, no control or zero-width characters, LF line ends, single spaces, at most one empty line in a row."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\u2028", "\n").replace("\u2029", "\n\n")
-    text = unicodedata.normalize("NFC", _INVISIBLE.sub("", text))
-    text = re.sub(r"[^\S\n]+", " ", text)
-    text = re.sub(r" ?\n ?", "\n", text)
-    return re.sub(r"\n{3,}", "\n\n", text).strip()
+@dataclass
+class File:
+    """One input file: its number over all, its source, the name of its output without suffix, and where its work lies."""
+
+    number: int
+    path: str
+    source: int
+    output: str
+    work: Path
+
+    @property
+    def done(self):
+        return self.work / "filtered.json"
+
+    def lock(self):
+        """Hold it while filtering: two jobs on one file would write into each other's work. Returns the open lock file."""
+        self.work.parent.mkdir(parents=True, exist_ok=True)
+        file = self.work.with_suffix(".lock").open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{self.path}: another process is cleaning it; wait for that one") from None
+        except OSError:  # a file system without locks: as in Stage.open
+            pass
+        return file
 
 
-def repeated_line_share(text):
-    """Share of the characters that are in a line which occurred before (Rae et al. 2021, arXiv:2112.11446, table A1)."""
-    seen, repeated, total = set(), 0, 0
-    for line in filter(None, text.split("\n")):
-        total += len(line)
-        repeated += len(line) if line in seen else 0
-        seen.add(line)
-    return repeated / max(1, total)
+def list_files(settings, work):
+    """(the sources as settings of their own, every input File). A file is in one source only."""
+    if bool(settings.input) == bool(settings.sources):
+        raise InputError("give either --input or, in a recipe, sources (a list of {name, input, …})")
+    sources, files, taken, outputs = [], [], {}, set()
+    for stated in settings.sources or [{"name": "", "input": settings.input}]:
+        source = copy.copy(settings)
+        for key, value in stated.items():
+            setattr(source, key, value)
+        source.license = stated.get("license")
+        if "/" in source.name or source.name.startswith(".") or source.name in (s.name for s in sources):
+            raise InputError(f"sources: the name {source.name!r} must be a plain folder name, and there only once")
+        if not stated["input"]:
+            raise InputError(f"sources: {source.name}: its input is an empty list")
+        for path in expand(stated["input"]):
+            if path in taken:
+                raise InputError(
+                    f"sources: {path} is in {taken[path]} and in {source.name}; take it out of one of them"
+                )
+            taken[path] = source.name
+            name = Path(path).name
+            for suffix in (*COMPRESSIONS, *FORMATS):
+                name = re.sub(f"{re.escape(suffix)}$", "", name, flags=re.IGNORECASE)
+            output, n = str(Path(source.name) / name), 1
+            while output in outputs:
+                output, n = str(Path(source.name) / f"{name}-{n + 1}"), n + 1
+            outputs.add(output)
+            files.append(File(len(files), path, len(sources), output, work / xxhash.xxh3_64_hexdigest(path.encode())))
+        sources.append(source)
+    return sources, files
 
 
-def repeated_ngram_share(text, n=5):
-    """Share of the words inside a word n-gram that occurred before, each word counted once (same source)."""
-    words = text.split()
-    seen, covered = set(), set()
-    for start in range(len(words) - n + 1):
-        gram = tuple(words[start : start + n])
-        if gram in seen:
-            covered.update(range(start, start + n))
-        seen.add(gram)
-    return len(covered) / max(1, len(words))
+# -- each document by itself ------------------------------------------------------------------------------------------
 
 
-def language_filter(code):
-    """text → is it in the language `code`? By py3langid's own model, which lies in its package: nothing is fetched."""
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+@dataclass
+class FilteredBlock:
+    """What the filters left of a block. frame: its records as compressed jsonl, dropped: the
+    others if they are wanted; about: DOCUMENT (n,)."""
 
-    identifier = LanguageIdentifier.from_model_file(MODEL_FILE)
-    if code not in identifier.labels:
-        raise InputError(
-            f"language: {code!r} is not among the identifier's {len(identifier.labels)} languages (ISO 639-1)"
-        )
-    return lambda text: identifier.classify(text[:4000])[0] == code
-
-
-def reason_to_drop(text, settings, is_language, seen):
-    """None to keep the document, else the name its reason is counted under. `seen`: 128-bit hashes of the kept ones."""
-    if len(text) < settings.min_chars:
-        return "too_short"
-    if len(text) > settings.max_chars:
-        return "too_long"
-    if is_language and not is_language(text):
-        return "other_language"
-    if repeated_line_share(text) > settings.max_repeated_line_share:
-        return "repeated_lines"
-    if repeated_ngram_share(text) > settings.max_repeated_ngram_share:
-        return "repeated_ngrams"
-    digest = xxhash.xxh3_128_digest(text.encode("utf-8"))
-    if digest in seen:
-        return "exact_duplicate"
-    seen.add(digest)
-    return None
+    share: float
+    frame: bytes
+    dropped: bytes
+    about: np.ndarray
+    signatures: np.ndarray
+    counts: collections.Counter
+    examples: dict
+    read: np.ndarray  # how many documents were read of each length
+    bad: list
 
 
-# -- the corpus -------------------------------------------------------------------------------------------------------
+class BlockFilter:
+    """What a worker process does first: parse a block, filter its documents, sign what is left."""
 
+    def __init__(self, settings, sources, files):
+        self.settings, self.sources, self.files = settings, sources, files
+        self.filters = [DocumentFilter(source) for source in sources]
 
-def output_names(files):
-    """{input file: name of its output}, distinct: a name that comes twice gets a number."""
-    names, taken = {}, set()
-    for file in files:
-        name = Path(file).name
-        for suffix in (*COMPRESSIONS, *FORMATS):
-            name = name.removesuffix(suffix)
-        unique, n = name, 1
-        while unique in taken:
-            n += 1
-            unique = f"{name}-{n}"
-        taken.add(unique)
-        names[file] = f"{unique}.jsonl.zst"
-    return names
+    def prepare(self):
+        """Build the tables that the filters keep, once, before there are worker processes that would each build theirs."""
+        for filter_ in self.filters:
+            filter_.apply("ə 1. " * 20)
+        signatures(["ə 1."])
 
-
-def clean_file(file, name, settings, folder, is_language, seen, counts):
-    """Clean one input file into `folder`/train/`name` and `folder`/validation/`name`, and add to `counts`."""
-
-    def bad(message):
-        counts["bad_record"] += 1
-        print(f"skipped: {message}", file=sys.stderr)
-
-    with ExitStack() as stack:
-        outputs = {}
-        for document in read(
-            [file], settings.text_field, settings.sample_by, bad if settings.skip_bad_records else None
-        ):
+    def __call__(self, numbered):
+        number, block = numbered
+        if block is None:  # the end of a file
+            return None
+        file, settings = self.files[number], self.settings
+        source, filter_ = self.sources[file.source], self.filters[file.source]
+        counts, examples, bad = collections.Counter(), collections.defaultdict(list), []
+        lines, texts, ids, lengths, dropped = [], [], [], [], []
+        on_error = bad.append if source.on_error == "skip" else None
+        for document in documents(block, source.text_field, source.sample_by, on_error):
+            record = document.record
+            text, reason, done = filter_.apply(document.text, record.get(settings.url_field))
             counts["read"] += 1
-            text = normalise(document.text)
-            if reason := reason_to_drop(text, settings, is_language, seen):
+            counts.update({f"done_{name}": n for name, n in done.items()})
+            lengths.append(len(text))
+            own = record.get(settings.id_field)
+            own = own if isinstance(own, str | int) else None
+            name = f"{Path(file.path).name}:{document.line}" if own is None else own
+            if reason:
                 counts[reason] += 1
+                if len(examples[reason]) < EXAMPLES:  # what was to be kept from others is not shown in a report either
+                    shown = "" if reason.startswith(("pii_", "blocked_")) else text[:200]
+                    examples[reason].append((document.where, shown))
+                if settings.write_dropped:
+                    dropped.append(as_line({"reason": reason, "id": name, "text": text}))
                 continue
-            split = "validation" if is_validation(text, settings.validation_fraction) else "train"
-            if split not in outputs:
-                raw = stack.enter_context(atomic_file(folder / split / name))
-                outputs[split] = stack.enter_context(zstandard.ZstdCompressor().stream_writer(raw, closefd=False))
             kept = {
-                k: v for k, v in document.record.items() if k in ("id", "source", "license", "url") and v is not None
+                "text": text,
+                "id": name,
+                "source": record.get("source") or source.name or None,
+                "license": record.get("license") or source.license,
+                "url": record.get(settings.url_field),
             }
-            line = json.dumps({"text": text, **kept}, ensure_ascii=False)
-            outputs[split].write(line.encode("utf-8") + b"\n")
-            counts[f"kept_{split}"] += 1
-            counts[f"bytes_{split}"] += len(text.encode("utf-8"))
+            lines.append(as_line({key: value for key, value in kept.items() if value is not None}))
+            texts.append(text)
+            ids.append(xxhash.xxh3_64_intdigest((document.where if own is None else str(own)).encode()))
+        counts["bad_record"] += len(bad)
+        about = np.empty(len(texts), DOCUMENT)
+        about["bytes"], about["chars"], about["id"] = [len(t.encode()) for t in texts], list(map(len, texts)), ids
+        return FilteredBlock(
+            share=block.share,
+            frame=frame_of(lines),
+            dropped=frame_of(dropped),
+            about=about,
+            signatures=signatures(texts, near=settings.near_duplicate_threshold is not None),
+            counts=counts,
+            examples=dict(examples),
+            read=length_bins(lengths),
+            bad=bad,
+        )
+
+
+def filter_files(files, block_filter, spec, num_proc):
+    """Filter those of `files` that are not done: FILE.work/documents.jsonl.zst, signatures.npy, about.npy, filtered.json."""
+    left = [file for file in files if not is_done(file, spec)]
+    before = np.cumsum([0, *(Path(file.path).stat().st_size for file in left)]).tolist()
+    at = {file.number: index for index, file in enumerate(left)}
+    settings, sources = block_filter.settings, block_filter.sources
+    progress, skipped = Progress("filter", before[-1]), Skipped()
+    identities = {}
+
+    def numbered_blocks():
+        for file in left:
+            source, digest, stat = sources[file.source], xxhash.xxh3_128(), Path(file.path).stat()
+            columns = [source.text_field, settings.id_field, settings.url_field, "source", "license"]
+            for block in blocks(file.path, source.sample_by, source.on_error == "skip", columns, digest):
+                yield file.number, block
+            identities[file.number] = {
+                "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "xxh3": digest.hexdigest(),
+            }  # fmt: skip
+            yield file.number, None
+
+    block_filter.prepare()
+    filtered = ordered_map(block_filter, numbered_blocks(), num_proc)
+    for file in left:
+        lock = file.lock()
+        counts, examples, read = collections.Counter(), {}, length_bins([])
+        shutil.rmtree(file.work, ignore_errors=True)
+        with (
+            atomic_file(file.work / "documents.jsonl.zst") as frames,
+            atomic_file(file.work / "dropped.jsonl.zst") as dropped,
+            npy_stream(file.work / "signatures.npy", signatures([]).dtype) as sign,
+            npy_stream(file.work / "about.npy", DOCUMENT) as describe,
+        ):
+            while (part := next(filtered)) is not None:
+                frames.write(part.frame)
+                dropped.write(part.dropped)
+                sign(part.signatures)
+                describe(part.about)
+                counts.update(part.counts)
+                read += part.read
+                for reason, some in part.examples.items():
+                    examples[reason] = (examples.get(reason, []) + some)[:EXAMPLES]
+                for message in part.bad:
+                    skipped(message)
+                index = at[file.number]
+                progress.at(before[index] + part.share * (before[index + 1] - before[index]))
+            frames.write(zstandard.compress(b""))  # a file of nothing would be no .zst
+        write_json(
+            file.done,
+            {
+                "spec": spec,
+                "counts": counts,
+                "examples": examples,
+                "read": read.tolist(),
+                "identity": identities[file.number],
+                "path": file.path,
+            },
+        )
+        lock.close()
+    progress.close()
+
+
+def as_line(record):
+    """`record` as a line of JSON."""
+    try:
+        return orjson.dumps(record, default=str)
+    except TypeError:  # an integer of over 64 bits
+        return json.dumps(record, ensure_ascii=False, default=str).encode("utf-8")
+
+
+def is_done(file, spec):
+    """Were this file's documents filtered as they would be now?"""
+    try:
+        done = orjson.loads(file.done.read_bytes())
+    except (FileNotFoundError, orjson.JSONDecodeError):
+        return False
+    stat = Path(file.path).stat()
+    same = (done["identity"]["bytes"], done["identity"]["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns)
+    return same and done["spec"] == spec and done["path"] == file.path
+
+
+# -- the program ------------------------------------------------------------------------------------------------------
 
 
 @program
 def main():
     settings = parse(CleanSettings, __doc__)
     stage = Stage(settings, __file__)
-    if settings.min_chars > settings.max_chars:
-        raise InputError(
-            f"min_chars {settings.min_chars} is more than max_chars {settings.max_chars}: nothing could be kept"
-        )
+    settings.check_parts()
     stage.refuse_finished()
-    is_language = language_filter(settings.language) if settings.language else None
+    work = stage.folder / ".work"  # a hidden folder: nothing in it is taken for a document
+    sources, files = list_files(settings, work)
+    block_filter = BlockFilter(settings, sources, files)
     if settings.check:
         return print(f"{stage.name}: ok")
-    stage.open()
+    if settings.overwrite_output_dir and not settings.finish:
+        shutil.rmtree(work, ignore_errors=True)
+    there = [name for name in RESULTS if (stage.folder / name).exists()]
+    if there and not work.exists() and not (stage.folder / "manifest.json").exists():
+        raise InputError(f"{stage.folder}: holds {there[0]}, which is not of this program; choose another --output_dir")
+    stage.open(None if settings.shard is None else f".work/part-{settings.shard:05d}")
+    if others := left_out([path for source in sources for path in source.input]):
+        print(
+            f"{stage.name}: {len(others):,} files of other kinds are left out, the first is {others[0]}",
+            file=sys.stderr,
+        )
+    if too_short := sum(filter_.benchmark_items_too_short for filter_ in block_filter.filters):
+        print(f"{stage.name}: {too_short:,} texts of the benchmarks are too short to be looked for", file=sys.stderr)
 
-    files = expand(settings.input)
-    names, seen, counts = output_names(files), set(), collections.Counter()
-    with atomic_files(
-        stage.folder
-    ) as part:  # all files or none: what a failed run left would be packed with the next one's
-        for file in tqdm(files, desc=stage.name, unit="file", disable=None):
-            clean_file(file, names[file], settings, part, is_language, seen, counts)
-        if not counts["read"]:
-            raise InputError(f"{' '.join(settings.input)}: no document in there: nothing to clean")
-        if not counts["kept_train"]:
-            reasons = ", ".join(f"{k} {v}" for k, v in counts.items() if k != "read")
-            raise InputError(f"no document of {counts['read']} is left ({reasons}): loosen a filter")
-        write_json(part / "report.json", counts)
-    stage.finish(dict(counts))
-    print(f"{stage.name}: " + ", ".join(f"{name} {n:,}" for name, n in counts.items()))
+    started, num_proc, spec = time.perf_counter(), settings.num_proc or cores(), spec_of(settings, sources)
+    if settings.shard is not None:
+        chosen = set(part_of([file.path for file in files], settings.shard, settings.of))
+        mine = [file for file in files if file.path in chosen]
+        filter_files(mine, block_filter, spec, num_proc)
+        return print(f"{stage.name}: part {settings.shard} of {settings.of}: {len(mine)} files; then --finish true")
+    if settings.finish:
+        if missing := [file.path for file in files if not is_done(file, spec)]:
+            raise InputError(
+                f"{stage.folder}: {len(missing)} files are not done in any part, the first is {missing[0]}"
+            )
+    else:
+        filter_files(files, block_filter, spec, num_proc)
+
+    filtered = [orjson.loads(file.done.read_bytes()) for file in files]
+    if not any(f["counts"].get("read") for f in filtered):
+        shutil.rmtree(work)
+        inputs = [path for source in sources for path in source.input]
+        raise InputError(f"{' '.join(inputs)}: no document in there: nothing to clean")
+    verdicts = judge(settings, files, work)
+    whole = work / "whole"
+    shutil.rmtree(whole, ignore_errors=True)
+    written = write_files(files, verdicts, whole, settings, num_proc)
+    report = collect(sources, files, filtered, written)
+    counts = report["counts"]
+    if not counts["kept_train"]:
+        shutil.rmtree(work)
+        reasons = ", ".join(f"{name} {n:,}" for name, n in report["dropped"].items())
+        raise InputError(f"no document of {counts['read']:,} is left ({reasons}): loosen a filter")
+    write_report(report, whole)
+    for name in RESULTS:  # killed in here, the next start takes away what has been moved and does it all again
+        target = stage.folder / name
+        shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+        if (whole / name).exists():
+            (whole / name).replace(target)
+    size = counts["bytes_train"] + counts["bytes_validation"]
+    hashed = {file.path: f["identity"] for file, f in zip(files, filtered, strict=True)}
+    result = {**counts, "dropped": report["dropped"], "seconds": round(time.perf_counter() - started, 3)}
+    stage.finish(result, hashed=hashed)
+    shutil.rmtree(work)
+    dropped = "".join(f", {name} {n:,}" for name, n in report["dropped"].items())
+    print(
+        f"{stage.name}: {counts['read']:,} documents read, {counts['kept_train']:,} to train/, "
+        f"{counts['kept_validation']:,} to validation/ ({size / 1e6:,.2f} MB){dropped}"
+    )
     return None
+
+
+def spec_of(settings, sources):
+    """Hash of all that decides what the filters make of a file: settings, and what is in the files that they name."""
+    values = {k: v for k, v in to_dict(settings).items() if k not in (*settings.harmless, "input")}
+    values["sources"] = [{k: v for k, v in source.items() if k != "input"} for source in values["sources"] or []]
+    named = set()
+    for s in sources:
+        named.update(expand([*(s.boilerplate_files or []), *(s.benchmarks or [])]))
+        named.update(
+            [*(s.blocked_urls or []), *(s.blocked_hashes or []), *([s.language_model] if s.language_model else [])]
+        )
+    contents = [file_identity(Path(file))["xxh3"] for file in sorted(named)]
+    return xxhash.xxh3_64_hexdigest(orjson.dumps([VERSION, values, contents]))
+
+
+def collect(sources, files, filtered, written):
+    """The report: counts, reasons, examples and lengths, over all and by source. Every document that was read is in it."""
+    report = {"sources": {}}
+    for number, source in enumerate(sources):
+        part = {"counts": collections.Counter(), "examples": {}, "read": length_bins([]), "kept": length_bins([])}
+        for file, before, after in zip(files, filtered, written, strict=True):
+            if file.source != number:
+                continue
+            part["counts"].update(before["counts"])
+            part["counts"].update(after["counts"])
+            for reason, some in {**before["examples"], **after["examples"]}.items():
+                part["examples"][reason] = (part["examples"].get(reason, []) + some)[:EXAMPLES]
+            part["read"] += np.array(before["read"])
+            part["kept"] += np.array(after["kept"])
+        report["sources"][source.name or "input"] = part
+    total = sum((part["counts"] for part in report["sources"].values()), collections.Counter())
+    kept = ("kept_train", "kept_validation", "bytes_train", "bytes_validation")
+    report["counts"] = {key: total[key] for key in ("read", *kept)}
+    reasons = {
+        key: n for key, n in sorted(total.items()) if n and key not in report["counts"] and not key.startswith("done_")
+    }
+    report["dropped"] = reasons
+    report["done"] = {key.removeprefix("done_"): n for key, n in sorted(total.items()) if key.startswith("done_")}
+    lost = total["read"] - total["kept_train"] - total["kept_validation"] - sum(reasons.values()) + total["bad_record"]
+    if lost:
+        raise AssertionError(f"{lost} of {total['read']} documents are neither kept nor dropped for a reason")
+    return report
 
 
 if __name__ == "__main__":

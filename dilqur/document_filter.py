@@ -1,0 +1,195 @@
+"""What happens to one document: repaired, then kept or dropped for a reason. The steps are always in this order, cheap ones first.
+
+    blocked address → normalisation → boilerplate lines out → length → characters and script → lines and repetition → language
+    → blocked text → benchmark quotations → personal data
+
+Lengths and repetition have limits by default; every other step happens if its setting is given. Thresholds named after a paper
+are that paper's (see dilqur/text_quality.py).
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from dilqur.blocklist import Blocklist
+from dilqur.decontamination import NgramIndex
+from dilqur.errors import InputError
+from dilqur.input_files import expand
+from dilqur.language_id import LanguageIdentifier
+from dilqur.normalise import checked_replacements, normalise
+from dilqur.pii import PiiFilter
+from dilqur.stage import Documents, FilePath
+from dilqur.text_quality import (
+    BoilerplateLines,
+    CharacterCounter,
+    line_shares,
+    repeated_line_share,
+    repeated_ngram_share,
+)  # fmt: skip
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+@dataclass(kw_only=True)
+class FilterSettings:
+    dotted_i: bool = field(
+        default=False, metadata={"help": "i and ı with U+0307 become i, I with it becomes İ (az, tr)"}
+    )
+    replace: dict | None = field(default=None, metadata={"help": "characters that stand for others, e.g. {ǝ: ə}"})
+    boilerplate_patterns: list[str] | None = field(
+        default=None, metadata={"help": "regular expressions; lines they touch are taken out"}
+    )
+    boilerplate_files: list[Documents] | None = field(
+        default=None, metadata={"help": ".txt files of lines to take out"}
+    )
+    min_chars: Positive = field(default=50, metadata={"help": "shortest document kept"})
+    max_chars: Positive = field(default=1_000_000, metadata={"help": "longest document kept"})
+    min_letter_share: Share = field(default=0.0, metadata={"help": "least share of letters among visible characters"})
+    max_digit_share: Share = field(default=1.0, metadata={"help": "most digits"})
+    max_symbol_share: Share = field(default=1.0, metadata={"help": "most symbols (currency, arrows, emoji)"})
+    max_upper_case_share: Share = field(default=1.0, metadata={"help": "most capitals among the letters"})
+    min_alphabetic_word_share: Share = field(default=0.0, metadata={"help": "least words with a letter (Gopher: 0.8)"})
+    min_mean_word_length: Annotated[float, Field(ge=0)] = field(default=0.0, metadata={"help": "Gopher: 3"})
+    max_mean_word_length: Annotated[float, Field(gt=0)] = field(default=1000.0, metadata={"help": "Gopher: 10"})
+    script: str | None = field(default=None, metadata={"help": "Unicode name of the script, e.g. Latin"})
+    min_script_share: Share = field(default=0.5, metadata={"help": "least letters in it, where `script` is given"})
+    max_bullet_line_share: Share = field(
+        default=1.0, metadata={"help": "most lines that begin with a bullet (Gopher: 0.9)"}
+    )
+    max_ellipsis_line_share: Share = field(default=1.0, metadata={"help": "most lines that end with … (Gopher: 0.3)"})
+    min_sentence_line_share: Share = field(
+        default=0.0, metadata={"help": "least lines that end a sentence (FineWeb: 0.12)"}
+    )
+    max_short_line_share: Share = field(
+        default=1.0, metadata={"help": "most lines of at most 30 characters (FineWeb: 0.67)"}
+    )
+    max_repeated_line_share: Share = field(
+        default=0.3, metadata={"help": "most of a text's characters in repeated lines"}
+    )
+    max_repeated_ngram_share: Share = field(
+        default=0.4, metadata={"help": "most of a text's words in repeated 5-grams (laws repeat their phrases)"}
+    )
+    language: str | None = field(
+        default=None, metadata={"help": "language to keep, as the identifier names it (az); none: all"}
+    )
+    min_language_probability: Share = field(default=0.0, metadata={"help": "how sure of it the identifier must be"})
+    language_model: FilePath | None = field(
+        default=None, metadata={"help": "py3langid or fastText model; none: py3langid's own"}
+    )
+    blocked_urls: list[FilePath] | None = field(
+        default=None, metadata={"help": "files of hosts and addresses to leave out"}
+    )
+    blocked_hashes: list[FilePath] | None = field(
+        default=None, metadata={"help": "files of SHA-256 of texts to leave out"}
+    )
+    benchmarks: list[Documents] | None = field(
+        default=None, metadata={"help": "files whose texts no document may quote"}
+    )
+    benchmark_words: Annotated[int, Field(ge=5)] = field(
+        default=13, metadata={"help": "words in a row that are a quotation"}
+    )
+    pii: dict[str, Literal["mask", "drop", "count"]] | None = field(
+        default=None, metadata={"help": "personal data: {email: mask, phone: mask, card: drop, …}"}
+    )
+    pii_patterns: dict[str, str] | None = field(
+        default=None, metadata={"help": "further kinds of it: {name: regular expression}"}
+    )
+    pii_region: str | None = field(default=None, metadata={"help": "country of phone numbers without a +, e.g. AZ"})
+
+
+class DocumentFilter:
+    """The steps that `settings` (FilterSettings) ask for. Raises InputError for a setting that cannot be."""
+
+    def __init__(self, settings):
+        self.settings = s = settings
+        if s.min_chars > s.max_chars:
+            raise InputError(f"min_chars {s.min_chars} is more than max_chars {s.max_chars}: nothing could be kept")
+        self._replace = checked_replacements(s.replace or {})
+        self._boilerplate = None
+        if s.boilerplate_patterns or s.boilerplate_files:
+            self._boilerplate = BoilerplateLines(s.boilerplate_patterns or (), s.boilerplate_files or ())
+        counted = (s.min_letter_share, 1 - s.max_digit_share, 1 - s.max_symbol_share, 1 - s.max_upper_case_share)
+        words = (s.min_alphabetic_word_share, s.min_mean_word_length, s.max_mean_word_length < 1000, s.script)
+        self._characters = CharacterCounter(s.script) if any((*counted, *words)) else None
+        shapes = (1 - s.max_bullet_line_share, 1 - s.max_ellipsis_line_share, s.min_sentence_line_share)
+        self._lines = any((*shapes, 1 - s.max_short_line_share))
+        self._identifier = None
+        if s.language_model and not s.language:
+            raise InputError("language_model: for which language? Give language, too")
+        if s.language:
+            self._identifier = LanguageIdentifier(s.language_model)
+            self._identifier.check(s.language)
+        self._blocklist = Blocklist(s.blocked_urls or (), s.blocked_hashes or ())
+        self._benchmarks = None
+        if s.benchmarks:
+            self._benchmarks = NgramIndex.from_files(expand(s.benchmarks), s.benchmark_words)
+        self.benchmark_items_too_short = self._benchmarks.too_short if self._benchmarks else 0
+        self._pii = PiiFilter(s.pii, s.pii_patterns, s.pii_region) if s.pii else None
+        if s.pii_patterns and not s.pii:
+            raise InputError(
+                "pii_patterns: nothing is said to be done with them; give pii: {name: mask, drop or count}"
+            )
+
+    def apply(self, raw, url=None):
+        """(text, reason or None, {what was done to it: how often}). reason None: keep `text`."""
+        s, done = self.settings, {}
+        if reason := self._blocklist.reason(url, "", ""):
+            return raw, reason, done
+        text = normalise(raw, s.dotted_i, self._replace)
+        if self._boilerplate:
+            text, lines = self._boilerplate.apply(text)
+            if lines:
+                done["boilerplate_lines"] = lines
+        if len(text) < s.min_chars:
+            return text, "too_short", done
+        if len(text) > s.max_chars:
+            return text, "too_long", done
+        if reason := self._characters and self._wrong_characters(self._characters(text)):
+            return text, reason, done
+        if reason := self._lines and self._wrong_lines(line_shares(text)):
+            return text, reason, done
+        if repeated_line_share(text) > s.max_repeated_line_share:
+            return text, "repeated_lines", done
+        if repeated_ngram_share(text) > s.max_repeated_ngram_share:
+            return text, "repeated_ngrams", done
+        if self._identifier:
+            code, probability = self._identifier.identify(text)
+            if code != s.language or probability < s.min_language_probability:
+                return text, "other_language", done
+        if reason := self._blocklist.reason(None, raw, text):
+            return text, reason, done
+        if self._benchmarks and self._benchmarks.match(text):
+            return text, "benchmark", done
+        if self._pii:
+            text, reason, found = self._pii.apply(text)
+            done.update({f"pii_{kind}": count for kind, count in found.items()})
+            if reason:
+                return text, reason, done
+            if reason := self._blocklist.reason(None, text, text):  # as it would stand in train/
+                return text, reason, done
+        return text, None, done
+
+    def _wrong_characters(self, shares):
+        s = self.settings
+        wrong = {
+            "few_letters": shares.letters < s.min_letter_share,
+            "many_digits": shares.digits > s.max_digit_share,
+            "many_symbols": shares.symbols > s.max_symbol_share,
+            "upper_case": shares.upper_case > s.max_upper_case_share,
+            "few_alphabetic_words": shares.alphabetic_words < s.min_alphabetic_word_share,
+            "word_length": not s.min_mean_word_length <= shares.mean_word_length <= s.max_mean_word_length,
+            "other_script": s.script is not None and shares.script < s.min_script_share,
+        }
+        return next((reason for reason, holds in wrong.items() if holds), None)
+
+    def _wrong_lines(self, shares):
+        s = self.settings
+        wrong = {
+            "bullet_lines": shares.bullets > s.max_bullet_line_share,
+            "ellipsis_lines": shares.ellipses > s.max_ellipsis_line_share,
+            "few_sentences": shares.sentences < s.min_sentence_line_share,
+            "short_lines": shares.short > s.max_short_line_share,
+        }
+        return next((reason for reason, holds in wrong.items() if holds), None)

@@ -1,0 +1,366 @@
+"""Exact and near duplicates among tens of millions of documents, on one node, the signatures on disk.
+
+    np.save(file, signatures(texts))                        in any number of processes, one file or many
+    exact_first, cluster_first = cluster(files, folder)     once, over all of them
+
+A document is the set of its *shingles*, runs of `WORDS` words with letters casefolded and every digit made 0; what it
+shares with another is the Jaccard index of the two sets. MinHash (Broder 1997, "On the resemblance and containment of
+documents") estimates it from `PERMUTATIONS` numbers, and banding (Leskovec, Rajaraman, Ullman, "Mining of Massive
+Datasets", 3.4) finds the pairs worth comparing: each is compared, nothing is merged because one band agrees.
+
+A word is a run of letters and digits; in scripts without spaces (Han, kana, Thai, Lao, Khmer, Burmese) every letter is one.
+
+A signature takes 280 bytes on disk: 14 GB for 50 million documents. `cluster` keeps 48 bytes a document in memory (2.4 GB)
+and uses what `memory_gb` gives it beyond that to read the files fewer times. Figures: benchmarks/near_duplicates.py.
+"""
+
+import functools
+import mmap
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from dilqur.documents import fold
+from dilqur.errors import InputError
+from dilqur.npy_stream import save_npy
+
+WORDS = 3
+PERMUTATIONS = 128
+THRESHOLD = 0.65
+VERSION = 1  # of the signatures: those of different versions cannot be compared
+
+SIGNATURE = np.dtype([("exact", "<u8", 2), ("letters", "<u8"), ("minhash", "<u2", PERMUTATIONS)])
+
+_CHARS_AT_ONCE = 1 << 17  # what is computed from so many characters stays in a core's cache
+_DOCUMENTS_AT_ONCE = 1 << 16
+_PAIRS_AT_ONCE = 1 << 16
+_OVERHEAD_GB = 0.4  # interpreter, numpy, and the pieces worked on at a time
+
+
+# -- signatures -------------------------------------------------------------------------------------------------------
+
+
+def signatures(texts, near=True):
+    """Structured array of shape (len(texts),) and dtype SIGNATURE; the same on every machine.
+
+    exact: xxh3-128 of the text. letters: xxh3-64 of its letters and digits, case folded, the hash that
+    `dilqur.documents.is_validation` compares with its fraction. minhash: the low 16 bits of the smallest shingle hash
+    under each permutation, so two documents that share no shingle agree in one of 65,536. A text of fewer than WORDS
+    words is one shingle. near=False leaves minhash 0, for exact copies only.
+    Takes some 60 bytes of memory a character of the longest text.
+    """
+    out, begin = np.zeros(len(texts), SIGNATURE), 0
+    while begin < len(texts):
+        end, chars = begin, 0
+        while end < len(texts) and (end == begin or chars + len(texts[end]) < _CHARS_AT_ONCE):
+            chars += len(texts[end]) + 1
+            end += 1
+        _sign(texts[begin:end], out[begin:end], near)
+        begin = end
+    return out
+
+
+def _sign(texts, out, near):
+    """Fill `out`, the signatures of a few texts: their characters are one array, and hashed by numpy all at once."""
+    digests = b"".join(xxhash.xxh3_128_digest(text.encode("utf-8")) for text in texts)
+    out["exact"] = np.frombuffer(digests, ">u8").reshape(-1, 2)
+
+    kind, value = _characters()
+    codes = np.frombuffer("\n".join(texts).encode("utf-32-le"), np.uint32)
+    kinds = kind[codes]
+    ends = np.cumsum([len(text) + 1 for text in texts])  # of each text, the line feed after it included
+    starts = np.concatenate([[0], ends[:-1]])
+    _hash_letters(codes, kinds, starts, ends, out)
+    if not near:
+        return
+
+    # A word begins at a letter after what is none, or at one that is a word by itself or follows such a one.
+    before = np.concatenate([np.zeros(1, kinds.dtype), kinds[:-1]])
+    words = np.flatnonzero((kinds > 0) & ((before != 1) | (kinds == 2)))
+    hashes = _word_hashes(value[codes], words)
+    first = np.searchsorted(words, starts)
+    counts = np.searchsorted(words, ends) - first
+
+    long = counts >= WORDS
+    if long.any():
+        shingles = _combine([hashes[i : len(hashes) - WORDS + 1 + i] for i in range(WORDS)])
+        out["minhash"][long] = _minhash(shingles, first[long], first[long] + counts[long] - WORDS + 1)
+    for i in np.flatnonzero(~long):
+        whole = hashes[first[i] : first[i] + counts[i], None] if counts[i] else out["exact"][i, :1, None]
+        out["minhash"][i] = (_combine(whole) * _MULTIPLIERS).astype(np.uint16)
+
+
+@functools.cache
+def _characters():
+    """(kind, value), arrays over all code points. kind: 0 no letter or digit, 1 one, 2 one that is a word by itself.
+    value: a hash of the casefolded letter, equal for all digits and for i, I, ı and İ (whichever rules made the capitals)."""
+    kind, value = np.zeros(0x110000, np.uint8), np.zeros(0x110000, np.uint64)
+    for code in filter(lambda code: chr(code).isalnum(), range(0x110000)):
+        folded = fold(chr(code))
+        value[code] = xxhash.xxh3_64_intdigest(("0" if chr(code).isdecimal() else folded).encode("utf-8"))
+        kind[code] = 1
+    for low, high in (
+        (0x0E00, 0x0EFF),  # Thai, Lao
+        (0x1000, 0x109F),  # Burmese
+        (0x1780, 0x17FF),  # Khmer
+        (0x3005, 0x30FF),  # kana
+        (0x3400, 0x9FFF),  # Han
+        (0xF900, 0xFAFF),
+        (0x20000, 0x3FFFF),
+    ):
+        kind[low : high + 1] *= 2
+    return kind, value
+
+
+def _hash_letters(codes, kinds, starts, ends, out):
+    """The `letters` field: see `dilqur.documents.is_validation`."""
+    isletter = kinds > 0
+    letters = codes[isletter].tobytes().decode("utf-32-le")
+    counts = np.concatenate([[0], np.cumsum(isletter)])
+    edges = zip(counts[starts].tolist(), counts[np.minimum(ends, len(codes))].tolist(), strict=True)
+    out["letters"] = [xxhash.xxh3_64_intdigest(fold(letters[a:b]).encode("utf-8"), seed=1) for a, b in edges]
+
+
+def _odd(name, n, dtype):
+    """n odd numbers of that dtype that look random, and are the same everywhere and always."""
+    bits = b"".join(xxhash.xxh3_64_digest(f"{name} {i}".encode()) for i in range(n))
+    return np.frombuffer(bits, ">u8").astype(dtype) | dtype(1)
+
+
+_MULTIPLIERS = _odd("permutation", PERMUTATIONS, np.uint32)
+_COEFFICIENTS = _odd("coefficient", 16, np.uint64)
+_BASE = int(_odd("base", 1, np.uint64)[0])
+
+
+@functools.lru_cache(maxsize=2)
+def _powers(n):
+    """(n,) uint64 powers of _BASE and of its inverse, modulo 2⁶⁴."""
+    grown = [np.full(n, base, np.uint64) for base in (_BASE, pow(_BASE, -1, 1 << 64))]
+    for array in grown:
+        array[0] = 1
+        np.multiply.accumulate(array, out=array)
+    return grown
+
+
+def _word_hashes(values, words):
+    """uint64 hash of each word: Σ value(letter k) · baseᵏ. `words`: where they start. What is no letter has the value 0, so
+    a sum may run on to the next word; the power of where the word stands is divided out again."""
+    if not len(words):
+        return np.empty(0, np.uint64)
+    power, inverse = _powers(max(_CHARS_AT_ONCE, 1 << len(values).bit_length()))
+    return np.add.reduceat(values * power[: len(values)], words) * inverse[words]
+
+
+def _combine(hashes):
+    """uint32 hash of each row of hashes[0], hashes[1], …: uint64 arrays of one shape."""
+    total = sum(h * c for h, c in zip(hashes, _COEFFICIENTS, strict=False))
+    total ^= total >> np.uint64(29)
+    total *= _COEFFICIENTS[-1]
+    return (total >> np.uint64(32)).astype(np.uint32)
+
+
+def _minhash(shingles, begins, ends):
+    """(documents, PERMUTATIONS) uint16. Document i has shingles[begins[i]:ends[i]], uint32, at least one.
+
+    A permutation is the multiplication by an odd number modulo 2³²; which of the shingles, hashes already, becomes the
+    smallest is then as good as random (tests/library/test_near_duplicates.py compares the estimates with the truth).
+    """
+    edges = np.stack([begins, ends], 1).ravel()  # reduceat: every other piece is what lies between two documents
+    padded, product = np.append(shingles, np.uint32(0)), np.empty(len(shingles) + 1, np.uint32)
+    out = np.empty((len(begins), PERMUTATIONS), np.uint16)
+    for i, multiplier in enumerate(_MULTIPLIERS):
+        np.multiply(padded, multiplier, out=product)
+        out[:, i] = np.minimum.reduceat(product, edges)[::2]
+    return out
+
+
+# -- clusters ---------------------------------------------------------------------------------------------------------
+
+
+def cluster(files, work_folder, threshold=THRESHOLD, memory_gb=4.0):
+    """Find the duplicates among all documents of `files`, .npy files of `signatures`; returns (exact_first, cluster_first).
+
+    Both are int64 arrays of shape (documents,), memory-mapped from `work_folder`/exact_first.npy and cluster_first.npy. A
+    document's number is its place over all files, in order. exact_first[i]: the smallest number with the same text.
+    cluster_first[i]: the smallest of its cluster; i for a document that has no earlier copy. Two documents are in one
+    cluster if a chain of pairs joins them whose estimated Jaccard index is `threshold` or more. With threshold None only
+    exact copies are looked for, and cluster_first is exact_first.
+
+    The result depends on nothing but the signatures, their order and the threshold. Raises InputError for a file that holds
+    no signatures, and where the memory is too small.
+    """
+    source = _Signatures(files)
+    work_folder = Path(work_folder)
+    rows, bands = rows_and_bands(threshold) if threshold else (0, 0)
+    room = (memory_gb - _OVERHEAD_GB) * 1e9 / max(1, source.documents)  # bytes a document
+    if room < 48:
+        needed = _OVERHEAD_GB + 48e-9 * source.documents
+        raise InputError(f"{source.documents:,} documents need {needed:.1f} GB to be compared, not {memory_gb:g}")
+    exact = _exact_first(source)
+    save_npy(work_folder / "exact_first.npy", exact)
+    if not threshold:
+        exact = np.load(work_folder / "exact_first.npy", mmap_mode="r")
+        return exact, exact
+    parents = exact  # copies are united from the start; one array less
+    keys = np.empty((min(bands, int(room / 8) - 1), source.documents), np.uint64)
+    for first in range(0, bands, len(keys)):
+        some = keys[: bands - first]
+        _fill_band_keys(some, source, rows, first)
+        for band in some:
+            band.sort()
+            _unite_similar(parents, band, source, threshold)
+    for begin in range(0, len(parents), _DOCUMENTS_AT_ONCE):
+        part = slice(begin, begin + _DOCUMENTS_AT_ONCE)
+        parents[part] = _roots(parents, parents[part])
+    save_npy(work_folder / "cluster_first.npy", parents)
+    return tuple(np.load(work_folder / f"{name}_first.npy", mmap_mode="r") for name in ("exact", "cluster"))
+
+
+def rows_and_bands(threshold):
+    """(rows a band, bands): as many rows as still find 95 % of the pairs that lie exactly at the threshold.
+
+    A pair of Jaccard index t agrees in a whole band of r rows with probability tʳ, in one of b bands with 1 - (1 - tʳ)ᵇ.
+    """
+    if not 0.3 <= threshold <= 1:
+        raise InputError(f"near-duplicate threshold {threshold}: from 0.3 (fewer shared shingles are no copy) to 1")
+    for rows in range(12, 2, -1):
+        bands = PERMUTATIONS // rows
+        if 1 - (1 - threshold**rows) ** bands >= 0.95:
+            return rows, bands
+    return 2, PERMUTATIONS // 2
+
+
+class _Signatures:
+    """The signatures of many files under one numbering. Files are opened for a moment only: there may be thousands."""
+
+    def __init__(self, files):
+        self.files = [str(file) for file in files]
+        self.starts = np.cumsum([0, *(len(self._open(file)) for file in self.files)])
+        self.documents = int(self.starts[-1])
+
+    def parts(self):
+        """Yield (number of the first, signatures) for pieces of all files, in order."""
+        for start, file in zip(self.starts[:-1].tolist(), self.files, strict=True):
+            array = self._open(file)
+            for begin in range(0, len(array), _DOCUMENTS_AT_ONCE):
+                yield start + begin, array[begin : begin + _DOCUMENTS_AT_ONCE]
+
+    def minhash(self, numbers):
+        """(len(numbers), PERMUTATIONS) uint16; numbers ascend."""
+        out = np.empty((len(numbers), PERMUTATIONS), np.uint16)
+        edges = np.searchsorted(numbers, self.starts)
+        for i in np.flatnonzero(np.diff(edges)):
+            part = slice(edges[i], edges[i + 1])
+            array = self._open(self.files[i])
+            array._mmap.madvise(mmap.MADV_RANDOM)  # else each row of 280 bytes would read 128 kB around it
+            out[part] = array["minhash"][numbers[part] - self.starts[i]]
+        return out
+
+    def _open(self, file):
+        try:
+            array = np.load(file, mmap_mode="r")
+        except (OSError, ValueError) as problem:
+            raise InputError(f"{file}: no signatures can be read from it ({problem}); make them again") from None
+        if array.dtype != SIGNATURE or array.ndim != 1:
+            raise InputError(f"{file}: holds {array.dtype}, not signatures of version {VERSION}; make them again")
+        return array
+
+
+def _exact_first(source):
+    """int64 (documents,): the smallest number with the same 128-bit hash."""
+    high, low = np.empty((2, source.documents), np.uint64)
+    for start, part in source.parts():
+        high[start : start + len(part)], low[start : start + len(part)] = part["exact"].T
+    order = np.lexsort((low, high))  # stable: equal ones stay in the order of their numbers
+    first, carried = np.empty(source.documents, np.int64), None
+    for begin in range(0, len(order), _DOCUMENTS_AT_ONCE):
+        here = order[begin : begin + _DOCUMENTS_AT_ONCE]
+        before = order[begin - 1 : begin - 1 + len(here)] if begin else np.concatenate([here[:1], here[:-1]])
+        same = (high[here] == high[before]) & (low[here] == low[before])
+        same[0] &= begin > 0
+        first[here], carried = _first_of_run(here, same, carried)
+    return first
+
+
+def _first_of_run(numbers, same, carried):
+    """For each of `numbers` the first of its run, and that of the last run, to be carried on. same[i]: number i is in the
+    run of i - 1; `carried`: the first of the run that was going on before."""
+    at = np.maximum.accumulate(np.where(same, -1, np.arange(len(numbers))))
+    first = np.where(at < 0, carried, numbers[at]) if same[0] else numbers[at]
+    return first, first[-1]
+
+
+def _fill_band_keys(keys, source, rows, first):
+    """keys: (bands, documents) uint64. For the bands from `first` on, a document's band hashed in the high bits and its
+    number in the low ones.
+
+    Sorted as plain numbers, documents that agree stand together and in order. With 50 million of them 38 bits are left for
+    the hash: some thousand pairs too many to compare in a band, no pair too few.
+    """
+    low = _low_bits(source.documents)
+    for start, part in source.parts():
+        numbers = np.arange(start, start + len(part), dtype=np.uint64)
+        minhash = part["minhash"][:, first * rows : (first + len(keys)) * rows].T.astype(np.uint64)
+        for row, band in zip(keys, minhash.reshape(len(keys), rows, -1), strict=True):
+            mixed = sum(h * c for h, c in zip(band, _COEFFICIENTS, strict=False))
+            mixed ^= mixed >> np.uint64(32)
+            mixed *= _COEFFICIENTS[-1]
+            row[start : start + len(part)] = mixed & ~low | numbers
+
+
+def _low_bits(documents):
+    return np.uint64((1 << documents.bit_length()) - 1)
+
+
+def _unite_similar(parents, keys, source, threshold):
+    """Compare each document with the first of its band's run, and if they differ with the one before it; unite."""
+    low, carried, waiting, waited = _low_bits(source.documents), None, [], 0
+    for begin in range(0, len(keys), _DOCUMENTS_AT_ONCE):
+        here = keys[begin : begin + _DOCUMENTS_AT_ONCE]
+        last = keys[begin - 1 : begin - 1 + len(here)] if begin else np.concatenate([here[:1], here[:-1]])
+        same = (here ^ last) <= low
+        same[0] &= begin > 0
+        numbers, before = ((k & low).astype(np.int64) for k in (here, last))
+        first, carried = _first_of_run(numbers, same, carried)
+        same[same] = _roots(parents, first[same]) != _roots(parents, numbers[same])
+        waiting.append(np.stack([first[same], before[same], numbers[same]]))
+        waited += waiting[-1].shape[1]
+        if waited >= _PAIRS_AT_ONCE or begin + len(here) == len(keys):  # many at a time: fewer looks into the files
+            first, before, numbers = np.concatenate(waiting, axis=1)
+            left = ~_unite(parents, first, numbers, source, threshold) & (before != first)
+            _unite(parents, before[left], numbers[left], source, threshold)
+            waiting, waited = [], 0
+
+
+def _unite(parents, a, b, source, threshold):
+    """Unite the pairs (a, b) that are similar enough. Returns which pairs are in one cluster now."""
+    together = _roots(parents, a) == _roots(parents, b)
+    asked = np.flatnonzero(~together)
+    if len(asked):
+        numbers, places = np.unique(np.concatenate([a[asked], b[asked]]), return_inverse=True)
+        minhash = source.minhash(numbers)
+        left, right = places.reshape(2, -1)
+        similar = (minhash[left] == minhash[right]).sum(axis=1) >= threshold * PERMUTATIONS
+        together[asked] = similar
+        _join(parents, a[asked[similar]], b[asked[similar]])
+    return together
+
+
+def _roots(parents, numbers):
+    """The smallest number of each one's cluster so far: up the tree, in which every parent is smaller than its child."""
+    roots = parents[numbers]
+    while len(roots) and not np.array_equal(up := parents[roots], roots):
+        roots = up
+    parents[numbers] = roots
+    return roots
+
+
+def _join(parents, a, b):
+    """Make the clusters of a[i] and b[i] one. A root gets the smallest of those it was asked to join; pairs that it could
+    not follow by that are asked again, among fewer roots."""
+    while len(a):
+        a, b = _roots(parents, a), _roots(parents, b)
+        apart = a != b
+        a, b = a[apart], b[apart]
+        np.minimum.at(parents, np.maximum(a, b), np.minimum(a, b))

@@ -1,0 +1,138 @@
+"""pii: personal data is found in the spellings people use, and numbers that are none stay."""
+
+import multiprocessing
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dilqur.errors import InputError
+from dilqur.pii import PiiFilter
+
+FIN = r"\b(?=[A-Z]*\d)(?=\d*[A-Z])[0-9A-HJ-NP-Z]{7}\b"  # seven digits and capitals, of each at least one, no I and no O
+EVERYTHING = dict.fromkeys(("email", "ipv4", "iban", "card", "phone"), "mask")
+
+
+@pytest.fixture(scope="module")
+def az():
+    return PiiFilter({**EVERYTHING, "fin": "mask"}, {"fin": FIN}, region="AZ")
+
+
+@pytest.mark.parametrize(
+    ("text", "masked", "kind"),
+    [
+        ("Yazın: ali.veliyev+is@mail-1.com.az.", "Yazın: email@example.com.", "email"),
+        ("<leyla_92@yandex.ru>", "<email@example.com>", "email"),
+        ("şəbnəm@şəki.az", "email@example.com", "email"),
+        ("server 185.32.44.101:8080, http://91.135.240.7/24", "server 192.0.2.1:8080, http://192.0.2.1/24", "ipv4"),
+        ("IBAN AZ21 NABZ 0000 0000 1370 1000 1944", "IBAN XX00 XXXX 0000 0000 0000 0000 0000", "iban"),
+        ("AZ21NABZ00000000137010001944;", "XX00XXXX00000000000000000000;", "iban"),
+        ("kart 4169 7388 1234 5670", "kart 0000 0000 0000 0000", "card"),
+        ("5234-5678-9012-3450", "5234-5678-9012-3450", None),  # Luhn says no
+        ("4169738812345670", "0000000000000000", "card"),
+        ("FİN kod: 5XK7B2A.", "FİN kod: 0XX0X0X.", "fin"),
+        ("WINDOWS 1234567", "WINDOWS 1234567", None),  # no digit, no letter
+    ],
+)
+def test_what_is_found_is_masked_in_its_own_shape(az, text, masked, kind):
+    result, reason, counts = az.apply(text)
+    assert (result, reason, list(counts)) == (masked, None, [kind] if kind else [])
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        "050 123 45 67",
+        "(050) 123-45-67",
+        "050-123-45-67",
+        "050.123.45.67",
+        "0501234567",
+        "050 1234567",
+        "+994 50 123 45 67",
+        "+994501234567",
+        "+994 (50) 123-45-67",
+        "+994-50-123-45-67",
+        "(+994 50) 123 45 67",
+        "00994501234567",
+        "994501234567",
+        "012 498-12-34",
+        "(012) 498 12 34",
+        "+90 532 123 45 67",
+        "+7 (912) 345-67-89",
+    ],
+)
+def test_phone_numbers_are_found_in_every_spelling(az, number):
+    masked = "".join("0" if c.isdigit() else c for c in number)
+    assert az.apply(f"Zəng edin: {number}, sonra gəlin.") == (f"Zəng edin: {masked}, sonra gəlin.", None, {"phone": 1})
+    assert az.apply(f"{number}\n{number}")[2] == {"phone": 2}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "150.1.1.2. Bu Məcəllənin 154.1.12.3-cü maddəsi",  # articles of a law
+        "01.02.2024 12:30:45, 2024-01-02 12:30, 1918-1920",
+        "500 000 000 manat, 1.250.000,50 AZN, 12 345 678 nəfər",
+        "versiya 10.0.19041.1288, v1.2.3.4, 192.168.100.200 (lokal şəbəkə), 300.400.500.600",
+        "VÖEN 1400057421, ISBN 978-9952-8-0123-4, şəhadətnamə № 1234567",
+        "@babel/core, react@18.2.0, a@b, ali @ mail.ru",
+        "40.7128° N, 49.8671° E",
+        "2000 2001 2002 2003 2004, 10-20-30-40-50-60-70",
+    ],
+)
+def test_numbers_that_are_no_personal_data_stay(text):
+    assert PiiFilter(EVERYTHING, region="AZ").apply(text) == (text, None, {})
+
+
+def test_what_is_to_be_dropped_says_why_and_what_is_counted_stays():
+    text = "ali@mail.az, 050 123 45 67, 5XK7B2A"
+    kinds = PiiFilter({"email": "count", "phone": "mask"}, region="AZ")
+    assert kinds.apply(text) == ("ali@mail.az, 000 000 00 00, 5XK7B2A", None, {"email": 1, "phone": 1})
+    assert PiiFilter({"fin": "drop"}, {"fin": FIN}).apply(text) == (text, "pii_fin", {"fin": 1})
+    assert PiiFilter({}).apply(text) == (text, None, {})
+
+
+def test_without_a_region_a_number_needs_its_plus():
+    text = "050 123 45 67, +994 50 123 45 67"
+    assert PiiFilter({"phone": "mask"}).apply(text)[0] == "050 123 45 67, +000 00 000 00 00"
+
+
+def test_another_mask_can_be_asked_for():
+    assert PiiFilter({"email": "mask"}, masks={"email": "[e-poçt]"}).apply("ali@mail.az")[0] == "[e-poçt]"
+
+
+@given(st.lists(st.sampled_from([*"0123456789 .-+()@ABZX\n", "050", "+994", "12.34.", "a@b.az ", "4169", "AZ21"])))
+def test_a_masked_text_has_nothing_to_mask(az, parts):
+    masked, _, _ = az.apply("".join(parts))
+    assert az.apply(masked)[0] == masked
+
+
+def test_a_text_made_to_be_slow_is_not():
+    for text in ("a" * 200_000 + "@", "a.b@" * 50_000, "1 " * 100_000, "1.2" * 100_000, "AZ21" * 50_000):
+        assert PiiFilter(EVERYTHING, region="AZ").apply(text)  # in seconds; the limit is pytest's patience
+
+
+def test_it_works_in_a_forked_process(az):
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply(_apply, ()) == ("000 000 00 00", None, {"phone": 1})
+
+
+def _apply():
+    return PiiFilter({"phone": "mask"}, region="AZ").apply("050 123 45 67")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (({"fin": "mask"},), "pii: 'fin' is no kind of personal data (email, iban, card, ipv4, phone)"),
+        (({"email": "hide"},), "pii.email: 'hide' is no action; choose mask, drop, count"),
+        (({}, {"fin": FIN}), "pii: nothing is said to be done with 'fin'"),
+        (({"fin": "mask"}, {"fin": "["}), "pii_patterns.fin: '[' is no regular expression"),
+        (({"email": "mask"}, {"email": "@"}), "pii_patterns: 'email' is one of ours"),
+        (({"phone": "mask"}, {}, "az"), "pii: 'az' is no region; give an ISO 3166 code in capitals, e.g. AZ"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, words):
+    with pytest.raises(InputError) as problem:
+        PiiFilter(*settings)
+    assert words in str(problem.value)
