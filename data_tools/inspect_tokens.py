@@ -1,15 +1,18 @@
-"""Looks into token shards: what a sample says, where documents begin, how long they are.
+"""Looks into token shards: what a sample says, where documents begin, how long they are, whether all of it is whole.
 
     python data_tools/inspect_tokens.py runs/quickstart/pack/train
     python data_tools/inspect_tokens.py runs/quickstart/pack/train --sample 3 --max_length 64
     python data_tools/inspect_tokens.py runs/quickstart/pack/train --document 0
-    python data_tools/inspect_tokens.py runs/quickstart/pack/train --verify
+    python data_tools/inspect_tokens.py verify runs/quickstart/pack/train runs/quickstart/pack/validation
 
-A sample is what training sees: the tokens [i · max_length, (i + 1) · max_length) of the stream. `|` marks where a document begins.
+A sample is what training sees: the tokens [i · max_length, (i + 1) · max_length) of the stream. `|` marks where a document
+begins. `verify` reads every byte of one or many folders and compares it with the manifest: sizes, checksums, counts, where
+documents begin, ids against the vocabulary. A line a folder; the first problem ends it, with its file and exit code 2.
 """
 
 import itertools
 import json
+import sys
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -34,17 +37,65 @@ class InspectSettings:
     sample: Count | None = field(default=None, metadata={"help": "decode this sample"})
     document: Count | None = field(default=None, metadata={"help": "decode this document"})
     max_length: Annotated[int, Field(ge=1)] = field(default=2048, metadata={"help": "tokens a sample"})
-    verify: bool = field(default=False, metadata={"help": "read every byte and compare the checksums"})
     json: bool = field(default=False, metadata={"help": "one JSON object on standard output"})
     check: bool = field(default=False, metadata={"help": "check the arguments, print nothing else"})
 
 
+@dataclass(kw_only=True)
+class VerifySettings:
+    shards: list[Annotated[str, Input("shards")]] = field(metadata={"help": "folders of token shards"})
+    json: bool = field(default=False, metadata={"help": "one JSON object on standard output"})
+    check: bool = field(default=False, metadata={"help": "check the arguments and the files' sizes"})
+
+
+READ = 1 << 24  # tokens looked at together: 64 MB
+
+
+def verify(folder):
+    """Read all of a folder of token shards. Returns the counts that were found; raises InputError for the first problem."""
+    shards = TokenShards(folder)
+    for number, (entry, base) in enumerate(zip(shards.manifest["shards"], shards.shard_starts.tolist(), strict=False)):
+        shards.check_shard(number, verify=True)
+        offsets, where = shards.offsets(number), f"{folder}/offsets-{number:05d}.npy"
+        if offsets[0] != 0 or (np.diff(offsets) < 0).any():
+            wrong = int(np.argmax(np.diff(offsets) < 0)) + 1 if offsets[0] == 0 else 0
+            raise InputError(
+                f"{where}: document {wrong} begins at {offsets[wrong]}, before the one ahead of it; pack again"
+            )
+        if offsets[-1] != entry["tokens"]:
+            raise InputError(
+                f"{where}: the documents end at {offsets[-1]}, the tokens at {entry['tokens']}; pack again"
+            )
+        for first in range(base, base + entry["tokens"], READ):
+            ids = shards.read(first, min(READ, base + entry["tokens"] - first))
+            outside = (ids < 0) | (ids >= shards.manifest["vocab_size"])
+            if outside.any():
+                at = int(np.argmax(outside))
+                raise InputError(
+                    f"{folder}: shard {number}, token {first - base + at}: id {ids[at]} is not below vocab_size "
+                    f"{shards.manifest['vocab_size']}; pack again"
+                )
+    size = sum(stated["bytes"] for entry in shards.manifest["shards"] for stated in entry["files"].values())
+    found = {"documents": shards.num_documents, "tokens": shards.num_tokens}
+    for name, count in found.items():
+        if shards.manifest[name] != count:
+            raise InputError(
+                f"{folder}/manifest.json: says {shards.manifest[name]} {name}, its shards hold {count}; pack again"
+            )
+    return {**found, "shards": shards.num_shards, "bytes": size}
+
+
 def statistics(shards, max_length):
     """Counts of the whole folder: documents, tokens, lengths in tokens, share of documents that a sample's end cuts."""
-    lengths = shards.document_lengths()
-    ends = np.cumsum(lengths)
-    cut = (ends - lengths) // max_length != (ends - 1) // max_length
-    percentiles = np.percentile(lengths, [0, 10, 50, 90, 99, 100]).astype(int).tolist()
+    lengths, counts, cut = np.empty(0, np.int64), np.empty(0, np.int64), 0
+    for shard, base in enumerate(shards.shard_starts[:-1].tolist()):  # a billion documents: a histogram, not a list
+        starts = base + shards.offsets(shard)
+        cut += int((starts[:-1] // max_length < (starts[1:] - 1) // max_length).sum())
+        more = np.unique(np.diff(starts), return_counts=True)
+        lengths, place = np.unique(np.concatenate([lengths, more[0]]), return_inverse=True)
+        counts = np.bincount(place, np.concatenate([counts, more[1]])).astype(np.int64)
+    ranks = np.array([0, 0.1, 0.5, 0.9, 0.99, 1]) * (shards.num_documents - 1)
+    percentiles = lengths[np.searchsorted(np.cumsum(counts), ranks, side="right")].tolist()
     return {
         "documents": shards.num_documents,
         "tokens": shards.num_tokens,
@@ -54,8 +105,8 @@ def statistics(shards, max_length):
         "tokenizer": shards.manifest["tokenizer"],
         "vocab_size": shards.manifest["vocab_size"],
         "document_tokens": dict(zip(("min", "p10", "median", "p90", "p99", "max"), percentiles, strict=True)),
-        "documents_cut_by_samples": round(float(cut.mean()), 4),
-        "files": len(shards.manifest["shards"]),
+        "documents_cut_by_samples": round(cut / shards.num_documents, 4),
+        "files": shards.num_shards,
     }
 
 
@@ -68,8 +119,10 @@ def decode(tokenizer, ids, starts):
 
 @program
 def main():
+    if sys.argv[1:2] == ["verify"]:
+        return verify_all(parse(VerifySettings, __doc__, sys.argv[2:], positional="shards"))
     settings = parse(InspectSettings, __doc__, positional="shards")
-    shards = TokenShards(settings.shards, verify=settings.verify and not settings.check)
+    shards = TokenShards(settings.shards).check_files()
     if settings.check:
         return print("inspect_tokens: ok")
     out = statistics(shards, settings.max_length)
@@ -100,9 +153,21 @@ def main():
     else:
         for name, value in out.items():
             print(f"{name}: {value}")
-        if settings.verify:
-            print("verified: every checksum is the manifest's")
     return None
+
+
+def verify_all(settings):
+    if settings.check:
+        for folder in settings.shards:
+            TokenShards(folder).check_files()
+        return print("inspect_tokens: ok")
+    out = {}
+    for folder in settings.shards:
+        found = out[folder] = verify(folder)
+        if not settings.json:
+            size = f"{found['shards']:,} shards, {found['bytes'] / 1e9:,.3f} GB"
+            print(f"{folder}: whole: {found['documents']:,} documents, {found['tokens']:,} tokens, {size}", flush=True)
+    return print(json.dumps(out)) if settings.json else None
 
 
 if __name__ == "__main__":

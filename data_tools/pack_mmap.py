@@ -5,29 +5,50 @@
 
 Each document becomes BOS, its tokens, EOS, whole and in the order of the input; text that spells a control token stays
 text. With `datasets` in a recipe every one gets a folder of its own, OUTPUT_DIR/NAME; with --input alone the shards lie
-in OUTPUT_DIR itself. The format is described in dilqur/token_shards.py.
+in OUTPUT_DIR itself. The format is described in docs/data.md.
+
+Killed, it goes on after the last full shard when it is started again, to the same bytes. On several nodes each packs a part
+of the files, and a last call puts the parts together, in a moment (--finish true only makes sure that they are there):
+
+    python data_tools/pack_mmap.py --config recipes/quickstart/pack.yaml --output_dir runs/try/parts --shard 0 --of 2
+    python data_tools/pack_mmap.py --config recipes/quickstart/pack.yaml --output_dir runs/try/parts --shard 1 --of 2
+    python data_tools/pack_mmap.py --config recipes/quickstart/pack.yaml --output_dir runs/try/parts --of 2 --finish true
 """
 
+import collections
+import contextlib
 import itertools
-import sys
-import time
+import re
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, Required
+from typing import Annotated, ClassVar, Required
 
+import numpy as np
+import orjson
+import xxhash
 from pydantic import Field
-from tqdm import tqdm
 from typing_extensions import TypedDict
 
 from dilqur.atomic import write_json
-from dilqur.documents import expand, is_validation, read
+from dilqur.documents import ReadingSettings, Skipped, documents, read
 from dilqur.errors import InputError, program
+from dilqur.input_files import BLOCK_BYTES, blocks, expand
+from dilqur.pack_journal import Journal, all_there, size_and_time
+from dilqur.parallel import ParallelSettings, cores, ordered_map, part_of
+from dilqur.progress import Progress
 from dilqur.recipe import parse
-from dilqur.stage import Documents, Stage, StageSettings, TokenizerPath, file_identity
-from dilqur.token_shards import ShardWriter
+from dilqur.shard_writer import ShardWriter, summary
+from dilqur.stage import Documents, Stage, StageSettings, TokenizerPath
 from dilqur.tokenizer import TextTokenizer
+from dilqur.tokenizer_engine import ENGINES, agree, choose_engine
+from dilqur.whole_words import WholeWords
 
-BATCH = 256  # documents handed to the tokenizer at a time: enough for all cores, small enough for any memory
+Positive = Annotated[int, Field(ge=1)]
+TAKEN = ("parts", "manifest.json")  # names in OUTPUT_DIR that no dataset can have
+PARTS, PART = "parts/*-of-*", "parts/{:05d}-of-{:05d}"
+LONG = 10_000  # characters; longer documents are not compared: `tokenizers` takes a hundred times a text's memory
+BATCH = 64  # documents a call of the tokenizer: more is no faster, and its results fill the caches
 
 
 class Dataset(TypedDict, total=False):
@@ -37,78 +58,228 @@ class Dataset(TypedDict, total=False):
 
 
 @dataclass(kw_only=True)
-class PackSettings(StageSettings):
+class PackSettings(StageSettings, ReadingSettings, ParallelSettings):
+    harmless: ClassVar = ("engine", *ParallelSettings.harmless)
+
     tokenizer: TokenizerPath = field(metadata={"help": "folder with a tokenizer.json, or that file"})
     input: list[Documents] | None = field(
         default=None, metadata={"help": "files, folders or globs: one dataset in OUTPUT_DIR"}
     )
     datasets: list[Dataset] | None = field(default=None, metadata={"help": "{name: …, input: […]}: a folder for each"})
-    text_field: str = field(default="text", metadata={"help": "key or column that holds the text"})
-    sample_by: Literal["line", "paragraph", "document"] = field(
-        default="line", metadata={"help": "one document of a .txt"}
-    )
-    skip_bad_records: bool = field(
-        default=False, metadata={"help": "skip and count broken JSON and UTF-8 instead of stopping"}
+    id_field: str | None = field(
+        default=None, metadata={"help": "key or column of a document's id, to be kept in ids-*.jsonl"}
     )
     add_bos: bool = field(default=True, metadata={"help": "begin each document with the tokenizer's BOS"})
     add_eos: bool = field(default=True, metadata={"help": "end each document with the tokenizer's EOS"})
-    shard_tokens: Annotated[int, Field(ge=1)] = field(
-        default=1 << 28, metadata={"help": "tokens a shard (268 M are 1 GB)"}
+    shard_tokens: Positive = field(default=1 << 28, metadata={"help": "tokens a shard (268 M are 1 GB)"})
+    engine: str = field(
+        default="auto",
+        metadata={"help": f"{', '.join(ENGINES)}: a fast one is used only where it gives the ids of tokenizers"},
     )
-    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = field(
-        default=0.0, metadata={"help": "share held out by hash of text into FOLDER/validation (0: clean_corpus did it)"}
-    )
 
 
-def pack(files, tokenizer, settings, folder):
-    """Write the token shards of `files` to `folder`. Returns the manifest's fields; the caller writes it, last."""
-    writers, totals = {}, {}
-    skipped = []
-
-    def bad(message):
-        skipped.append(message)
-        print(f"skipped: {message}", file=sys.stderr)
-
-    documents = read(files, settings.text_field, settings.sample_by, bad if settings.skip_bad_records else None)
-    before = [tokenizer.bos_id] if settings.add_bos else []
-    after = [tokenizer.eos_id] if settings.add_eos else []
-    bar = tqdm(desc=folder.name, unit="B", unit_scale=True, disable=None)
-    while batch := list(itertools.islice(documents, BATCH)):
-        for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch]), strict=True):
-            split = "validation" if is_validation(document.text, settings.validation_fraction) else "train"
-            if split not in writers:
-                where = folder if split == "train" else folder / "validation"
-                writers[split], totals[split] = ShardWriter(where, settings.shard_tokens), {"words": 0, "utf8_bytes": 0}
-            writers[split].add(before + ids + after)
-            totals[split]["words"] += len(document.text.split())
-            totals[split]["utf8_bytes"] += len(document.text.encode("utf-8"))
-        bar.update(sum(len(d.text.encode("utf-8")) for d in batch))
-    bar.close()
-    if "train" not in writers:
-        raise InputError(f"{' '.join(files)}: no document in there: nothing to pack")
-    common = {
-        "tokenizer": str(tokenizer.path),
-        "tokenizer_sha256": tokenizer.hash,
-        "vocab_size": tokenizer.size,
-        "bos_id": tokenizer.bos_id if settings.add_bos else None,
-        "eos_id": tokenizer.eos_id if settings.add_eos else None,
-        "bad_records": len(skipped),
-        "sources": {f: file_identity(Path(f)) for f in files},
-    }
-    return {split: {**writer.close(), **totals[split], **common} for split, writer in writers.items()}
+# -- a block --------------------------------------------------------------------------------------------------------------
 
 
-@program
-def main():
-    settings = parse(PackSettings, __doc__)
-    stage = Stage(settings, __file__)
+@dataclass
+class PackedBlock:
+    """n documents as tokens. ids int32 (total,); lengths int64 (n,); counts {name: int64 (n,)}; bad: what was skipped."""
+
+    file: int  # number of the file
+    index: int  # of the block in it
+    share: float  # of the file that is read
+    ids: np.ndarray
+    lengths: np.ndarray
+    counts: dict
+    names: list | None
+    bad: list
+
+    def without(self, n):
+        """What ShardWriter.add takes, without the first n documents."""
+        counts = {name: values[n:] for name, values in self.counts.items()}
+        return self.ids[int(self.lengths[:n].sum()) :], self.lengths[n:], counts, self.names and self.names[n:]
+
+
+class BlockPacker:
+    """What a worker process does: parse a block, encode its documents, put BOS and EOS around them, count."""
+
+    def __init__(self, tokenizer, engine, settings):
+        self.settings, self.engine, self.to_say = settings, engine, None
+        self.oracle, _ = choose_engine("tokenizers", tokenizer, [])
+        self.words = WholeWords(tokenizer)
+        self.bos = [tokenizer.bos_id] if settings.add_bos else []
+        self.eos = [tokenizer.eos_id] if settings.add_eos else []
+
+    def __call__(self, numbered):
+        number, block = numbered
+        settings, bad, kept, names = self.settings, [], [], []
+        on_error = bad.append if settings.on_error == "skip" else None
+        for document in documents(block, settings.text_field, settings.sample_by, on_error):
+            if settings.id_field:
+                name = document.record.get(settings.id_field)
+                if not isinstance(name, str | int) or isinstance(name, bool):
+                    message = (
+                        f"{document.where}: the id {settings.id_field!r} is {str(name)[:40]!r}, not text or a number"
+                    )
+                    if not on_error:
+                        raise InputError(f"{message}; see --id_field")
+                    bad.append(message)
+                    continue
+                names.append(name)
+            kept.append(document)
+        texts = [document.text for document in kept]
+        parts = [self.engine.encode(texts[i : i + BATCH]) for i in range(0, len(texts), BATCH)]
+        ids = np.concatenate([ids for ids, _ in parts] or [np.empty(0, np.int32)])
+        lengths = np.concatenate([lengths for _, lengths in parts] or [np.empty(0, np.int64)])
+        if kept and self.engine.name != self.oracle.name:
+            sample = kept[block.index % len(kept)]
+            if len(sample.text) < LONG and not agree(self.engine, self.oracle, sample.text):
+                raise InputError(
+                    f"{sample.where}: here {self.engine.name} gives other ids than tokenizers; remove the shards, and pack "
+                    "with --engine tokenizers (and please report that text)"
+                )
+        counts = {
+            "words": np.fromiter((len(text.split()) for text in texts), np.int64, len(texts)),
+            "utf8_bytes": np.fromiter((len(text.encode("utf-8")) for text in texts), np.int64, len(texts)),
+        }
+        if self.words.known:
+            counts["whole_words"] = self.words.count(ids, lengths)
+        ids, lengths = self._with_boundaries(ids, lengths)
+        return PackedBlock(
+            number, block.index, block.share, ids, lengths, counts, names if settings.id_field else None, bad
+        )
+
+    def _with_boundaries(self, ids, lengths):
+        """The same documents, each with its BOS before it and its EOS after it."""
+        lengths = lengths + len(self.bos) + len(self.eos)
+        stops = np.cumsum(lengths)
+        out, inside = np.empty(int(lengths.sum()), np.int32), np.ones(int(lengths.sum()), bool)
+        for token, at in ((self.bos, stops - lengths), (self.eos, stops - 1)):
+            if token:
+                out[at], inside[at] = token[0], False
+        out[inside] = ids
+        return out, lengths
+
+
+# -- the files of a dataset -----------------------------------------------------------------------------------------------
+
+
+def pack(files, folder, packer, spec, num_proc, skipped):
+    """Write the token shards of `files` to `folder`, going on where an earlier call ended. Returns the manifest's fields."""
+    settings, journal = packer.settings, Journal(folder, spec, files)
+    start = journal.next
+    columns = [settings.text_field, *([settings.id_field] if settings.id_field else [])]
+    before = np.cumsum([0, *(Path(file).stat().st_size for file in files)])
+    progress = Progress(folder.name, int(before[-1]))
+
+    def numbered_blocks():
+        for number in range(start["file"], len(files)):
+            (size, mtime), digest = size_and_time(files[number]), xxhash.xxh3_128()
+            for block in blocks(files[number], settings.sample_by, settings.on_error == "skip", columns, digest):
+                if number > start["file"] or block.index >= start["block"]:
+                    yield number, block
+            journal.sources[files[number]] = {"bytes": size, "mtime_ns": mtime, "xxh3": digest.hexdigest()}
+
+    records, bad = start["records"], start["bad"]
+    # of each block that is not in shards yet: (number of its first document, cut at its beginning)
+    begins = collections.deque()
+    with ShardWriter(folder, settings.shard_tokens, journal.shards) as writer:
+        first = writer.documents_in_shards - start["skip"]
+        for packed in ordered_map(packer, numbered_blocks(), num_proc):
+            cut = {"file": packed.file, "block": packed.index, "records": records, "bad": bad}
+            begins.append((first, cut))
+            again = start["skip"] if (packed.file, packed.index) == (start["file"], start["block"]) else 0
+            cuts = []
+            for end in writer.add(*packed.without(again)):
+                while len(begins) > 1 and begins[1][0] <= end:
+                    begins.popleft()
+                cuts.append({**begins[0][1], "skip": end - begins[0][0]})
+            if cuts:
+                journal.save(writer.shards, cuts)
+            if packer.to_say and len(packed.lengths):  # not before: a mistake at the beginning is a line by itself
+                packer.to_say = print(packer.to_say, flush=True)
+            first += len(packed.lengths)
+            records += len(packed.lengths) + len(packed.bad)
+            bad += len(packed.bad)
+            for message in packed.bad:
+                skipped(message)
+            size = int(before[packed.file + 1] - before[packed.file])
+            progress.at(before[packed.file] + packed.share * size, tokens=f"{writer.tokens:,}")
+        fields = writer.close()
+        if len(writer.shards) > len(journal.shards):
+            journal.save(writer.shards, [{"file": len(files), "block": 0, "skip": 0, "records": records, "bad": bad}])
+    progress.close()
+    if records != fields["documents"] + bad:
+        raise AssertionError(f"{records} records are not {fields['documents']} documents and {bad} bad ones")
+    return {**fields, "records": records, "bad_records": bad, "sources": journal.sources}
+
+
+# -- parts ----------------------------------------------------------------------------------------------------------------
+
+
+def join_all(work, folder, parts, spec):
+    """{dataset: manifest's fields} of everything that was packed in `parts` parts. InputError where one is not finished."""
+    done = {name: [folder / PART.format(i, parts) / name for i in range(parts)] for name, _ in work}
+    missing = {str(i) for paths in done.values() for i, path in enumerate(paths) if not (path / "part.json").exists()}
+    if missing:
+        raise InputError(f"{folder}/parts: not finished: --shard {', '.join(sorted(missing, key=int))} (of {parts})")
+    return {name: join(done[name], files, folder / name, spec) for name, files in work}
+
+
+def join(parts, files, folder, spec):
+    """Move the shards that lie in `parts`, folders with a part.json, to `folder` and number them anew. Returns the manifest's
+    fields. Killed on the way, it is simply called again. InputError where they are not made of `files` as they are now."""
+    folder.mkdir(exist_ok=True)
+    shards, total = [], {"records": 0, "bad_records": 0}
+    packed = [orjson.loads((part / "part.json").read_bytes()) for part in parts]
+    sources = {file: identity for fields in packed for file, identity in fields["sources"].items()}
+    if wrong := [f for f in {**dict.fromkeys(files), **sources} if f not in sources or not _unchanged(f, sources[f])]:
+        raise InputError(
+            f"{folder}: {wrong[0]} is not as the parts were packed; remove {parts[0].parent}, and pack them again"
+        )
+    for part, fields in zip(parts, packed, strict=True):
+        if fields["spec"] != spec:
+            changed = next(key for key in spec if fields["spec"].get(key) != spec[key])
+            raise InputError(
+                f"{part}: was packed with {changed} = {fields['spec'].get(changed)!r}, now {spec[changed]!r}"
+            )
+        for shard in fields["shards"]:
+            files = {}
+            for name, about in shard["files"].items():
+                kind, suffix = name.split("-")[0], name.split(".")[-1]
+                target = folder / f"{kind}-{len(shards):05d}.{suffix}"
+                if (part / name).exists():  # else an earlier call has moved it
+                    (part / name).replace(target)
+                files[target.name] = about
+            shards.append({**shard, "files": files})
+            if not all_there(folder, shards[-1]):
+                raise InputError(
+                    f"{part}: {', '.join(shard['files'])} are not whole; remove {part}, and pack that part again"
+                )
+        for key in ("records", "bad_records"):
+            total[key] += fields[key]
+    return {**summary(shards), **total, "sources": sources}
+
+
+def _unchanged(file, identity):
+    return size_and_time(file) == (identity["bytes"], identity["mtime_ns"])
+
+
+# -- the program ----------------------------------------------------------------------------------------------------------
+
+
+def check(settings, tokenizer):
+    """InputError for settings that do not fit together, or not to the tokenizer."""
     if bool(settings.input) == bool(settings.datasets):
         raise InputError("give either --input (one dataset) or, in a recipe, datasets (a list of {name, input})")
     names = [d["name"] for d in settings.datasets or []]
-    if len(set(names)) < len(names) or any("/" in n or n.startswith(".") for n in names):
-        raise InputError(f"datasets: the names {', '.join(names)} must be distinct and plain folder names")
-    stage.refuse_finished()
-    tokenizer = TextTokenizer(settings.tokenizer)
+    if len(set(names)) < len(names) or any(not re.fullmatch(r"\w[\w.-]*", n) or n in TAKEN for n in names):
+        raise InputError(
+            f"datasets: the names {', '.join(names)} must be distinct and plain folder names, not {' or '.join(TAKEN)}"
+        )
+    if settings.engine not in ENGINES:
+        raise InputError(f"engine: {settings.engine}: there are {', '.join(ENGINES)}")
+    settings.check_parts()
     for wanted, token, what in (
         (settings.add_bos, tokenizer.bos_id, "bos"),
         (settings.add_eos, tokenizer.eos_id, "eos"),
@@ -117,35 +288,98 @@ def main():
             raise InputError(
                 f"{tokenizer.path}: has no {what.upper()} token; give --add_{what} false, or another tokenizer"
             )
+
+
+def sample_of(work, settings):
+    """The first documents of up to 16 files: what a fast engine is tried on before it is trusted."""
+    files = [file for _, files in work for file in files]
+    texts = []
+    for file in files[:: max(1, len(files) // 16)][:16]:
+        with contextlib.suppress(InputError):  # a damaged file is reported when its turn comes
+            found = read([file], settings.text_field, settings.sample_by, on_error=lambda message: None)
+            texts += [document.text for document in itertools.islice(found, 64)]
+    return [text for text in texts if len(text) < LONG]
+
+
+@program
+def main():
+    settings = parse(PackSettings, __doc__)
+    stage = Stage(settings, __file__)
+    stage.refuse_finished()
+    tokenizer = TextTokenizer(settings.tokenizer)
+    check(settings, tokenizer)
     if settings.check:
         return print(f"{stage.name}: ok")
-    stage.open()
-
-    work = (
-        [(stage.folder, settings.input)]
-        if settings.input
-        else [(stage.folder / d["name"], d["input"]) for d in settings.datasets]
-    )
-    started, manifests = time.perf_counter(), {}
-    for folder, inputs in work:
-        for split, manifest in pack(expand(inputs), tokenizer, settings, folder).items():
-            where = folder if split == "train" else folder / "validation"
-            if where != stage.folder:
-                write_json(where / "manifest.json", manifest)
-            manifests[where] = manifest
-            print(
-                f"{where}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens, "
-                f"{manifest['utf8_bytes'] / manifest['tokens']:.2f} bytes a token"
+    part = None if settings.shard is None else PART.format(settings.shard, settings.of)
+    stage.open(part)
+    if settings.overwrite_output_dir and not settings.finish:
+        for unfinished in [*stage.folder.glob(".resume.json"), *stage.folder.glob("*/.resume.json")]:
+            unfinished.unlink()
+        shutil.rmtree(stage.folder / "parts", ignore_errors=True)
+    if not settings.of and (counts := sorted({int(p.name.rpartition("-")[2]) for p in stage.folder.glob(PARTS)})):
+        if len(counts) > 1:
+            raise InputError(
+                f"{stage.folder}/parts: parts of {' and of '.join(map(str, counts))}: remove those not wanted"
             )
-    size = sum(m["utf8_bytes"] for m in manifests.values())
-    result = {
-        "documents": sum(m["documents"] for m in manifests.values()),
-        "tokens": sum(m["tokens"] for m in manifests.values()),
-        "utf8_bytes": size,
-        "mb_per_second": round(size / 1e6 / (time.perf_counter() - started), 3),
+        settings.of, settings.finish = counts[0], True  # an array has packed before
+
+    # work: what is packed into which folder; spec: all that decides the bytes
+    work = [(d["name"], expand(d["input"])) for d in settings.datasets or [{"name": ".", "input": settings.input}]]
+    spec = {
+        "tokenizer_sha256": tokenizer.hash,
+        "bos_id": tokenizer.bos_id if settings.add_bos else None,
+        "eos_id": tokenizer.eos_id if settings.add_eos else None,
+        **{k: getattr(settings, k) for k in ("text_field", "id_field", "sample_by", "on_error", "shard_tokens")},
+        "parts": settings.of or 1,
+        "block_bytes": BLOCK_BYTES,  # places in the journal are counted in blocks
+        "files": xxhash.xxh3_64_hexdigest(repr(work).encode()) if settings.of else None,
     }
-    stage.finish(result, **manifests.get(stage.folder, {}))
+    if settings.finish:
+        fields, about_engine = join_all(work, stage.folder, settings.of, spec), None
+    else:
+        engine, about_engine = choose_engine(settings.engine, tokenizer, sample_of(work, settings))
+        packer, skipped, fields = BlockPacker(tokenizer, engine, settings), Skipped(), {}
+        packer.to_say = f"{stage.name}: {about_engine}"
+        for name, files in work:
+            mine = files if part is None else part_of(files, settings.shard, settings.of)
+            folder = stage.folder / (part or "") / name
+            (folder / "part.json").unlink(missing_ok=True)
+            fields[name] = pack(mine, folder, packer, spec, settings.num_proc or cores(), skipped)
+            if part:
+                write_json(folder / "part.json", {**fields[name], "spec": spec})
+    if part:
+        packed = sum(f["documents"] for f in fields.values())
+        return print(f"{stage.name}: part {settings.shard} of {settings.of}: {packed:,} documents; then --finish true")
+
+    for name, files in work:
+        if not fields[name]["documents"]:
+            raise InputError(f"{' '.join(files)}: no document in there: nothing to pack")
+    for name, _ in work:
+        fields[name].update(tokenizer=str(tokenizer.path), vocab_size=tokenizer.size)
+        fields[name].update({key: spec[key] for key in ("tokenizer_sha256", "bos_id", "eos_id")})
+        if name != ".":
+            write_json(stage.folder / name / "manifest.json", fields[name])
+        print(f"{stage.folder / name}: {in_words(fields[name])}")
+    counted = ("documents", "tokens", "words", "utf8_bytes", "bad_records")
+    result = {key: sum(f[key] for f in fields.values()) for key in counted}
+    hashed = {file: identity for f in fields.values() for file, identity in f["sources"].items()}
+    stage.finish({**result, "engine": about_engine}, hashed=hashed, **fields.get(".", {}))
+    for name, _ in work:
+        (stage.folder / name / ".resume.json").unlink(missing_ok=True)
+    shutil.rmtree(stage.folder / "parts", ignore_errors=True)
     return None
+
+
+def in_words(manifest):
+    """One line of what was packed: documents, tokens, and what the tokenizer makes of a word (boundary tokens left out)."""
+    boundaries = sum(manifest[key] is not None for key in ("bos_id", "eos_id")) * manifest["documents"]
+    tokens, words = manifest["tokens"] - boundaries, max(1, manifest["words"])
+    whole = f", {manifest['whole_words'] / words:.1%} of the words whole" if "whole_words" in manifest else ""
+    dropped = f", {manifest['bad_records']:,} bad records skipped" if manifest["bad_records"] else ""
+    return (
+        f"{manifest['documents']:,} documents, {manifest['tokens']:,} tokens, "
+        f"{manifest['utf8_bytes'] / max(1, tokens):.2f} bytes a token, {tokens / words:.3f} tokens a word{whole}{dropped}"
+    )
 
 
 if __name__ == "__main__":

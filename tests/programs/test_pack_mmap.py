@@ -1,13 +1,19 @@
 """pack_mmap: text becomes int32 token shards, whole documents in order, the same bytes every time."""
 
+import bz2
+import gzip
 import itertools
 import json
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
 from conftest import CORPUS
 
-from dilqur.documents import expand, is_validation, read
+from dilqur.documents import read
+from dilqur.input_files import expand
 from dilqur.stage import read_manifest
 from dilqur.token_shards import TokenShards
 from dilqur.tokenizer import TextTokenizer
@@ -66,9 +72,9 @@ def test_documents_over_a_shard_boundary_stay_whole(made, pack):
     assert np.array_equal(cut.read(0, cut.num_tokens), whole.read(0, whole.num_tokens))
 
 
-@pytest.mark.parametrize("environment", [{}, {"RAYON_NUM_THREADS": "1"}, {"TOKENIZERS_PARALLELISM": "false"}])
-def test_a_second_run_gives_the_same_bytes_on_any_number_of_cores(made, pack, environment):
-    folder = pack(**environment)
+@pytest.mark.parametrize("flags", [("--num_proc", 1), ("--num_proc", 3), ("--engine", "tokenizers")])
+def test_a_second_run_gives_the_same_bytes_with_any_number_of_workers_and_any_engine(made, pack, flags):
+    folder = pack(*flags)
     files = sorted(p.name for p in folder.glob("*.npy"))
     assert files == ["offsets-00000.npy", "tokens-00000.npy"]
     assert all((folder / name).read_bytes() == (made / "shards" / name).read_bytes() for name in files)
@@ -76,7 +82,7 @@ def test_a_second_run_gives_the_same_bytes_on_any_number_of_cores(made, pack, en
 
 def test_the_manifest_counts_what_is_there_and_says_what_it_came_from(made, tokenizer, texts):
     manifest = read_manifest(made / "shards")
-    assert manifest["documents"] == len(texts) == 157
+    assert manifest["documents"] == len(texts) > 100
     assert manifest["utf8_bytes"] == sum(len(text.encode()) for text in texts)
     assert manifest["words"] == sum(len(text.split()) for text in texts)
     assert manifest["tokens"] == sum(map(len, with_numpy(made / "shards")))
@@ -98,12 +104,154 @@ def test_bos_and_eos_can_be_left_out(pack, tokenizer):
     assert read_manifest(folder)["bos_id"] is None
 
 
-def test_a_share_can_be_held_out_by_the_text(pack, tokenizer, texts):
-    folder = pack("--validation_fraction", 0.2)
-    for where, held_out in ((folder, False), (folder / "validation", True)):
-        found = [tokenizer.decode(ids[1:-1]) for ids in with_numpy(where)]
-        assert found == [text for text in texts if is_validation(text, 0.2) == held_out] != []
-        TokenShards(where, verify=True)
+def shard_bytes(folder):
+    return {p.name: p.read_bytes() for p in sorted(folder.glob("*-*.*"))}
+
+
+def test_the_same_documents_give_the_same_bytes_whatever_they_are_stored_in(made, run, tmp_path, texts):
+    texts = [text.replace("\n", " ").strip() for text in texts]  # a line of a .txt is a document
+    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts).encode()
+    stored = {
+        "a.jsonl": lines,
+        "a.jsonl.gz": gzip.compress(lines),
+        "a.jsonl.zst": zstandard.ZstdCompressor().compress(lines),
+        "a.jsonl.bz2": bz2.compress(lines),
+        "a.txt": "\n".join(texts).encode(),
+        "a.txt.zst": zstandard.ZstdCompressor().compress("\r\n".join(texts).encode()),
+        "a.parquet": None,
+    }
+    found = {}
+    for name, data in stored.items():
+        path = tmp_path / name
+        if data is None:
+            pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=50)
+        else:
+            path.write_bytes(data)
+        run(PROGRAM, "--input", path, "--tokenizer", made / "tokenizer", "--output_dir", tmp_path / f"{name}.out")
+        found[name] = shard_bytes(tmp_path / f"{name}.out")
+    assert all(files == found["a.jsonl"] for files in found.values()), "another storage gave other bytes"
+    assert len(found["a.jsonl"]) == 2
+
+
+def test_parts_packed_side_by_side_and_put_together_are_the_whole(made, run, tmp_path, tokenizer):
+    base = ["--input", CORPUS / "az", "--tokenizer", made / "tokenizer", "--shard_tokens", 10_000]
+    run(PROGRAM, *base, "--output_dir", tmp_path / "whole")
+    base += ["--output_dir", tmp_path / "parts", "--of", 3]
+    for part in (2, 0):
+        run(PROGRAM, *base, "--shard", part)
+    assert "parts: not finished: --shard 1 (of 3)" in run(PROGRAM, *base, "--finish", "true", code=2).stderr
+    run(PROGRAM, *base, "--shard", 1)
+    assert not (tmp_path / "parts" / "manifest.json").exists()
+    run(PROGRAM, *base, "--finish", "true")
+    whole, parts = TokenShards(tmp_path / "whole"), TokenShards(tmp_path / "parts")
+    parts.check_files(verify=True)
+    assert [d.tolist() for d in with_numpy(tmp_path / "parts")] == [d.tolist() for d in with_numpy(tmp_path / "whole")]
+    for key in ("documents", "tokens", "words", "utf8_bytes", "whole_words", "records", "sources", "bos_id"):
+        assert whole.manifest[key] == parts.manifest[key]
+    assert sorted(p.name for p in (tmp_path / "parts").iterdir() if p.is_dir()) == []
+    assert "nothing to do" in run(PROGRAM, *base, "--finish", "true").stdout
+
+
+def test_putting_together_can_be_killed_and_called_again(made, run, tmp_path):
+    base = ["--input", CORPUS / "az", "--tokenizer", made / "tokenizer", "--shard_tokens", 10_000, "--of", 2]
+    for folder in ("a", "b"):
+        for part in (0, 1):
+            run(PROGRAM, *base, "--output_dir", tmp_path / folder, "--shard", part)
+    # as a kill after the first moves leaves it
+    (tmp_path / "b/parts/00000-of-00002/tokens-00000.npy").rename(tmp_path / "b/tokens-00000.npy")
+    (tmp_path / "b/parts/00000-of-00002/offsets-00000.npy").rename(tmp_path / "b/offsets-00000.npy")
+    for folder in ("a", "b"):
+        run(PROGRAM, *base, "--output_dir", tmp_path / folder, "--finish", "true")
+    assert shard_bytes(tmp_path / "a") == shard_bytes(tmp_path / "b")
+
+
+def test_parts_of_an_input_that_has_changed_since_are_not_put_together(made, run, tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    for name in "abcd":
+        (source / f"{name}.jsonl").write_text("".join(json.dumps({"text": f"{name} {i}"}) + "\n" for i in range(100)))
+    base = ["--input", source, "--tokenizer", made / "tokenizer", "--output_dir", tmp_path / "out", "--of", 2]
+    run(PROGRAM, *base, "--shard", 0)
+    with (source / "d.jsonl").open("a") as file:  # the parts are cut by size: c would be in neither
+        file.write(json.dumps({"text": "d " * 9999}) + "\n")
+    run(PROGRAM, *base, "--shard", 1)
+    line = run(PROGRAM, *base, "--finish", "true", code=2).stderr
+    assert "c.jsonl is not as the parts were packed; remove" in line
+    done = run(PROGRAM, *base[:-2], "--overwrite_output_dir", "true")
+    assert "401 documents" in done.stdout
+
+
+def test_a_shard_that_has_gone_since_the_kill_is_packed_again(made, run, tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    lines = "".join(json.dumps({"text": f"sənəd {i} " * 20}) + "\n" for i in range(300))
+    (source / "a.jsonl").write_text(lines)
+    (source / "b.jsonl").write_text(lines + "broken\n")
+    flags = ["--input", source, "--tokenizer", made / "tokenizer", "--shard_tokens", 5000, "--output_dir"]
+    run(PROGRAM, *flags, tmp_path / "out", code=2)
+    sorted((tmp_path / "out").glob("tokens-*"))[1].unlink()
+    (source / "b.jsonl").write_text(lines)
+    for folder in ("out", "fresh"):
+        run(PROGRAM, *flags, tmp_path / folder)
+    assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "fresh")
+
+
+def test_ids_of_documents_are_kept_beside_them(made, run, tmp_path):
+    records = [
+        {"text": "bir", "key": "wiki/1"},
+        {"text": "iki", "key": 2},
+        {"text": "üç"},
+        {"text": "dörd", "key": "a\nb"},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    flags = ["--input", tmp_path / "a.jsonl", "--tokenizer", made / "tokenizer", "--id_field", "key"]
+    line = run(PROGRAM, *flags, "--output_dir", tmp_path / "out", code=2).stderr
+    assert f"{tmp_path}/a.jsonl:3: the id 'key' is 'None', not text or a number; see --id_field" in line
+    run(PROGRAM, *flags, "--output_dir", tmp_path / "out", "--on_error", "skip")
+    kept = [json.loads(line) for line in (tmp_path / "out" / "ids-00000.jsonl").read_text().splitlines()]
+    assert kept == ["wiki/1", 2, "a\nb"]
+    manifest = read_manifest(tmp_path / "out")
+    assert (manifest["records"], manifest["documents"], manifest["bad_records"]) == (4, 3, 1)
+
+
+def test_a_packing_that_was_stopped_is_not_gone_on_with_under_other_settings(made, run, tmp_path):
+    good = "".join(json.dumps({"text": f"sənəd {i} " * 20}) + "\n" for i in range(300))
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "a.jsonl").write_text(good)
+    (source / "b.jsonl").write_text(good + "broken\n")
+    flags = ["--input", source, "--tokenizer", made / "tokenizer", "--output_dir", tmp_path / "out"]
+    assert "b.jsonl:301: broken JSON" in run(PROGRAM, *flags, "--shard_tokens", 5000, code=2).stderr
+    done = run(PROGRAM, *flags, "--shard_tokens", 6000, code=2).stderr
+    assert "a part is packed already, with shard_tokens = 5000, now 6000; put that back to go on, or give" in done
+    (source / "b.jsonl").write_text(good)  # mended: what was made of the first file stays
+    run(PROGRAM, *flags, "--shard_tokens", 5000)
+    fresh = tmp_path / "fresh"
+    run(PROGRAM, *flags[:-1], fresh, "--shard_tokens", 5000)
+    assert shard_bytes(tmp_path / "out") == shard_bytes(fresh)
+
+
+def test_an_input_that_changed_since_the_kill_is_packed_again(made, run, tmp_path):
+    lines = [json.dumps({"text": f"sənəd {i} " * 20}) + "\n" for i in range(300)]
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "a.jsonl").write_text("".join(lines))
+    (source / "b.jsonl").write_text("".join(lines) + "broken\n")
+    flags = ["--input", source, "--tokenizer", made / "tokenizer", "--shard_tokens", 5000, "--output_dir"]
+    run(PROGRAM, *flags, tmp_path / "out", code=2)
+    (source / "a.jsonl").write_text("".join(reversed(lines)))
+    (source / "b.jsonl").write_text("".join(lines))
+    for folder in ("out", "fresh"):
+        run(PROGRAM, *flags, tmp_path / folder)
+    assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "fresh")
+
+
+def test_words_kept_whole_are_those_that_offsets_show(made, tokenizer, texts):
+    """The count that packing takes from the ids alone, against the one eval_tokenizer takes from offsets."""
+    from data_tools.eval_tokenizer import words_kept_whole
+
+    counted = sum(words_kept_whole(tokenizer.backend.encode(text), text, None) for text in texts)
+    assert read_manifest(made / "shards")["whole_words"] == counted > 1000
 
 
 def test_a_recipe_packs_each_dataset_into_a_folder_of_its_own(run, made, tmp_path, tokenizer):
@@ -122,12 +270,16 @@ def test_a_recipe_packs_each_dataset_into_a_folder_of_its_own(run, made, tmp_pat
     ("flags", "words"),
     [
         ([], "give either --input (one dataset) or, in a recipe, datasets"),
+        (["--input", CORPUS, "--shard", 0], "--of missing: the number of parts"),
+        (["--input", CORPUS, "--of", 2], "--of wants either --shard (do that part) or --finish true"),
+        (["--input", CORPUS, "--of", 2, "--shard", 2], "--shard 2: parts are counted from 0 to 1"),
+        (["--input", CORPUS, "--engine", "rwkv"], "engine: rwkv: there are auto, tokenizers, tiktoken, fastokens"),
         (["--datasets", "{name: a/b, input: [x]}"], "the names a/b must be distinct and plain folder names"),
         (["--datasets", "{name: a}"], "datasets"),
     ],
 )
 def test_datasets_that_cannot_be_are_refused(run, made, tmp_path, flags, words):
-    flags = [word.replace("[x]", f"[{CORPUS / 'az'}]") for word in flags]
+    flags = [str(word).replace("[x]", f"[{CORPUS / 'az'}]") for word in flags]
     done = run(PROGRAM, "--tokenizer", made / "tokenizer", "--output_dir", tmp_path, *flags, code=2)
     assert words in done.stderr
 
