@@ -2,14 +2,20 @@
 
 The samples of step s are the positions [start + s · G, start + (s + 1) · G) of the stream, G the global batch. Micro-batch m
 of rank r takes the positions start + s · G + (m · world + r) · b + [0, b): the same samples for any number of ranks.
+
+A sample is the tokens [i · max_length, (i + 1) · max_length) of a dataset (packing: concat), or whole documents and rests
+of documents with hardly any padding (packing: best_fit, dilqur/best_fit.py).
 """
 
 import hashlib
+import itertools
 import json
 
 import numpy as np
 
+from dilqur.best_fit import BestFitPlan, write_plan
 from dilqur.errors import InputError
+from dilqur.local_copy import local_copy
 from dilqur.sample_order import SampleOrder
 from dilqur.token_shards import TokenShards
 
@@ -17,31 +23,69 @@ IGNORE = -100  # a label without loss, as torch's cross_entropy has it
 
 
 class TokenSamples:
-    """position of the stream → {"input_ids", "labels"}, int64 arrays of shape (max_length,); labels are the next tokens.
+    """Positions of the stream → {"input_ids", "labels"}, int64 arrays of shape (positions, max_length); labels are the next tokens.
 
-    datasets: [{"path": folder of token shards, "weight": share of tokens}, …]. The last label is -100
-    where the stream ends. Raises InputError where the datasets were packed by different tokenizers.
+    datasets: [{"path": folder of token shards, "weight": share of tokens}, …]; or "epochs" instead of weights: shares in
+    proportion to size · epochs; or neither: to the sizes. changes: [(position, datasets), …], ascending: from there on these.
+    The last label is -100 where the stream ends; with best_fit, those at a document's end and of padding are.
+    plans: for best_fit, the folder with its plans; those that are missing are written. None: for checks alone, the samples
+    are counted as concat's, and no batch can be drawn. document_boundaries: also "position_ids", which begin again with
+    every document. local_dir: a folder on this node's own disk, to read copies in instead. Raises InputError where the
+    datasets were packed by different tokenizers, or hold less than one sample.
     """
 
-    def __init__(self, datasets, max_length, seed):
-        self.shards, self.max_length = [TokenShards(d["path"]) for d in datasets], max_length
+    def __init__(
+        self,
+        datasets,
+        max_length,
+        seed,
+        changes=(),
+        packing="concat",
+        plans=None,
+        document_boundaries=False,
+        local_dir=None,
+    ):
+        self.max_length, self.packing, self.document_boundaries = max_length, packing, document_boundaries
+        self.mixtures = [{"position": p, "datasets": list(d)} for p, d in [(0, datasets), *changes]]
+        paths = [str(d["path"]) for mixture in self.mixtures for d in mixture["datasets"]]
+        self.paths = list(dict.fromkeys(paths))  # a new dataset comes after those before it: their order stays theirs
+        self.shards = [TokenShards(local_copy(path, local_dir) if local_dir else path) for path in self.paths]
+        self._num_tokens = np.array([shards.num_tokens for shards in self.shards])
+        self._refuse_misfits()
+        self.sizes, self.plans = [shards.num_tokens // max_length for shards in self.shards], None
+        if packing == "best_fit" and plans is not None:
+            self.plans = [BestFitPlan(write_plan(shards, max_length, plans)) for shards in self.shards]
+            self.sizes = [plan.num_samples for plan in self.plans]
+        first, *others = [self._weights(mixture["datasets"]) for mixture in self.mixtures]
+        positions = [mixture["position"] for mixture in self.mixtures[1:]]
+        self.order = SampleOrder(self.sizes, seed, first, list(zip(positions, others, strict=True)))
+
+    def _refuse_misfits(self):
         first = self.shards[0]
-        for other in self.shards[1:]:
-            if other.manifest["tokenizer_sha256"] != first.manifest["tokenizer_sha256"]:
-                raise InputError(f"datasets: {other.folder} and {first.folder} were packed with different tokenizers")
-        weights = [d.get("weight") for d in datasets]
-        if any(w is None for w in weights) and any(w is not None for w in weights):
-            raise InputError("datasets: give a weight to all of them, or to none (then by size)")
-        sizes = [shards.num_tokens // max_length for shards in self.shards]
-        for shards, size in zip(self.shards, sizes, strict=True):
-            if size < 1:
+        for shards in self.shards:
+            if shards.manifest["tokenizer_sha256"] != first.manifest["tokenizer_sha256"]:
+                raise InputError(f"datasets: {shards.folder} and {first.folder} were packed with different tokenizers")
+            if shards.num_tokens < self.max_length:
                 raise InputError(
-                    f"{shards.folder}: {shards.num_tokens} tokens are less than one sample of max_length {max_length}"
+                    f"{shards.folder}: {shards.num_tokens} tokens are less than one sample of max_length {self.max_length}"
                 )
-        self.order = SampleOrder(sizes, seed, weights if weights[0] is not None else None)
-        self.samples_per_epoch = sum(sizes)
-        shares = [q / sum(self.order.quotas) for q in self.order.quotas]
-        self.bytes_per_token = sum(share * s.bytes_per_token for share, s in zip(shares, self.shards, strict=True))
+
+    def _weights(self, datasets):
+        """One number a dataset of the union, 0 for those that are not in this mixture."""
+        paths = [str(d["path"]) for d in datasets]
+        if len(set(paths)) < len(paths):
+            raise InputError(f"datasets: {max(paths, key=paths.count)} is there twice; add up its weights")
+        keys = {key for d in datasets for key in ("weight", "epochs") if d.get(key) is not None}
+        if len(keys) > 1 or any(d.get(key) is None for key in keys for d in datasets):
+            raise InputError("datasets: give a weight to all of them, or epochs to all, or neither (then by size)")
+        cuts_of = {path: s.num_tokens // self.max_length for path, s in zip(self.paths, self.shards, strict=True)}
+        weight_of = {
+            path: d["weight"] if "weight" in keys else cuts_of[path] * d.get("epochs", 1)
+            for path, d in zip(paths, datasets, strict=True)
+        }
+        return [weight_of.get(path, 0) for path in self.paths]
+
+    # -- what it is -------------------------------------------------------------------------------------------------------
 
     @property
     def tokenizer_hash(self):
@@ -51,20 +95,125 @@ class TokenSamples:
     def vocab_size(self):
         return self.shards[0].manifest["vocab_size"]
 
+    def samples_per_epoch(self, position=0):
+        """Samples of the datasets in use at `position`, each as often as its `epochs` say."""
+        mixture = [m for m in self.mixtures if m["position"] <= position][-1]
+        size_of = dict(zip(self.paths, self.sizes, strict=True))
+        return round(sum(size_of[str(d["path"])] * d.get("epochs", 1) for d in mixture["datasets"]))
+
     def fingerprint(self):
-        """Hash of all that decides which tokens stand at a position: shards, mixture, seed, sample length."""
-        files = [[shard["files"] for shard in shards.manifest["shards"]] for shards in self.shards]
-        spec = [files, self.order.quotas, self.order.seed, self.max_length]
-        return hashlib.sha256(json.dumps(spec).encode()).hexdigest()
+        """[[position, hash of all that decides which tokens stand there until the next one], …]: shards, mixture, seed,
+        sample length, packing. What a run has behind it is a beginning of this list: see `same_past`."""
+        files = [[_content(shard) for shard in shards.manifest["shards"]] for shards in self.shards]
+        out = []
+        for phase in self.order.phases:
+            known = (
+                max(d for d, quota in enumerate(phase.quotas) if quota) + 1
+            )  # a dataset added later changes nothing here
+            spec = [files[:known], phase.quotas[:known], self.order.seed, self.max_length]
+            spec += [self.packing] if self.packing != "concat" else []
+            out.append([phase.start, hashlib.sha256(json.dumps(spec).encode()).hexdigest()])
+        return out
+
+    def epochs(self, position):
+        """{path: how often the dataset has been seen before `position`}."""
+        return dict(zip(self.paths, self.order.epochs(position), strict=True))
+
+    def utf8_bytes(self, start, end):
+        """Bytes of text in the samples of the positions [start, end)."""
+        drawn = zip(self.order.draws(start), self.order.draws(end), self.shards, self.sizes, strict=True)
+        return round(sum((b - a) * self._tokens_a_sample(s, size) * s.bytes_per_token for a, b, s, size in drawn))
+
+    def packing_shares(self):
+        """Of best_fit: (share of the positions that is padding, share of the documents that do not lie in one sample)."""
+        totals = [plan.totals for plan in self.plans]
+        samples, tokens, documents, cut = (
+            sum(t[name] for t in totals) for name in ("samples", "tokens", "documents", "cut")
+        )
+        return 1 - tokens / (samples * self.max_length), cut / documents
+
+    def _tokens_a_sample(self, shards, size):
+        return self.max_length if self.packing == "concat" else shards.num_tokens / size
+
+    # -- samples ----------------------------------------------------------------------------------------------------------
 
     def __getitem__(self, position):
-        dataset, sample = self.order[position]
-        shards, start = self.shards[dataset], sample * self.max_length
-        length = min(self.max_length + 1, shards.num_tokens - start)
-        tokens = shards.read(start, length).astype(np.int64)
-        labels = np.full(self.max_length, IGNORE, np.int64)
-        labels[: length - 1] = tokens[1:]
-        return {"input_ids": tokens[: self.max_length], "labels": labels}
+        """One sample: arrays of shape (max_length,)."""
+        return {name: values[0] for name, values in self.batch([position]).items()}
+
+    def __getitems__(self, positions):  # torch's DataLoader asks for a whole batch under this name
+        return self.batch(positions)
+
+    def batch(self, positions):
+        """{"input_ids", "labels"[, "position_ids"]}: int64 arrays of shape (len(positions), max_length)."""
+        datasets, samples = self.order.batch(positions)
+        fill = self._concat if self.packing == "concat" else self._best_fit
+        return fill(datasets, samples)
+
+    def _concat(self, datasets, samples):
+        length = self.max_length
+        tokens = np.empty((len(samples), length + 1), np.int32)
+        for dataset in sorted(set(datasets.tolist())):
+            rows = np.flatnonzero(datasets == dataset)
+            self.shards[dataset].read_rows(samples[rows] * length, tokens, rows.tolist())
+        names = ["input_ids", "labels"] + ["position_ids"] * self.document_boundaries
+        out = np.empty(
+            (len(names), len(samples), length), np.int64
+        )  # one piece of memory: it is given back and reused whole
+        out[0], out[1] = tokens[:, :-1], tokens[:, 1:]
+        at_the_end = (samples + 1) * length == self._num_tokens[datasets]
+        if at_the_end.any():
+            out[1, at_the_end, -1] = IGNORE  # nothing comes after the last token of a dataset
+        if self.document_boundaries:
+            out[2] = counting = np.arange(length)
+            for row, (dataset, sample) in enumerate(zip(datasets.tolist(), samples.tolist(), strict=True)):
+                begins = [*self.shards[dataset].document_starts(sample * length, length).tolist(), length]
+                for begin, end in itertools.pairwise(begins):
+                    out[2, row, begin:end] = counting[: end - begin]
+        return dict(zip(names, out, strict=True))
+
+    def _best_fit(self, datasets, samples):
+        out = np.empty((2 + self.document_boundaries, len(samples), self.max_length), np.int64)
+        out[1] = IGNORE
+        rows = [  # all of them before the first is copied: the disk reads them together
+            [
+                (length, self.shards[dataset].read(start, length + goes_on))
+                for start, length, goes_on in self.plans[dataset].pieces(sample)
+            ]
+            for dataset, sample in zip(datasets.tolist(), samples.tolist(), strict=True)
+        ]
+        for row, (dataset, pieces) in enumerate(zip(datasets.tolist(), rows, strict=True)):
+            at = 0
+            for length, tokens in pieces:
+                out[0, row, at : at + length] = tokens[:length]
+                out[1, row, at : at + len(tokens) - 1] = tokens[1:]
+                if self.document_boundaries:
+                    out[2, row, at : at + length] = np.arange(length)
+                at += length
+            out[0, row, at:] = self.shards[dataset].manifest.get("eos_id") or 0  # padding, without labels
+            if self.document_boundaries:
+                out[2, row, at:] = np.arange(self.max_length - at)
+        return dict(zip(("input_ids", "labels", "position_ids"), out, strict=False))
+
+
+def _content(shard):
+    """What says which tokens are in a shard: the checksums of its files, and of the one it refers to."""
+    foreign = shard.get("tokens_file")
+    return [shard["files"], foreign["dtype"], foreign["xxh3"]] if foreign else shard["files"]
+
+
+def same_past(then, now, position):
+    """Do two fingerprints say that the same tokens stand at every position before `position`, and at its stream's first?"""
+    then = [[0, then]] if isinstance(then, str) else then  # a run without changes, as it was written once
+    past_then, past_now = ([[at, mixture] for at, mixture in f if at < max(position, 1)] for f in (then, now))
+    return past_then == past_now
+
+
+def cu_seqlens(position_ids):
+    """int32 array of shape (sequences + 1,): where the documents of a batch begin, laid end to end, and where it ends: what
+    flash-attention's varlen functions take. position_ids: array or CPU tensor of shape (batch, max_length)."""
+    flat = np.asarray(position_ids).reshape(-1)
+    return np.append(np.flatnonzero(flat == 0), flat.size).astype(np.int32)
 
 
 def split_batch(global_batch_size, ceiling, world_size):
@@ -85,8 +234,13 @@ def split_batch(global_batch_size, ceiling, world_size):
     return batch, share // batch
 
 
-def training_batches(samples, start, steps, batch, accumulation, rank, world_size, num_workers=0, pin_memory=False):
-    """Yield, for each of `steps` steps from position `start`, this rank's list of `accumulation` micro-batches."""
+def training_batches(
+    samples, start, steps, batch, accumulation, rank, world_size, num_workers=0, pin_memory=False, prefetch_factor=4
+):
+    """Yield, for each of `steps` steps from position `start`, this rank's list of `accumulation` micro-batches, tensors.
+
+    num_workers: processes that read ahead, prefetch_factor micro-batches each; they live as long as this generator.
+    """
     from torch.utils.data import DataLoader
 
     global_batch = batch * accumulation * world_size
@@ -95,8 +249,14 @@ def training_batches(samples, start, steps, batch, accumulation, rank, world_siz
         for step in range(steps)
         for micro in range(accumulation)
     )
-    positions = (range(first, first + batch) for first in first_positions)
-    loader = DataLoader(samples, batch_sampler=positions, num_workers=num_workers, pin_memory=pin_memory)
+    loader = DataLoader(
+        samples,
+        batch_sampler=(range(first, first + batch) for first in first_positions),
+        collate_fn=_as_tensors,
+        num_workers=num_workers,
+        prefetch_factor=prefetch_factor if num_workers else None,
+        pin_memory=pin_memory,
+    )
     stream = iter(loader)
     for _ in range(steps):
         yield [next(stream) for _ in range(accumulation)]
@@ -105,10 +265,16 @@ def training_batches(samples, start, steps, batch, accumulation, rank, world_siz
 def evaluation_batches(samples, batch, rank, world_size, limit=None):
     """Yield this rank's batches of the first `limit` samples of the stream, each sample on one rank; every rank gets the
     same number of batches, filled up with samples whose labels are all -100."""
-    from torch.utils.data import default_collate
-
-    count = min(limit or samples.samples_per_epoch, samples.samples_per_epoch)
-    filler = {**samples[0], "labels": np.full(samples.max_length, IGNORE, np.int64)}
+    count = min(limit or sum(samples.sizes), sum(samples.sizes))
     for first in range(0, count, batch * world_size):
-        mine = range(first + rank * batch, first + (rank + 1) * batch)
-        yield default_collate([samples[p] if p < count else filler for p in mine])
+        positions = np.arange(first + rank * batch, first + (rank + 1) * batch)
+        arrays = samples.batch(np.where(positions < count, positions, 0))
+        arrays["labels"][positions >= count] = IGNORE
+        yield _as_tensors(arrays)
+
+
+def _as_tensors(arrays):
+    """The batch comes whole from `TokenSamples.batch`: nothing to stack."""
+    import torch
+
+    return {name: torch.from_numpy(values) for name, values in arrays.items()}

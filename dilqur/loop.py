@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 
 from dilqur.atomic import atomic_folder
-from dilqur.batches import IGNORE, TokenSamples, evaluation_batches, split_batch, training_batches
+from dilqur.batches import IGNORE, evaluation_batches, same_past, split_batch, training_batches
 from dilqur.errors import InputError
 from dilqur.interrupt import Interrupt
 from dilqur.metrics import Metrics
 from dilqur.optimizer import freeze_all_but, learning_rate_at, make_optimizer
 from dilqur.recipe import to_dict
-from dilqur.training_settings import check_training
+from dilqur.training_settings import check_training, copy_to_node, held_out_samples
 
 
 def train(settings, stage, model, compute_loss, write_model):
@@ -33,7 +33,7 @@ def train(settings, stage, model, compute_loss, write_model):
     from dilqur.distributed import backward_scale, gradient_norm, make_accelerator, prepare, strategy, sum_over_ranks
 
     # set-up
-    samples, start, max_steps = check_training(settings)
+    copy_to_node(settings)  # before the processes know each other: none waits in a collective that could time out
     world = int(os.environ.get("WORLD_SIZE", 1))
     batch_size, accumulation = split_batch(settings.global_batch_size, settings.per_device_train_batch_size, world)
     accelerator = make_accelerator(
@@ -42,7 +42,8 @@ def train(settings, stage, model, compute_loss, write_model):
     main = accelerator.is_main_process
     if main:
         stage.open()
-    accelerator.wait_for_everyone()
+    with accelerator.main_process_first():  # which writes the plan of packing: best_fit
+        samples, start, max_steps = check_training(settings, stage.folder)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainable = freeze_all_but(model, settings.unfrozen_parameters)
@@ -68,7 +69,7 @@ def train(settings, stage, model, compute_loss, write_model):
     identity = {
         "recipe": to_dict(settings),
         "seed": settings.seed,
-        "data": {"fingerprint": samples.fingerprint(), "start_position": start},
+        "data": {"fingerprint": samples.fingerprint(), "start_position": start, "mixtures": samples.mixtures},
         "trainable": trainable,
         "strategy": strategy(accelerator),
         "sizes": sizes,
@@ -103,7 +104,7 @@ def train(settings, stage, model, compute_loss, write_model):
         total = count = 0.0
         with torch.no_grad():
             for dataset in settings.eval_datasets:
-                held_out = TokenSamples([dataset], settings.max_length, settings.seed)
+                held_out = held_out_samples(settings, dataset)
                 for batch in evaluation_batches(
                     held_out, batch_size, accelerator.process_index, world, settings.eval_samples
                 ):
@@ -128,7 +129,10 @@ def train(settings, stage, model, compute_loss, write_model):
         settings.dataloader_num_workers,
         pin_memory=torch.cuda.is_available(),
     )
+    changes = {change["step"]: change["datasets"] for change in settings.dataset_changes or []}
     while step < max_steps:
+        if main and step in changes:
+            metrics.say(f"datasets from here on: {changes[step]}")
         reason = interrupt.stop_reason(step) if main else None
         micro_batches = next(stream)
         data_wait = time.perf_counter() - clock
@@ -223,23 +227,19 @@ def _write_result(settings, stage, samples, start, steps, reader, write_model, w
     with atomic_folder(stage.folder / "model") as folder:
         write_model(reader.weights(), folder)
     records = [json.loads(line) for line in (stage.folder / "metrics.jsonl").read_text().splitlines()]
-    tokens = steps * settings.global_batch_size * settings.max_length
+    tokens, end = steps * settings.global_batch_size * settings.max_length, start + steps * settings.global_batch_size
     steady = sorted(r["tokens_per_second"] for r in records[min(2, len(records) - 1) :])
     result = {
         "steps": steps,
         "tokens": tokens,
-        "utf8_bytes_seen": round(tokens * samples.bytes_per_token),
+        "utf8_bytes_seen": samples.utf8_bytes(start, end),
         "loss": records[-1]["loss"],
         "eval_loss": records[-1].get("eval_loss"),
         "tokens_per_second": steady[len(steady) // 2],
         "strategy": identity["strategy"],
         "processes": world,
         **identity["sizes"],
-        "data": {
-            "fingerprint": identity["data"]["fingerprint"],
-            "start_position": start,
-            "end_position": start + steps * settings.global_batch_size,
-        },
+        "data": {**identity["data"], "end_position": end, "epochs": samples.epochs(end)},
     }
     stage.finish(result)
     print(
@@ -263,7 +263,15 @@ def _refuse_other_run(settings, reader, identity):
                 f"{reader.folder}: made with {key} = {then['recipe'][key]!r}, now {value!r}: that is another run; "
                 "choose another --output_dir, or put it back"
             )
-    if then["data"] != now["data"]:
+    done = [[c for c in run["recipe"].get("dataset_changes") or [] if c["step"] < then["step"]] for run in (then, now)]
+    if done[0] != done[1]:
+        raise InputError(
+            f"{reader.folder}: dataset_changes of steps before its {then['step']} are done and cannot change any more: "
+            "put them back (later ones may change)"
+        )
+    data, was = now["data"], then["data"]
+    same = same_past(was["fingerprint"], data["fingerprint"], then["position"])
+    if was["start_position"] != data["start_position"] or not same:
         raise InputError(f"{reader.folder}: made on other data (the shards have changed): choose another --output_dir")
     if then["trainable"] != now["trainable"]:
         raise InputError(f"{reader.folder}: trained other parameters than this run would")
@@ -272,14 +280,21 @@ def _refuse_other_run(settings, reader, identity):
 def _summary(settings, samples, start, step, max_steps, sizes, where, batch_size, accumulation, checkpoint):
     """What was derived from the recipe, as a table: the first thing a log shows."""
     batch, tokens = settings.global_batch_size, settings.global_batch_size * settings.max_length
-    epochs, text = max_steps * batch / samples.samples_per_epoch, max_steps * tokens * samples.bytes_per_token
+    end, text = start + max_steps * batch, samples.utf8_bytes(start, start + max_steps * batch)
     rows = {
         "strategy": where,
         "parameters": f"{sizes['parameters']:,}, of them trained {sizes['trainable']:,}",
         "batch": f"{batch} sequences, {tokens:,} tokens a step: {batch_size} a device, {accumulation} times accumulated",
-        "steps": f"{step} to {max_steps}; {epochs:.2f} epochs of {samples.samples_per_epoch:,} samples",
+        "steps": f"{step} to {max_steps}",
         "data": f"{text / 1e6:,.2f} MB of text seen at the end, from position {start}",
-        "resumed": str(checkpoint or "no"),
     }
+    for (path, epochs), size in zip(samples.epochs(end).items(), samples.sizes, strict=True):
+        rows[f"  {path}"] = f"{epochs:.2f} epochs of {size:,} samples at the end"
+    for change in settings.dataset_changes or []:
+        rows[f"  from step {change['step']}"] = ", ".join(d["path"] for d in change["datasets"])
+    if settings.packing == "best_fit":
+        padding, cut = samples.packing_shares()
+        rows["packing"] = f"best_fit: {padding:.3%} padding, {cut:.2%} of the documents longer than a sample"
+    rows["resumed"] = str(checkpoint or "no")
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())

@@ -1,4 +1,4 @@
-"""The token-shard format: writer and reader.
+"""The token-shard format, and its reader (dilqur/shard_writer.py writes it).
 
     FOLDER/tokens-00000.npy    int32, the ids of whole documents one after the other
     FOLDER/offsets-00000.npy   int64, n + 1 numbers: document i is tokens[offsets[i]:offsets[i + 1]]
@@ -7,144 +7,205 @@
 `np.load(file, mmap_mode="r")` reads a shard with no code of ours. A document never crosses a shard.
 """
 
-import bisect
+import gc
+import resource
 from pathlib import Path
 
 import numpy as np
+import orjson
 import xxhash
 
-from dilqur.atomic import atomic_file
 from dilqur.errors import InputError
-from dilqur.stage import read_manifest
+from dilqur.mapped_files import MappedFiles, map_npy, map_raw
 
 FORMAT, VERSION = "dilqur-token-shards", 1
 MAX_ID = 2**31 - 1
-
-
-class ShardWriter:
-    """Collects documents and writes a shard whenever `shard_tokens` are reached. `close` returns the manifest's fields."""
-
-    def __init__(self, folder, shard_tokens):
-        self.folder, self.shard_tokens = Path(folder), shard_tokens
-        self._documents, self._pending, self.shards = [], 0, []
-
-    def add(self, ids):
-        """ids: the token ids of one document, its BOS and EOS included. Raises InputError for an id that int32 cannot hold."""
-        if ids and max(ids) > MAX_ID:
-            raise InputError(f"{self.folder}: token id {max(ids)} does not fit int32 (largest: {MAX_ID})")
-        if self._documents and self._pending + len(ids) > self.shard_tokens:
-            self._write()
-        self._documents.append(np.asarray(ids, np.int32))
-        self._pending += len(ids)
-
-    def close(self):
-        if self._documents:
-            self._write()
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "dtype": "int32",
-            "shards": self.shards,
-            "documents": sum(s["documents"] for s in self.shards),
-            "tokens": sum(s["tokens"] for s in self.shards),
-        }
-
-    def _write(self):
-        number = len(self.shards)
-        lengths = np.fromiter(map(len, self._documents), np.int64)
-        arrays = {
-            "tokens": np.concatenate(self._documents),
-            "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        }
-        shard = {"documents": len(self._documents), "tokens": int(lengths.sum()), "files": {}}
-        for kind, array in arrays.items():
-            name = f"{kind}-{number:05d}.npy"
-            with atomic_file(self.folder / name) as file:
-                np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-                file.write(array.data)  # as np.save, which says nothing of a full disk
-            shard["files"][name] = {"bytes": (self.folder / name).stat().st_size, "xxh3": checksum(self.folder / name)}
-        self.shards.append(shard)
-        self._documents, self._pending = [], 0
+# Reading ahead costs a third of reading what is in memory. So the first page of a batch is left to itself: if, so many times
+# in a row, it was there already, the rest is taken to be; until the disk has to be waited for again.
+QUIET, FIRST_PAGE = 32, 1024
 
 
 class TokenShards:
-    """A folder of token shards as one long stream of tokens, memory-mapped.
+    """A folder of token shards as one long stream of tokens, memory-mapped. Making one reads the manifest and nothing else.
 
-    manifest: dict. num_tokens, num_documents: int. Raises InputError if a file is missing, of another size, or of another
-    format; `verify=True` also reads every byte and compares the checksums.
+    manifest: dict. num_tokens, num_documents, num_shards: int. Raises InputError for a folder that is not one, and, when a
+    shard is first used, for a file that is missing, too short or of another format. `check_files` looks at all of them.
+    A shard may be by reference: its ids lie in a foreign flat file, `tokens_file` {path, dtype, offset_bytes} in the manifest.
     """
 
     def __init__(self, folder, verify=False):
         self.folder = Path(folder)
-        self.manifest = read_manifest(folder)
-        if self.manifest.get("format") != FORMAT:
-            raise InputError(f"{folder}/manifest.json: not a folder of token shards (its subfolders may be)")
-        if self.manifest["version"] > VERSION:
-            raise InputError(
-                f"{folder}: format version {self.manifest['version']} is newer than this program's {VERSION}"
-            )
-        for shard in self.manifest["shards"]:
-            for name, stated in shard["files"].items():
-                self._check(name, stated, verify)
+        self.manifest = _read_manifest(self.folder)
         shards = self.manifest["shards"]
-        self._tokens = [self._load(f"tokens-{i:05d}.npy") for i in range(len(shards))]
-        self._offsets = [self._load(f"offsets-{i:05d}.npy") for i in range(len(shards))]
-        self._starts = np.cumsum([0, *(s["tokens"] for s in shards)]).tolist()  # first token of each shard
-        self._first_documents = np.cumsum([0, *(s["documents"] for s in shards)]).tolist()
-        self.num_tokens, self.num_documents = self._starts[-1], self._first_documents[-1]
+        self.num_shards = len(shards)
+        self.shard_starts = np.cumsum([0, *(s["tokens"] for s in shards)], dtype=np.int64)  # first token of each shard
+        self._first_documents = np.cumsum([0, *(s["documents"] for s in shards)], dtype=np.int64)
+        self.num_tokens, self.num_documents = int(self.shard_starts[-1]), int(self._first_documents[-1])
+        self._tokens, self._offsets, self._quiet = MappedFiles(), MappedFiles(), 0
+        if verify:
+            self.check_files(verify=True)
 
-    def _check(self, name, stated, verify):
-        path = self.folder / name
-        if not path.exists():
-            raise InputError(f"{path}: missing, though manifest.json lists it; pack again")
-        if path.stat().st_size != stated["bytes"]:
-            raise InputError(f"{path}: {path.stat().st_size} bytes, manifest.json says {stated['bytes']}; pack again")
-        if verify and checksum(path) != stated["xxh3"]:
-            raise InputError(f"{path}: its checksum is not the one in manifest.json: damaged; pack again")
-
-    def _load(self, name):
-        try:
-            return np.load(self.folder / name, mmap_mode="r")
-        except ValueError:
-            raise InputError(f"{self.folder / name}: not a .npy file of numbers: damaged; pack again") from None
+    # -- tokens -----------------------------------------------------------------------------------------------------------
 
     def read(self, start, length):
         """int32 array of shape (length,): the tokens [start, start + length) of the stream, across shards."""
         if not 0 <= start <= start + length <= self.num_tokens:
             raise IndexError(f"tokens {start} to {start + length} of {self.num_tokens}")
-        parts, shard = [], bisect.bisect_right(self._starts, start) - 1
-        while length > 0:
-            at = start - self._starts[shard]
-            part = self._tokens[shard][at : at + length]
-            parts.append(part)
-            start, length, shard = start + len(part), length - len(part), shard + 1
-        return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(0, np.int32)])
+        if length == 0:
+            return np.empty(0, np.int32)
+        shard = self._shard_of(start)
+        at, mapped = start - int(self.shard_starts[shard]), self._tokens.get(shard, self._map_tokens)
+        if at + length <= len(mapped.values):
+            mapped.will_need(at, at + length)
+            return mapped.values[at : at + length].astype(np.int32, copy=False)
+        out = np.empty((1, length), np.int32)
+        self.read_rows(np.array([start]), out, [0])
+        return out[0]
+
+    def read_rows(self, starts, out, rows):
+        """Fill row rows[i] of `out`, integers of shape (n, length), with the tokens of the stream from starts[i] on.
+
+        Where the stream ends before the row does, the rest of the row is left as it is.
+        """
+        length, spans, faults = out.shape[1], [], _major_faults()
+        read_ahead, shards = self._quiet < QUIET, np.searchsorted(self.shard_starts, starts, side="right") - 1
+        for row, shard, at in zip(rows, shards.tolist(), (starts - self.shard_starts[shards]).tolist(), strict=True):
+            mapped = self._tokens.get(shard, self._map_tokens)
+            part = mapped.values[at : at + length]
+            if read_ahead:  # for all rows before the first is copied: the disk reads them together
+                mapped.will_need(at if spans else at + FIRST_PAGE, at + len(part))
+            spans.append((row, shard, part))
+        for row, shard, part in spans:
+            out[row, : len(part)] = part
+            filled = len(part)
+            while filled < length and (shard := shard + 1) < self.num_shards:
+                part = self._tokens.get(shard, self._map_tokens).values[: length - filled]
+                out[row, filled : filled + len(part)] = part
+                filled += len(part)
+        self._quiet = self._quiet + 1 if _major_faults() == faults else 0
+
+    # -- documents --------------------------------------------------------------------------------------------------------
 
     def document(self, index):
         """int32 array: the tokens of document `index`, boundary tokens included."""
-        shard = bisect.bisect_right(self._first_documents, index) - 1
-        local = index - self._first_documents[shard]
-        begin, end = self._offsets[shard][local : local + 2]
-        return self._tokens[shard][begin:end]
-
-    def document_lengths(self):
-        """int64 array of shape (num_documents,)."""
-        return np.concatenate([np.diff(o) for o in self._offsets] or [np.empty(0, np.int64)])
+        shard = int(np.searchsorted(self._first_documents, index, side="right")) - 1
+        begin, end = self.offsets(shard)[index - self._first_documents[shard] :][:2]
+        return self._tokens.get(shard, self._map_tokens).values[begin:end].astype(np.int32, copy=False)
 
     def document_starts(self, start, length):
         """Positions, relative to `start`, at which a document begins inside the tokens [start, start + length)."""
-        found = []
-        for shard, base in enumerate(self._starts[:-1]):
-            if base < start + length and self._starts[shard + 1] > start:
-                offsets = self._offsets[shard][:-1]
-                low, high = np.searchsorted(offsets, [start - base, start + length - base])
-                found.append(offsets[low:high] + base - start)
-        return np.concatenate(found) if found else np.empty(0, np.int64)
+        found, shard = [], self._shard_of(start)
+        while shard < self.num_shards and (base := int(self.shard_starts[shard]) - start) < length:
+            offsets = self.offsets(shard)[:-1]
+            low, high = np.searchsorted(offsets, (-base, length - base))
+            found.append(offsets[low:high] + base)
+            shard += 1
+        return found[0] if len(found) == 1 else np.concatenate(found or [np.empty(0, np.int64)])
+
+    def document_lengths(self, shard=None):
+        """int64 array of shape (documents,): of one shard, or of all."""
+        if shard is not None:
+            return np.diff(self.offsets(shard))
+        return np.concatenate([np.diff(self.offsets(s)) for s in range(self.num_shards)] or [np.empty(0, np.int64)])
+
+    def offsets(self, shard):
+        """int64 array of shape (documents + 1,): where the documents of a shard begin, in tokens from the shard's first."""
+        return self._offsets.get(shard, self._map_offsets).values
 
     @property
     def bytes_per_token(self):
         """UTF-8 bytes of text for each token of the stream, BOS and EOS counted as tokens without bytes."""
         return self.manifest["utf8_bytes"] / self.num_tokens
+
+    # -- files ------------------------------------------------------------------------------------------------------------
+
+    def check_files(self, verify=False):
+        """Raises InputError for the first file that is missing or of another size; `verify` also reads every byte and
+        compares the checksums. Returns self. What a run calls before it takes a GPU."""
+        for shard in range(self.num_shards):
+            self.check_shard(shard, verify)
+        return self
+
+    def check_shard(self, shard, verify=False):
+        """`check_files` of one shard."""
+        entry = self.manifest["shards"][shard]
+        for name, stated in entry["files"].items():
+            self._check(self.folder / name, stated, verify)
+        if foreign := entry.get("tokens_file"):
+            path = self.folder / foreign["path"]
+            size = _size(
+                path, f"{path}: missing, though {self.folder}/manifest.json refers to it; put it back, or import again"
+            )
+            needed = foreign["offset_bytes"] + entry["tokens"] * np.dtype(foreign["dtype"]).itemsize
+            if size < needed:
+                raise InputError(f"{path}: {size} bytes, {self.folder}/manifest.json needs {needed}; import again")
+            if verify and "xxh3" in foreign and checksum(path) != foreign["xxh3"]:
+                raise InputError(f"{path}: its checksum is not the one in {self.folder}/manifest.json; import again")
+
+    def _check(self, path, stated, verify):
+        size = _size(path, f"{path}: missing, though manifest.json lists it; pack again")
+        if size != stated["bytes"]:
+            raise InputError(f"{path}: {size} bytes, manifest.json says {stated['bytes']}; pack again")
+        if verify and checksum(path) != stated["xxh3"]:
+            raise InputError(f"{path}: its checksum is not the one in manifest.json: damaged; pack again")
+
+    def _map_tokens(self, shard):
+        entry = self.manifest["shards"][shard]
+        if foreign := entry.get("tokens_file"):
+            try:
+                path, dtype, offset = self.folder / foreign["path"], foreign["dtype"], foreign["offset_bytes"]
+                return map_raw(path, dtype, offset, entry["tokens"], random_access=True)
+            except (FileNotFoundError, ValueError):
+                self.check_shard(shard)  # says in words what is wrong
+                raise
+        return self._map_npy(f"tokens-{shard:05d}.npy", np.int32, entry["tokens"], random_access=True)
+
+    def _map_offsets(self, shard):
+        return self._map_npy(f"offsets-{shard:05d}.npy", np.int64, self.manifest["shards"][shard]["documents"] + 1)
+
+    def _map_npy(self, name, dtype, count, random_access=False):
+        path = self.folder / name
+        try:
+            mapped = map_npy(path, dtype, random_access)
+        except FileNotFoundError:
+            raise InputError(f"{path}: missing, though manifest.json lists it; pack again") from None
+        if mapped.values.shape != (count,):
+            raise InputError(f"{path}: holds {mapped.values.shape} numbers, manifest.json says {count}; pack again")
+        return mapped
+
+    def _shard_of(self, token):
+        return int(np.searchsorted(self.shard_starts, token, side="right")) - 1
+
+
+def _read_manifest(folder):
+    path, collecting = folder / "manifest.json", gc.isenabled()
+    gc.disable()  # a trillion tokens are 1 MB of JSON: looking for garbage among its dicts takes five times the parsing
+    try:
+        manifest = orjson.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path}: not there: {folder} is not finished") from None
+    except orjson.JSONDecodeError as problem:
+        raise InputError(f"{path}: damaged ({problem})") from None
+    finally:
+        if collecting:
+            gc.enable()
+    if manifest.get("format") != FORMAT:
+        raise InputError(f"{folder}/manifest.json: not a folder of token shards (its subfolders may be)")
+    if manifest["version"] > VERSION:
+        raise InputError(f"{folder}: format version {manifest['version']} is newer than this program's {VERSION}")
+    return manifest
+
+
+def _major_faults():
+    """How often this thread has waited for the disk because of a page that was not in memory."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_majflt
+
+
+def _size(path, if_missing):
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        raise InputError(if_missing) from None
 
 
 def checksum(path):

@@ -8,8 +8,9 @@ from typing import Annotated, ClassVar, Literal, Required
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from dilqur.batches import TokenSamples, split_batch
+from dilqur.batches import TokenSamples, same_past, split_batch
 from dilqur.errors import InputError
+from dilqur.local_copy import local_copy
 from dilqur.optimizer import SCHEDULES
 from dilqur.stage import ModelPath, ShardsPath, StageSettings, read_manifest
 from dilqur.tokenizer import TextTokenizer
@@ -23,6 +24,13 @@ class DatasetShare(TypedDict, total=False):
     __pydantic_config__ = {"extra": "forbid"}
     path: Required[ShardsPath]
     weight: Annotated[float, Field(gt=0)]
+    epochs: Annotated[float, Field(gt=0)]
+
+
+class DatasetChange(TypedDict):
+    __pydantic_config__ = {"extra": "forbid"}
+    step: Positive
+    datasets: list[DatasetShare]
 
 
 @dataclass(kw_only=True)
@@ -32,9 +40,9 @@ class TrainingSettings(StageSettings):
 
     harmless: ClassVar = (
         "per_device_train_batch_size", "save_steps", "save_total_limit", "eval_steps", "eval_samples", "logging_steps",
-        "report_to", "dataloader_num_workers", "resume_from_checkpoint", "stop_at_step", "max_minutes",
+        "report_to", "dataloader_num_workers", "local_dir", "resume_from_checkpoint", "stop_at_step", "max_minutes",
     )  # fmt: skip
-    may_change: ClassVar = (*harmless, "max_steps", "num_train_epochs")
+    may_change: ClassVar = (*harmless, "max_steps", "num_train_epochs", "dataset_changes")  # of steps not done yet
 
     model_name_or_path: ModelPath | None = field(
         default=None, metadata={"help": "model folder, or the stage that made it"}
@@ -48,14 +56,28 @@ class TrainingSettings(StageSettings):
         default=False, metadata={"help": "recompute activations: less memory, a third slower"}
     )
 
-    datasets: list[DatasetShare] = field(metadata={"help": "{path: token shards, weight: share of tokens}, …"})
+    datasets: list[DatasetShare] = field(
+        metadata={
+            "help": "{path: token shards, weight: share of tokens}, …; or epochs instead of weight; or neither: by size"
+        }
+    )
+    dataset_changes: list[DatasetChange] | None = field(
+        default=None, metadata={"help": "{step: after so many steps, datasets: the mixture from there on}, …"}
+    )
     eval_datasets: list[DatasetShare] | None = field(
         default=None, metadata={"help": "token shards held out, for eval_loss"}
     )
     continue_data: bool = field(
         default=False, metadata={"help": "go on in the data where the stage of the model stopped"}
     )
+    local_dir: str | None = field(
+        default=None, metadata={"help": "folder on the node's own disk; the shards are copied to it first, once a node"}
+    )
     max_length: Positive = field(default=2048, metadata={"help": "tokens a sample"})
+    packing: Literal["concat", "best_fit"] = field(
+        default="concat",
+        metadata={"help": "concat cuts the text every max_length tokens; best_fit keeps documents whole"},
+    )
     global_batch_size: Positive = field(metadata={"help": "sequences a step over all GPUs; accumulation is derived"})
     per_device_train_batch_size: Positive = field(
         default=8, metadata={"help": "most sequences a GPU holds at once: a ceiling"}
@@ -104,30 +126,36 @@ class TrainingSettings(StageSettings):
     )
 
 
-def check_training(settings):
+def check_training(settings, folder=None):
     """All that can be known to go wrong before torch is loaded. Returns (samples, start position, steps).
 
-    Raises InputError for keys that do not fit together, a tokenizer that is not the shards', ids the model has no row for,
-    a global batch that does not divide, and a continuation in other data.
+    folder: the stage's, where packing: best_fit has its plan; it is written where it is missing. Without one, as in --check,
+    its samples are counted as concat's. Raises InputError for keys that do not fit together, shards that are not whole, a
+    tokenizer that is not the shards', ids the model has no row for, a global batch that does not divide, and a continuation
+    in other data.
     """
+    if not settings.datasets or not all(change["datasets"] for change in settings.dataset_changes or []):
+        raise InputError("datasets: an empty list: name at least one folder of token shards")
     if bool(settings.max_steps) == bool(settings.num_train_epochs):
         raise InputError("give max_steps or num_train_epochs, one of them")
-    samples = TokenSamples(settings.datasets, settings.max_length, settings.seed)
-    start = _start_position(settings, samples)
+    samples, start = _samples(settings, folder)
     steps = settings.max_steps or max(
-        1, round(settings.num_train_epochs * samples.samples_per_epoch / settings.global_batch_size)
+        1, round(settings.num_train_epochs * samples.samples_per_epoch(start) / settings.global_batch_size)
     )
     if settings.warmup_steps >= steps:
         raise InputError(
             f"warmup_steps {settings.warmup_steps} leaves none of the {steps} steps: lower it, or train longer"
         )
     split_batch(settings.global_batch_size, settings.per_device_train_batch_size, int(os.environ.get("WORLD_SIZE", 1)))
-    for dataset in settings.eval_datasets or []:
-        held_out = TokenSamples([dataset], settings.max_length, settings.seed)
-        if held_out.tokenizer_hash != samples.tokenizer_hash:
+    held_out = [held_out_samples(settings, d) for d in settings.eval_datasets or []]
+    for dataset in held_out:
+        if dataset.tokenizer_hash != samples.tokenizer_hash:
             raise InputError(
-                f"eval_datasets: {dataset['path']} was packed with another tokenizer than {settings.datasets[0]['path']}"
+                f"eval_datasets: {dataset.paths[0]} was packed with another tokenizer than {settings.datasets[0]['path']}"
             )
+    if os.environ.get("RANK", "0") == "0":  # thousands of files, and every process sees the same ones
+        for shards in (s for part in (samples, *held_out) for s in part.shards):
+            shards.check_files()
     return samples, start, steps
 
 
@@ -155,16 +183,53 @@ def check_model(settings, samples, config, tokenizer_path):
         )
 
 
-def _start_position(settings, samples):
-    if not settings.continue_data:
-        return 0
-    folder = Path(settings.model_name_or_path or ".").parent
-    data = read_manifest(folder)["result"].get("data")
-    if not data:
-        raise InputError(f"continue_data: {folder} is no training stage: give false, to begin with the first sample")
-    if data["fingerprint"] != samples.fingerprint():
+def held_out_samples(settings, dataset):
+    """TokenSamples of one of `eval_datasets`."""
+    return TokenSamples([dataset], settings.max_length, settings.seed)
+
+
+def copy_to_node(settings):
+    """Copy the training shards to `local_dir`, where that is set; of a node's processes the first does, the others wait."""
+    mixtures = [settings.datasets, *(change["datasets"] for change in settings.dataset_changes or [])]
+    for path in sorted({str(d["path"]) for mixture in mixtures for d in mixture}) if settings.local_dir else ():
+        local_copy(path, settings.local_dir)
+
+
+def _samples(settings, folder):
+    """(TokenSamples of the whole stream, the position where this stage begins in it)."""
+    start, mixtures, before = 0, [(0, settings.datasets)], None
+    if settings.continue_data:
+        stage_before = Path(settings.model_name_or_path or ".").parent
+        before = read_manifest(stage_before)["result"].get("data")
+        if not before:
+            raise InputError(
+                f"continue_data: {stage_before} is no training stage: give false, to begin with the first sample"
+            )
+        start = before["end_position"]
+        past = [(m["position"], m["datasets"]) for m in before.get("mixtures", []) if m["position"] < start]
+        mixtures = [*past[:-1], (past[-1][0] if past else 0, settings.datasets)]  # its last one goes on
+    last = 0
+    for change in settings.dataset_changes or []:
+        if change["step"] <= last:
+            raise InputError(
+                f"dataset_changes: step {change['step']} comes after step {last}: put them in order of steps"
+            )
+        last = change["step"]
+        mixtures.append((start + last * settings.global_batch_size, change["datasets"]))
+    (_, first), *changes = mixtures
+    plans = Path(folder) / "packing" if folder else None
+    samples = TokenSamples(
+        first,
+        settings.max_length,
+        settings.seed,
+        changes,
+        settings.packing,
+        plans,
+        local_dir=folder and settings.local_dir,
+    )
+    if before and not same_past(before["fingerprint"], samples.fingerprint(), start):
         raise InputError(
-            f"continue_data: {folder} was trained on other shards, weights, max_length or seed: make them the same, "
+            f"continue_data: {stage_before} was trained on other shards, weights, max_length or seed: make them the same, "
             "or give false, to begin a new order"
         )
-    return data["end_position"]
+    return samples, start

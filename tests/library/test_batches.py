@@ -7,8 +7,17 @@ import shutil
 
 import numpy as np
 import pytest
+from make_shards import make_shards
 
-from dilqur.batches import IGNORE, TokenSamples, evaluation_batches, split_batch, training_batches
+from dilqur.batches import (
+    IGNORE,
+    TokenSamples,
+    cu_seqlens,
+    evaluation_batches,
+    same_past,
+    split_batch,
+    training_batches,
+)
 from dilqur.errors import InputError
 
 LENGTH = 64  # tokens a sample: some 900 samples in the corpus
@@ -36,12 +45,12 @@ def rows(parts):
 def test_labels_are_the_next_tokens_and_an_epoch_is_every_sample_once(samples, tokens):
     expected = {tuple(tokens[i * LENGTH : (i + 1) * LENGTH + 1]) for i in range(len(tokens) // LENGTH)}
     seen = set()
-    for position in range(samples.samples_per_epoch):
+    for position in range(samples.samples_per_epoch()):
         sample = samples[position]
         assert sample["input_ids"].shape == sample["labels"].shape == (LENGTH,)
         assert sample["labels"][:-1].tolist() == sample["input_ids"][1:].tolist()
         seen.add((*sample["input_ids"], sample["labels"][-1]))
-    assert len(seen) == samples.samples_per_epoch == len(expected)
+    assert len(seen) == samples.samples_per_epoch() == len(expected)
     assert {s for s in seen if s[-1] != IGNORE} <= expected  # only the very last token of the stream has no next one
     assert sum(s[-1] == IGNORE for s in seen) <= 1
 
@@ -57,7 +66,7 @@ def test_the_order_belongs_to_seed_length_and_mixture_not_to_the_place_of_the_sh
 
     def fingerprint(*paths, length=LENGTH, seed=42, weights=(None, None)):
         datasets = [{"path": p, **({"weight": w} if w else {})} for p, w in zip(paths, weights, strict=False)]
-        return TokenSamples(datasets, length, seed).fingerprint()
+        return json.dumps(TokenSamples(datasets, length, seed).fingerprint())
 
     shards, held_out = made / "shards", made / "held_out"
     assert fingerprint(shards) == fingerprint(tmp_path / "moved")
@@ -70,6 +79,7 @@ def test_the_order_belongs_to_seed_length_and_mixture_not_to_the_place_of_the_sh
         fingerprint(held_out, shards),
         fingerprint(shards, held_out, weights=(0.5, 0.5)),
         fingerprint(shards, held_out, weights=(0.7, 0.3)),
+        json.dumps(TokenSamples([{"path": shards}], LENGTH, 42, packing="best_fit").fingerprint()),
     ]
     assert len(set(different)) == len(different)
 
@@ -87,10 +97,114 @@ def test_datasets_that_do_not_fit_together_are_refused(made, tmp_path):
     (other / "manifest.json").write_text(json.dumps({**manifest, "tokenizer_sha256": "0" * 64}))
     with pytest.raises(InputError, match=r"other and .*shards were packed with different tokenizers"):
         TokenSamples([{"path": made / "shards"}, {"path": other}], LENGTH, 42)
-    with pytest.raises(InputError, match="give a weight to all of them, or to none"):
-        TokenSamples([{"path": made / "shards", "weight": 1.0}, {"path": made / "held_out"}], LENGTH, 42)
+    for first, second in (({"weight": 1.0}, {}), ({"weight": 1.0}, {"epochs": 2}), ({}, {"epochs": 2})):
+        datasets = [{"path": made / "shards", **first}, {"path": made / "held_out", **second}]
+        with pytest.raises(InputError, match="give a weight to all of them, or epochs to all, or neither"):
+            TokenSamples(datasets, LENGTH, 42)
+    with pytest.raises(InputError, match="shards is there twice; add up its weights"):
+        TokenSamples([{"path": made / "shards"}] * 2, LENGTH, 42)
     with pytest.raises(InputError, match=r"held_out: \d+ tokens are less than one sample of max_length 1000000"):
         TokenSamples([{"path": made / "held_out"}], 1_000_000, 42)
+
+
+def test_many_samples_at_once_are_those_one_by_one(made):
+    datasets = [{"path": made / "shards", "weight": 0.3}, {"path": made / "held_out", "weight": 0.7}]
+    mixed = TokenSamples(datasets, LENGTH, seed=1, document_boundaries=True)
+    batch = mixed.batch(range(100, 400))
+    assert {(v.shape, v.dtype) for v in batch.values()} == {((300, LENGTH), np.dtype(np.int64))}
+    for row, position in enumerate(range(100, 400)):
+        assert all(np.array_equal(batch[name][row], values) for name, values in mixed[position].items())
+
+
+def test_a_change_of_one_array_does_not_reach_the_other(samples):
+    batch = samples.batch(range(4))
+    labels = batch["labels"].copy()
+    batch["input_ids"][:] = -1  # as masking in place does
+    assert np.array_equal(batch["labels"], labels)
+
+
+# -- documents inside a sample ----------------------------------------------------------------------------------------
+
+
+def test_positions_begin_again_with_every_document_and_every_sample(tmp_path):
+    lengths = [3, 4, 1, 0, 13, 9, 10, 5, 8, 27]
+    make_shards(tmp_path, lengths, shard_tokens=20)
+    bounded = TokenSamples([{"path": tmp_path}], 10, seed=0, document_boundaries=True)
+    batch = bounded.batch(range(8))
+    inside = np.concatenate([np.arange(n) for n in lengths])  # place of each token in its document
+    for ids, positions in zip(batch["input_ids"], batch["position_ids"], strict=True):
+        begins = [i for i in range(10) if i == 0 or inside[ids[i]] == 0]
+        assert positions.tolist() == [i - max(b for b in begins if b <= i) for i in range(10)]
+
+
+def test_cu_seqlens_are_where_documents_begin_laid_end_to_end():
+    found = cu_seqlens(np.array([[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]]))
+    assert (found.tolist(), found.dtype) == ([0, 3, 5, 6, 10], np.int32)
+
+
+# -- packing: best_fit ------------------------------------------------------------------------------------------------
+
+
+def test_best_fit_uses_every_token_once_an_epoch_and_labels_are_the_next_of_the_document(tmp_path):
+    random = np.random.default_rng(0)
+    lengths = np.maximum(0, random.lognormal(2.5, 1.2, 400).astype(int)).tolist()
+    make_shards(tmp_path / "shards", lengths, shard_tokens=1500, eos_id=-7)
+    last = set((np.cumsum(lengths) - 1).tolist())
+    whole = TokenSamples(
+        [{"path": tmp_path / "shards"}], 32, 5, packing="best_fit", plans=tmp_path / "plans", document_boundaries=True
+    )
+    batch = whole.batch(range(whole.samples_per_epoch()))
+    ids, labels, positions = (batch[name] for name in ("input_ids", "labels", "position_ids"))
+    assert sorted(ids[ids >= 0].tolist()) == list(range(sum(lengths)))  # no token is lost, none used twice
+    for row in zip(ids.tolist(), labels.tolist(), positions.tolist(), strict=True):
+        for at, (token, label, position) in enumerate(zip(*row, strict=True)):
+            assert label == (IGNORE if token == -7 or token in last else token + 1)
+            begins = at == 0 or row[0][at - 1] != token - 1 or row[0][at - 1] in last
+            begins = begins if token != -7 else row[0][at - 1] != -7  # padding is a sequence of its own
+            assert position == (0 if begins else row[2][at - 1] + 1)
+    padding, cut = whole.packing_shares()
+    assert padding == pytest.approx((ids == -7).mean())
+    assert cut == pytest.approx(np.mean([n > 32 for n in lengths]))
+    text = whole.utf8_bytes(0, whole.samples_per_epoch())
+    assert text == pytest.approx(3 * sum(lengths))
+
+
+def test_best_fit_is_the_same_stream_for_any_number_of_ranks_and_is_planned_once(made, tmp_path):
+    def samples():
+        return TokenSamples([{"path": made / "shards"}], LENGTH, 42, packing="best_fit", plans=tmp_path)
+
+    expected = step_by_step(samples(), 1, 16)
+    written = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+    assert step_by_step(samples(), 4, 2, num_workers=2) == expected
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == written
+
+
+# -- a mixture that changes -------------------------------------------------------------------------------------------
+
+
+def test_a_dataset_added_later_changes_nothing_before_and_the_past_is_recognised(made):
+    one, two = {"path": made / "shards", "weight": 0.5}, {"path": made / "held_out", "weight": 0.5}
+    plain = TokenSamples([one], LENGTH, 42)
+    changed = TokenSamples([one], LENGTH, 42, changes=[(100, [one, two])])
+    dropped = TokenSamples([one], LENGTH, 42, changes=[(100, [one, two]), (200, [two])])
+    other = TokenSamples([one], LENGTH, 42, changes=[(100, [one, {**two, "weight": 0.4}])])
+    assert [plain.order[p] for p in range(100)] == [changed.order[p] for p in range(100)]
+    assert {changed.order[p][0] for p in range(100, 200)} == {0, 1}
+    assert {dropped.order[p][0] for p in range(200, 300)} == {1}
+    before, after, later, else_ = (s.fingerprint() for s in (plain, changed, dropped, other))
+    assert same_past(before, after, 100) and same_past(before, else_, 100)  # position 100 is not read yet
+    assert not same_past(before, after, 101) and not same_past(after, else_, 101)
+    assert same_past(after, later, 200) and not same_past(after, later, 201)
+    assert not same_past(before, TokenSamples([one], LENGTH, 43).fingerprint(), 0)  # the seed counts from the first on
+    assert same_past(before[0][1], before, 10**6)  # as checkpoints had it before there were changes
+
+
+def test_epochs_are_shares_in_proportion_to_size_times_epochs(made):
+    datasets = [{"path": made / "shards", "epochs": 1}, {"path": made / "held_out", "epochs": 4}]
+    mixed = TokenSamples(datasets, LENGTH, seed=1)
+    end = mixed.samples_per_epoch()
+    assert end == mixed.sizes[0] + 4 * mixed.sizes[1]
+    assert list(mixed.epochs(end).values()) == pytest.approx([1, 4], rel=0.02)  # shares are in 4,096ths
 
 
 # -- splitting the global batch ---------------------------------------------------------------------------------------
@@ -140,13 +254,36 @@ def step_by_step(samples, world, ceiling, start=0, steps=3, global_batch=16, **l
 
 def test_a_step_has_the_same_samples_for_any_number_of_ranks_and_any_ceiling(samples):
     expected = [[tuple(samples[step * 16 + i]["input_ids"]) for i in range(16)] for step in range(3)]
-    for world in (1, 2, 4):
+    for world in (1, 2, 4, 8):
         for ceiling in (1, 2, 4, 16):
             assert step_by_step(samples, world, ceiling) == expected, f"{world} ranks, {ceiling} a device"
 
 
-def test_processes_that_read_ahead_change_nothing(samples):
-    assert step_by_step(samples, 1, 4, num_workers=2) == step_by_step(samples, 1, 4)
+@pytest.mark.parametrize(("world", "workers"), [(1, 1), (1, 2), (1, 3), (1, 4), (2, 4)])
+def test_processes_that_read_ahead_change_nothing(samples, world, workers):
+    assert step_by_step(samples, world, 4, num_workers=workers) == step_by_step(samples, world, 4)
+
+
+def test_three_epochs_hold_every_sample_three_times_on_three_ranks(tmp_path):
+    """A ledger: token i of the stream is i, so that a sample's first token says which one it is."""
+    numbered = TokenSamples([{"path": make_shards(tmp_path, [50] * 96, shard_tokens=1000)}], 40, seed=3)
+    (size,) = numbered.sizes
+    assert size == 120  # 4,800 / 40
+    seen = [
+        row[0] // 40 for step in step_by_step(numbered, 3, 4, steps=3 * size // 24, global_batch=24) for row in step
+    ]
+    for epoch in range(3):
+        assert sorted(seen[epoch * size : (epoch + 1) * size]) == list(range(size))
+
+
+def test_two_ranks_with_four_readers_each_deliver_exactly_the_union(tmp_path):
+    numbered = TokenSamples([{"path": make_shards(tmp_path, [50] * 96, shard_tokens=1000)}], 40, seed=3)
+    ranks = [
+        [row[0] for step in training_batches(numbered, 0, 15, 4, 1, rank, 2, num_workers=4) for row in rows(step)]
+        for rank in range(2)
+    ]
+    assert sorted(ranks[0] + ranks[1]) == list(range(0, 4800, 40))
+    assert not set(ranks[0]) & set(ranks[1])
 
 
 def test_a_run_that_starts_in_the_middle_gets_the_samples_of_the_rest(samples):
@@ -158,7 +295,7 @@ def test_a_run_that_starts_in_the_middle_gets_the_samples_of_the_rest(samples):
 @pytest.mark.parametrize(("world", "batch"), [(1, 8), (2, 8), (3, 5), (4, 64)])
 def test_evaluation_covers_each_sample_once_and_all_ranks_do_as_many_batches(made, world, batch, limit):
     held_out = TokenSamples([{"path": made / "held_out"}], LENGTH, seed=42)
-    count = min(limit or held_out.samples_per_epoch, held_out.samples_per_epoch)
+    count = min(limit or held_out.samples_per_epoch(), held_out.samples_per_epoch())
     ranks = [list(evaluation_batches(held_out, batch, rank, world, limit)) for rank in range(world)]
     assert len({len(rank) for rank in ranks}) == 1  # else a collective would wait for ever
     assert all(len(b["labels"]) == batch for rank in ranks for b in rank)
