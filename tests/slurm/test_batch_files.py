@@ -1,12 +1,14 @@
 """The batch files: short, with options sbatch knows, nothing of one cluster in them, and they run what they say."""
 
+import os
 import re
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
 
-from dilqur.stage import read_pipeline
+from dilqur.stage import read_manifest, read_pipeline
 
 FILES = sorted((ROOT / "slurm").glob("*.sbatch"))
 OPTIONS = {
@@ -21,6 +23,7 @@ OPTIONS = {
     "requeue",
     "open-mode",
     "output",
+    "array",
 }
 
 
@@ -31,10 +34,10 @@ def options(file):
 
 
 def test_these_are_the_batch_files():
-    assert [f.stem for f in FILES] == ["cpt_p4d", "cpt_p5", "eval_1gpu", "prepare_cpu", "sft_1gpu"]
+    assert [f.stem for f in FILES] == ["array_cpu", "cpt_p4d", "cpt_p5", "eval_1gpu", "prepare_cpu", "sft_1gpu"]
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", [f for f in FILES if f.stem != "array_cpu"], ids=lambda f: f.stem)
 class TestBatchFile:
     def test_is_25_lines_of_bash_at_most(self, file):
         assert len(file.read_text().splitlines()) <= 25
@@ -62,6 +65,39 @@ class TestBatchFile:
         assert "requeue" in options(file)
         assert options(file)["open-mode"] == "append", "a requeued job would begin its log anew"
         assert options(file)["ntasks-per-node"] == "1", "launch.sh starts the processes of a node"
+
+
+def test_an_array_runs_the_parts_of_a_data_stage_and_the_stage_puts_them_together(made, tmp_path):
+    file = ROOT / "slurm" / "array_cpu.sbatch"
+    assert set(options(file)) <= OPTIONS and options(file)["array"] == "0-15"
+    assert file.read_text().splitlines()[-1] == 'exec slurm/run_part.sh "${1:-llama3.2-1b-az}" "${2:-clean}" "${3:-16}"'
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    for name in ("slurm", "data_tools", "dilqur"):
+        (checkout / name).symlink_to(ROOT / name)
+    recipe = checkout / "recipes" / "mine"
+    recipe.mkdir(parents=True)
+    (recipe / "pipeline.txt").write_text("clean data_tools/clean_corpus.py cpu\npack data_tools/pack_mmap.py cpu\n")
+    (recipe / "clean.yaml").write_text(f"input: [{ROOT}/recipes/quickstart/corpus/az]\n")
+    (recipe / "pack.yaml").write_text(f"tokenizer: {made}/tokenizer\ninput: [clean/train]\n")
+
+    def part(*words, **environment):
+        command = ["slurm/run_part.sh", "mine", *words]
+        return subprocess.run(command, cwd=checkout, capture_output=True, text=True, env={**os.environ, **environment})
+
+    assert "which part?" in part("clean", "2").stderr
+    for stage in ("clean", "pack"):
+        for task in ("1", "0"):
+            done = part(stage, "2", SLURM_ARRAY_TASK_ID=task)
+            assert done.returncode == 0, done.stderr
+        command = [sys.executable, "data_tools/" + {"clean": "clean_corpus", "pack": "pack_mmap"}[stage] + ".py"]
+        subprocess.run(
+            [*command, "--config", f"recipes/mine/{stage}.yaml"],
+            cwd=checkout,
+            check=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+    assert read_manifest(checkout / "runs" / "mine" / "pack")["documents"] == 170
 
 
 def test_p4d_is_the_published_set_up():
