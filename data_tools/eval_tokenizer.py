@@ -12,7 +12,6 @@ recipe or --output_dir its folder gets table.md, results.json and tokenizers.png
 import itertools
 import json
 import re
-from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from dilqur.errors import InputError, program
 from dilqur.recipe import parse
 from dilqur.stage import Documents, Stage, StageSettings, TokenizerPath, display_names
 from dilqur.tokenizer import TextTokenizer
+from dilqur.whole_words import words_kept_whole
 
 BATCH = 256  # documents handed to a tokenizer at a time
 RULES = {
@@ -46,17 +46,6 @@ class EvalTokenizerSettings(StageSettings, ReadingSettings):
 
 
 # -- one tokenizer ----------------------------------------------------------------------------------------------------
-
-
-def words_kept_whole(encoding, text, unknown):
-    """How many whitespace-separated words of `text` are one token, which is not `unknown` (the id of that token)."""
-    starts, ends = zip(*encoding.offsets, strict=True) if encoding.offsets else ((), ())
-    kept = 0
-    for word in re.finditer(r"\S+", text):
-        first, stop = bisect_right(ends, word.start()), bisect_left(starts, word.end())  # the tokens that touch it
-        if stop - first == 1 and encoding.ids[first] != unknown:
-            kept += text[starts[first] : ends[first]].strip() == word.group()
-    return kept
 
 
 class Counter:

@@ -280,21 +280,25 @@ def _refuse_other_run(settings, reader, identity):
 def _summary(settings, samples, start, step, max_steps, sizes, where, batch_size, accumulation, checkpoint):
     """What was derived from the recipe, as a table: the first thing a log shows."""
     batch, tokens = settings.global_batch_size, settings.global_batch_size * settings.max_length
-    end, text = start + max_steps * batch, samples.utf8_bytes(start, start + max_steps * batch)
-    rows = {
-        "strategy": where,
-        "parameters": f"{sizes['parameters']:,}, of them trained {sizes['trainable']:,}",
-        "batch": f"{batch} sequences, {tokens:,} tokens a step: {batch_size} a device, {accumulation} times accumulated",
-        "steps": f"{step} to {max_steps}",
-        "data": f"{text / 1e6:,.2f} MB of text seen at the end, from position {start}",
-    }
+    end = start + max_steps * batch
+    text = samples.utf8_bytes(start, end)
+    rows = [
+        ("strategy", where),
+        ("parameters", f"{sizes['parameters']:,}, of them trained {sizes['trainable']:,}"),
+        (
+            "batch",
+            f"{batch} sequences, {tokens:,} tokens a step: {batch_size} a device, {accumulation} times accumulated",
+        ),
+        ("steps", f"{step} to {max_steps}"),
+        ("data", f"{text / 1e6:,.2f} MB of text seen at the end, from position {start}"),
+    ]
     for (path, epochs), size in zip(samples.epochs(end).items(), samples.sizes, strict=True):
-        rows[f"  {path}"] = f"{epochs:.2f} epochs of {size:,} samples at the end"
+        rows.append(("", f"{epochs:.2f} epochs of {size:,} samples at the end: {path}"))
     for change in settings.dataset_changes or []:
-        rows[f"  from step {change['step']}"] = ", ".join(d["path"] for d in change["datasets"])
+        rows.append(("", f"from step {change['step']}: {', '.join(d['path'] for d in change['datasets'])}"))
     if settings.packing == "best_fit":
         padding, cut = samples.packing_shares()
-        rows["packing"] = f"best_fit: {padding:.3%} padding, {cut:.2%} of the documents longer than a sample"
-    rows["resumed"] = str(checkpoint or "no")
-    width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+        rows.append(("packing", f"best_fit: {padding:.3%} padding, {cut:.2%} of the documents longer than a sample"))
+    rows.append(("resumed", str(checkpoint or "no")))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

@@ -1,12 +1,29 @@
-"""How many words are one token, from the ids alone: what `eval_tokenizer` counts from offsets, at the speed of packing."""
+"""How many whitespace-separated words are one token: from a tokenizer's offsets, or at the speed of packing from ids alone."""
+
+import re
+from bisect import bisect_left, bisect_right
 
 import numpy as np
 
 from dilqur.tokenizer import byte_characters
 
 
+def words_kept_whole(encoding, text, unknown):
+    """How many words of `text` are one token, which is not `unknown` (the id of that token). Any tokenizer will do.
+
+    encoding: what a tokenizer of the library `tokenizers` makes of `text`.
+    """
+    starts, ends = zip(*encoding.offsets, strict=True) if encoding.offsets else ((), ())
+    kept = 0
+    for word in re.finditer(r"\S+", text):
+        first, stop = bisect_right(ends, word.start()), bisect_left(starts, word.end())  # the tokens that touch it
+        if stop - first == 1 and encoding.ids[first] != unknown:
+            kept += text[starts[first] : ends[first]].strip() == word.group()
+    return kept
+
+
 class WholeWords:
-    """Counts the white-space-separated words that are a single token of `tokenizer` (a TextTokenizer).
+    """Counts them from the ids of `tokenizer` (a TextTokenizer).
 
     known: bool, False where the tokens are not bytes of the text (WordPiece, SentencePiece): then nothing can be counted.
     """

@@ -19,9 +19,10 @@ TINY_LLAMA = (
 )
 
 
-def run_program(program, *arguments, code=0, cwd=ROOT, **environment):
-    """Run `program` (a path from the root) and return the CompletedProcess; fails unless it exits with `code`."""
-    command = [sys.executable, str(ROOT / program), *map(str, arguments)]
+def run_program(program, *arguments, code=0, cwd=ROOT, prefix=(), **environment):
+    """Run `program` (a path from the root) and return the CompletedProcess; fails unless it exits with `code`.
+    prefix: what runs it, such as `env` or `setpriv` with their flags."""
+    command = [*prefix, sys.executable, str(ROOT / program), *map(str, arguments)]
     done = subprocess.run(
         command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600
     )

@@ -17,6 +17,7 @@ from dilqur.input_files import expand
 from dilqur.stage import read_manifest
 from dilqur.token_shards import TokenShards
 from dilqur.tokenizer import TextTokenizer
+from dilqur.whole_words import words_kept_whole
 
 PROGRAM = "data_tools/pack_mmap.py"
 BOS, EOS = 1024, 1025
@@ -248,8 +249,6 @@ def test_an_input_that_changed_since_the_kill_is_packed_again(made, run, tmp_pat
 
 def test_words_kept_whole_are_those_that_offsets_show(made, tokenizer, texts):
     """The count that packing takes from the ids alone, against the one eval_tokenizer takes from offsets."""
-    from data_tools.eval_tokenizer import words_kept_whole
-
     counted = sum(words_kept_whole(tokenizer.backend.encode(text), text, None) for text in texts)
     assert read_manifest(made / "shards")["whole_words"] == counted > 1000
 
