@@ -10,28 +10,30 @@ of documents with hardly any padding (packing: best_fit, dilqur/best_fit.py).
 import hashlib
 import itertools
 import json
+import os
 
 import numpy as np
 
 from dilqur.best_fit import BestFitPlan, write_plan
 from dilqur.errors import InputError
-from dilqur.local_copy import local_copy
 from dilqur.sample_order import SampleOrder
 from dilqur.token_shards import TokenShards
 
 IGNORE = -100  # a label without loss, as torch's cross_entropy has it
+AHEAD = 4  # micro-batches that each reading process prepares in advance
 
 
 class TokenSamples:
     """Positions of the stream → {"input_ids", "labels"}, int64 arrays of shape (positions, max_length); labels are the next tokens.
 
     datasets: [{"path": folder of token shards, "weight": share of tokens}, …]; or "epochs" instead of weights: shares in
-    proportion to size · epochs; or neither: to the sizes. changes: [(position, datasets), …], ascending: from there on these.
+    proportion to size · epochs; or neither: to the sizes. One folder is one dataset, whatever the way to it.
+    changes: [(position, datasets), …], ascending: from there on these.
     The last label is -100 where the stream ends; with best_fit, those at a document's end and of padding are.
     plans: for best_fit, the folder with its plans; those that are missing are written. None: for checks alone, the samples
     are counted as concat's, and no batch can be drawn. document_boundaries: also "position_ids", which begin again with
-    every document. local_dir: a folder on this node's own disk, to read copies in instead. Raises InputError where the
-    datasets were packed by different tokenizers, or hold less than one sample.
+    every document. copies: {real path: folder} of datasets that are to be read elsewhere (dilqur/local_copy.py). Raises
+    InputError where the datasets were packed by different tokenizers, or hold less than one sample.
     """
 
     def __init__(
@@ -43,13 +45,16 @@ class TokenSamples:
         packing="concat",
         plans=None,
         document_boundaries=False,
-        local_dir=None,
+        copies=None,
     ):
         self.max_length, self.packing, self.document_boundaries = max_length, packing, document_boundaries
         self.mixtures = [{"position": p, "datasets": list(d)} for p, d in [(0, datasets), *changes]]
-        paths = [str(d["path"]) for mixture in self.mixtures for d in mixture["datasets"]]
-        self.paths = list(dict.fromkeys(paths))  # a new dataset comes after those before it: their order stays theirs
-        self.shards = [TokenShards(local_copy(path, local_dir) if local_dir else path) for path in self.paths]
+        spelled = [str(d["path"]) for mixture in self.mixtures for d in mixture["datasets"]]
+        first_spelled = {os.path.realpath(path): path for path in reversed(spelled)}
+        # a new dataset comes after those before it: their order stays theirs
+        self._numbers = {real: n for n, real in enumerate(dict.fromkeys(map(os.path.realpath, spelled)))}
+        self.paths = [first_spelled[real] for real in self._numbers]
+        self.shards = [TokenShards((copies or {}).get(real, first_spelled[real])) for real in self._numbers]
         self._num_tokens = np.array([shards.num_tokens for shards in self.shards])
         self._refuse_misfits()
         self.sizes, self.plans = [shards.num_tokens // max_length for shards in self.shards], None
@@ -72,18 +77,24 @@ class TokenSamples:
 
     def _weights(self, datasets):
         """One number a dataset of the union, 0 for those that are not in this mixture."""
-        paths = [str(d["path"]) for d in datasets]
-        if len(set(paths)) < len(paths):
-            raise InputError(f"datasets: {max(paths, key=paths.count)} is there twice; add up its weights")
+        numbers = [self._number(d) for d in datasets]
+        if len(set(numbers)) < len(numbers):
+            twice = self.paths[max(numbers, key=numbers.count)]
+            raise InputError(f"datasets: {twice} is there twice; add up its weights")
         keys = {key for d in datasets for key in ("weight", "epochs") if d.get(key) is not None}
         if len(keys) > 1 or any(d.get(key) is None for key in keys for d in datasets):
             raise InputError("datasets: give a weight to all of them, or epochs to all, or neither (then by size)")
-        cuts_of = {path: s.num_tokens // self.max_length for path, s in zip(self.paths, self.shards, strict=True)}
-        weight_of = {
-            path: d["weight"] if "weight" in keys else cuts_of[path] * d.get("epochs", 1)
-            for path, d in zip(paths, datasets, strict=True)
-        }
-        return [weight_of.get(path, 0) for path in self.paths]
+        weights = [0] * len(self.paths)
+        for number, dataset in zip(numbers, datasets, strict=True):
+            if "weight" in keys:  # a share of the tokens: where a sample holds fewer of them, more samples
+                weights[number] = dataset["weight"] / self._tokens_a_sample(number)
+            else:
+                weights[number] = self.sizes[number] * dataset.get("epochs", 1)
+        return weights
+
+    def _number(self, dataset):
+        """The place among `paths` of one of `datasets`."""
+        return self._numbers[os.path.realpath(dataset["path"])]
 
     # -- what it is -------------------------------------------------------------------------------------------------------
 
@@ -98,8 +109,7 @@ class TokenSamples:
     def samples_per_epoch(self, position=0):
         """Samples of the datasets in use at `position`, each as often as its `epochs` say."""
         mixture = [m for m in self.mixtures if m["position"] <= position][-1]
-        size_of = dict(zip(self.paths, self.sizes, strict=True))
-        return round(sum(size_of[str(d["path"])] * d.get("epochs", 1) for d in mixture["datasets"]))
+        return round(sum(self.sizes[self._number(d)] * d.get("epochs", 1) for d in mixture["datasets"]))
 
     def fingerprint(self):
         """[[position, hash of all that decides which tokens stand there until the next one], …]: shards, mixture, seed,
@@ -107,9 +117,8 @@ class TokenSamples:
         files = [[_content(shard) for shard in shards.manifest["shards"]] for shards in self.shards]
         out = []
         for phase in self.order.phases:
-            known = (
-                max(d for d, quota in enumerate(phase.quotas) if quota) + 1
-            )  # a dataset added later changes nothing here
+            # a dataset added later changes nothing here
+            known = max(d for d, quota in enumerate(phase.quotas) if quota) + 1
             spec = [files[:known], phase.quotas[:known], self.order.seed, self.max_length]
             spec += [self.packing] if self.packing != "concat" else []
             out.append([phase.start, hashlib.sha256(json.dumps(spec).encode()).hexdigest()])
@@ -121,8 +130,9 @@ class TokenSamples:
 
     def utf8_bytes(self, start, end):
         """Bytes of text in the samples of the positions [start, end)."""
-        drawn = zip(self.order.draws(start), self.order.draws(end), self.shards, self.sizes, strict=True)
-        return round(sum((b - a) * self._tokens_a_sample(s, size) * s.bytes_per_token for a, b, s, size in drawn))
+        drawn = np.subtract(self.order.draws(end), self.order.draws(start)).tolist()
+        tokens = [n * self._tokens_a_sample(number) for number, n in enumerate(drawn)]
+        return round(sum(n * shards.bytes_per_token for n, shards in zip(tokens, self.shards, strict=True)))
 
     def packing_shares(self):
         """Of best_fit: (share of the positions that is padding, share of the documents that do not lie in one sample)."""
@@ -132,8 +142,9 @@ class TokenSamples:
         )
         return 1 - tokens / (samples * self.max_length), cut / documents
 
-    def _tokens_a_sample(self, shards, size):
-        return self.max_length if self.packing == "concat" else shards.num_tokens / size
+    def _tokens_a_sample(self, number):
+        """Of a dataset, in the mean: best_fit leaves some of a sample's positions empty."""
+        return self.shards[number].num_tokens / self.sizes[number] if self.plans else self.max_length
 
     # -- samples ----------------------------------------------------------------------------------------------------------
 
@@ -204,7 +215,6 @@ def _content(shard):
 
 def same_past(then, now, position):
     """Do two fingerprints say that the same tokens stand at every position before `position`, and at its stream's first?"""
-    then = [[0, then]] if isinstance(then, str) else then  # a run without changes, as it was written once
     past_then, past_now = ([[at, mixture] for at, mixture in f if at < max(position, 1)] for f in (then, now))
     return past_then == past_now
 
@@ -234,12 +244,10 @@ def split_batch(global_batch_size, ceiling, world_size):
     return batch, share // batch
 
 
-def training_batches(
-    samples, start, steps, batch, accumulation, rank, world_size, num_workers=0, pin_memory=False, prefetch_factor=4
-):
+def training_batches(samples, start, steps, batch, accumulation, rank, world_size, num_workers=0, pin_memory=False):
     """Yield, for each of `steps` steps from position `start`, this rank's list of `accumulation` micro-batches, tensors.
 
-    num_workers: processes that read ahead, prefetch_factor micro-batches each; they live as long as this generator.
+    num_workers: processes that read ahead, AHEAD micro-batches each; they live as long as this generator.
     """
     from torch.utils.data import DataLoader
 
@@ -254,12 +262,16 @@ def training_batches(
         batch_sampler=(range(first, first + batch) for first in first_positions),
         collate_fn=_as_tensors,
         num_workers=num_workers,
-        prefetch_factor=prefetch_factor if num_workers else None,
+        prefetch_factor=AHEAD if num_workers else None,
         pin_memory=pin_memory,
     )
     stream = iter(loader)
     for _ in range(steps):
-        yield [next(stream) for _ in range(accumulation)]
+        try:
+            micro_batches = [next(stream) for _ in range(accumulation)]
+        except InputError as problem:  # out of a worker it comes with the worker's traceback before it
+            raise InputError(str(problem).rpartition("InputError: ")[2].strip()) from None
+        yield micro_batches
 
 
 def evaluation_batches(samples, batch, rank, world_size, limit=None):

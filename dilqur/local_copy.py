@@ -20,8 +20,7 @@ import xxhash
 
 from dilqur.atomic import atomic_file, write_json
 from dilqur.errors import InputError
-from dilqur.stage import read_manifest
-from dilqur.token_shards import FORMAT
+from dilqur.token_shards import TokenShards
 
 CHUNK = 1 << 22
 
@@ -34,19 +33,18 @@ def local_copy(folder, local_dir):
     Raises InputError where the folder is not finished or damaged, and where `local_dir` is missing, not writable or too full.
     """
     folder, local_dir = Path(folder), Path(local_dir)
-    manifest = read_manifest(folder)
-    if manifest.get("format") != FORMAT:
-        raise InputError(f"{folder}/manifest.json: not a folder of token shards (its subfolders may be)")
+    manifest = TokenShards(folder).manifest
     if not local_dir.is_dir():
         raise InputError(f"{local_dir}: no such folder on this node; make it, or give another one")
     name = f"{folder.resolve().name}-{xxhash.xxh3_64_hexdigest((folder / 'manifest.json').read_bytes())}"
     target, (files, copied) = local_dir / name, _plan(folder, manifest)
+    if _is_whole(files, target):  # to read it nobody waits for a lock, nor needs the right to write
+        return target
     try:
         target.mkdir(exist_ok=True)
         with _locked(local_dir / f".{name}.lock"):
-            missing = {n: file for n, file in files.items() if _size(target / n) != file["bytes"]}
-            if missing or not (target / "manifest.json").exists():
-                _copy(missing, target)
+            if not _is_whole(files, target):
+                _copy({name: file for name, file in files.items() if _size(target / name) != file["bytes"]}, target)
                 if copied == manifest:  # byte for byte, as its hash may have been noted down
                     with atomic_file(target / "manifest.json") as file:
                         file.write((folder / "manifest.json").read_bytes())
@@ -124,6 +122,10 @@ def _copy_file(source, target, stated):
             raise InputError(f"{source}: {size} bytes, manifest.json says {stated['bytes']}; pack or import again")
         if stated["xxh3"] not in (None, digest.hexdigest()):
             raise InputError(f"{source}: its checksum is not the one in manifest.json: damaged; pack or import again")
+
+
+def _is_whole(files, target):
+    return (target / "manifest.json").exists() and all(_size(target / n) == file["bytes"] for n, file in files.items())
 
 
 def _size(path):

@@ -1,4 +1,4 @@
-"""The training loop, under cpt.py and mlm.py: settings, set-up, loop, finish.
+"""The training loop, under cpt.py: settings, set-up, loop, finish.
 
 It knows no strategy: what DDP, FSDP2 and ZeRO do differently is asked of dilqur/distributed.py. A run is a function of its
 recipe: the same losses on the same number of processes, to the bit, whether or not it was killed on the way.
@@ -33,7 +33,9 @@ def train(settings, stage, model, compute_loss, write_model):
     from dilqur.distributed import backward_scale, gradient_norm, make_accelerator, prepare, strategy, sum_over_ranks
 
     # set-up
-    copy_to_node(settings)  # before the processes know each other: none waits in a collective that could time out
+    copies = copy_to_node(
+        settings
+    )  # before the processes know each other: none waits in a collective that could time out
     world = int(os.environ.get("WORLD_SIZE", 1))
     batch_size, accumulation = split_batch(settings.global_batch_size, settings.per_device_train_batch_size, world)
     accelerator = make_accelerator(
@@ -43,7 +45,7 @@ def train(settings, stage, model, compute_loss, write_model):
     if main:
         stage.open()
     with accelerator.main_process_first():  # which writes the plan of packing: best_fit
-        samples, start, max_steps = check_training(settings, stage.folder)
+        samples, start, max_steps = check_training(settings, stage.folder, copies)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainable = freeze_all_but(model, settings.unfrozen_parameters)
@@ -134,8 +136,9 @@ def train(settings, stage, model, compute_loss, write_model):
         if main and step in changes:
             metrics.say(f"datasets from here on: {changes[step]}")
         reason = interrupt.stop_reason(step) if main else None
+        asked = time.perf_counter()
         micro_batches = next(stream)
-        data_wait = time.perf_counter() - clock
+        data_wait = time.perf_counter() - asked
         valid = sum(int((b["labels"] != IGNORE).sum()) for b in micro_batches)
         # before the first backward, over ranks and micro-batches: the gradient is that of the mean over all these tokens
         tokens, stop = sum_over_ranks(accelerator, valid, reason is not None)
@@ -188,7 +191,7 @@ def train(settings, stage, model, compute_loss, write_model):
             metrics.log(step, **values)
         if step % settings.save_steps == 0:
             save(step)
-            saved_at = step
+            saved_at, clock = step, time.perf_counter()
 
     # finish
     if step > saved_at:
@@ -272,7 +275,10 @@ def _refuse_other_run(settings, reader, identity):
     data, was = now["data"], then["data"]
     same = same_past(was["fingerprint"], data["fingerprint"], then["position"])
     if was["start_position"] != data["start_position"] or not same:
-        raise InputError(f"{reader.folder}: made on other data (the shards have changed): choose another --output_dir")
+        raise InputError(
+            f"{reader.folder}: made on other data: datasets, weights or shards have changed: choose another --output_dir, or "
+            "put them back"
+        )
     if then["trainable"] != now["trainable"]:
         raise InputError(f"{reader.folder}: trained other parameters than this run would")
 
@@ -294,8 +300,10 @@ def _summary(settings, samples, start, step, max_steps, sizes, where, batch_size
     ]
     for (path, epochs), size in zip(samples.epochs(end).items(), samples.sizes, strict=True):
         rows.append(("", f"{epochs:.2f} epochs of {size:,} samples at the end: {path}"))
-    for change in settings.dataset_changes or []:
-        rows.append(("", f"from step {change['step']}: {', '.join(d['path'] for d in change['datasets'])}"))
+    for mixture in samples.mixtures[1:]:
+        if mixture["position"] >= start:
+            paths = ", ".join(str(d["path"]) for d in mixture["datasets"])
+            rows.append(("", f"from step {(mixture['position'] - start) // batch}: {paths}"))
     if settings.packing == "best_fit":
         padding, cut = samples.packing_shares()
         rows.append(("packing", f"best_fit: {padding:.3%} padding, {cut:.2%} of the documents longer than a sample"))

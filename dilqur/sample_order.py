@@ -3,7 +3,8 @@
 A sample is a piece of a dataset of a fixed length, a number in [0, size). Within a dataset every sample comes once before
 any comes twice, in an order that is a permutation without state: a Feistel network over a × b ≥ n with cycle-walking
 (Black and Rogaway 2002, "Ciphers with arbitrary finite domains", §6), 6 rounds of the splitmix64 finaliser; 4 rounds
-fail a chi-square test at tiny n. Mixture shares are met exactly, up to rounding, in every block of 4,096 positions.
+fail a chi-square test at tiny n. Mixture shares are met up to rounding in every block of 4,096 positions, and to a millionth
+of the whole in every 256 blocks: a small dataset has the epochs it was given.
 
 The mixture may change at given positions. A phase is the stream between two changes: it begins a block of its own, and each
 dataset goes on with the draw after its last one, so that "once before any twice" holds across changes as well.
@@ -19,26 +20,35 @@ import numpy as np
 from dilqur.errors import InputError
 
 BLOCK = 4096
+CYCLE = 256  # blocks, over which the shares are met as exactly as whole samples can
 ROUNDS = 6
 TINY = 16  # up to here the network's rounds favour some places: random numbers are sorted instead
 _U = np.uint64
 
 
 class Phase(NamedTuple):
-    """start: its first position. quotas: positions of each dataset in a block. first_block: number of its first block among
-    all blocks of the stream. draws: how many samples of each dataset stand before it."""
+    """start: its first position. quotas: positions of each dataset in a cycle of blocks. first_block: number of its first
+    block among all blocks of the stream. draws: how many samples of each dataset stand before it. dealt: int array
+    (CYCLE + 1, datasets), how many do before each block of a cycle, from the cycle's beginning."""
 
     start: int
     quotas: list
     first_block: int
     draws: list
+    dealt: np.ndarray
+
+    def before(self, block):
+        """How many samples of each dataset stand before a block of this phase: a list of int."""
+        cycle, place = divmod(block, CYCLE)
+        return [d + cycle * q + n for d, q, n in zip(self.draws, self.quotas, self.dealt[place].tolist(), strict=True)]
 
 
 class SampleOrder:
     """position → (dataset, sample), for datasets of `sizes` samples mixed by `weights` (shares of the positions).
 
     weights: None mixes in proportion to the sizes. changes: [(position, weights), …], ascending: from there on these shares;
-    0 for a dataset that is not in use yet, or no longer. Raises InputError for an empty dataset, or a share under 1 in 4,096.
+    0 for a dataset that is not in use yet, or no longer. Raises InputError for an empty dataset, or a share so small that
+    it would have no position in a cycle.
     """
 
     def __init__(self, sizes, seed, weights=None, changes=()):
@@ -47,13 +57,15 @@ class SampleOrder:
             raise InputError(
                 f"a dataset holds less than one sample (samples: {self.sizes}): shorten max_length, or add text"
             )
-        self.phases = [Phase(0, _quotas(list(weights) if weights else self.sizes), 0, [0] * len(self.sizes))]
+        first = _quotas(list(weights) if weights else self.sizes)
+        self.phases = [Phase(0, first, 0, [0] * len(self.sizes), _deal(first))]
         for position, weights in changes:
             last = self.phases[-1]
             if position <= last.start:
                 raise ValueError(f"changes: position {position} does not come after {last.start}")
             blocks = -(-(position - last.start) // BLOCK)  # the last one may be cut short
-            self.phases.append(Phase(position, _quotas(weights), last.first_block + blocks, self.draws(position)))
+            quotas, draws = _quotas(weights), self.draws(position)
+            self.phases.append(Phase(position, quotas, last.first_block + blocks, draws, _deal(quotas)))
 
     def __getitem__(self, position):
         """(dataset, sample) at `position`, any integer >= 0."""
@@ -82,9 +94,9 @@ class SampleOrder:
     def draws(self, position):
         """How many samples of each dataset stand before `position`: a list of int."""
         number, block, within = self._place(position)
-        phase, (datasets, _) = self.phases[number], self._block(number, block)
+        datasets, _ = self._block(number, block)
         begun = np.bincount(datasets[:within], minlength=len(self.sizes)).tolist()
-        return [d + block * q + b for d, q, b in zip(phase.draws, phase.quotas, begun, strict=True)]
+        return [d + b for d, b in zip(self.phases[number].before(block), begun, strict=True)]
 
     def epochs(self, position):
         """How often each dataset has been seen before `position`: a list of float."""
@@ -98,12 +110,13 @@ class SampleOrder:
     def _block(self, number, block):
         phase = self.phases[number]
         slots = permute(np.arange(BLOCK), BLOCK, self.seed, stream=0, epoch=phase.first_block + block)
-        datasets = np.searchsorted(np.cumsum(phase.quotas), slots, side="right")
+        quotas = np.diff(phase.dealt[block % CYCLE :][:2], axis=0)[0]
+        datasets = np.searchsorted(np.cumsum(quotas), slots, side="right")
         samples = np.empty(BLOCK, np.int64)
-        for d, (quota, size) in enumerate(zip(phase.quotas, self.sizes, strict=True)):
+        for d, (quota, before, size) in enumerate(zip(quotas.tolist(), phase.before(block), self.sizes, strict=True)):
             if quota == 0:
                 continue
-            draws = phase.draws[d] + block * quota + np.arange(quota)  # the how-manieth from this dataset these are
+            draws = before + np.arange(quota)  # the how-manieth from this dataset these are
             drawn = np.empty(quota, np.int64)
             for epoch in range(draws[0] // size, draws[-1] // size + 1):
                 here = draws // size == epoch
@@ -113,15 +126,30 @@ class SampleOrder:
 
 
 def _quotas(weights):
-    """Positions of each dataset in a block."""
+    """Positions of each dataset in a cycle of blocks."""
     shares = [w / sum(weights) for w in weights]
-    quotas = _largest_remainder(shares, BLOCK)
+    quotas = _largest_remainder(shares, BLOCK * CYCLE)
     if any(share > 0 and quota == 0 for share, quota in zip(shares, quotas, strict=True)):
         smallest = min(share for share in shares if share > 0)
         raise InputError(
-            f"weights: {smallest:.5f} of the tokens is less than 1 in {BLOCK}; raise it, or drop that dataset"
+            f"datasets: one would have {smallest:.1e} of the tokens, less than 1 in {BLOCK * CYCLE:,}: leave it out, or give "
+            "it a larger weight, or more epochs"
         )
     return quotas
+
+
+def _deal(quotas):
+    """int64 (CYCLE + 1, datasets): `quotas` spread over a cycle's blocks, summed up to the beginning of each.
+
+    A dataset has as many positions in each block, or one more. The ones more are dealt out in turn, those of one dataset
+    after those of the last: so no block gets two for a dataset, and all get equally many (McNaughton 1959's wrap-around
+    rule); which block is next goes round in steps of 159, the golden section of 256, so that they lie evenly.
+    """
+    least, more = np.divmod(np.array(quotas, np.int64), CYCLE)
+    table = np.tile(least, (CYCLE, 1))
+    blocks = np.arange(more.sum()) * 159 % CYCLE
+    np.add.at(table, (blocks, np.repeat(np.arange(len(quotas)), more)), 1)
+    return np.concatenate([np.zeros((1, len(quotas)), np.int64), np.cumsum(table, axis=0)])
 
 
 def permute(index, n, seed, stream=0, epoch=0):

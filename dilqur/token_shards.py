@@ -102,12 +102,6 @@ class TokenShards:
             shard += 1
         return found[0] if len(found) == 1 else np.concatenate(found or [np.empty(0, np.int64)])
 
-    def document_lengths(self, shard=None):
-        """int64 array of shape (documents,): of one shard, or of all."""
-        if shard is not None:
-            return np.diff(self.offsets(shard))
-        return np.concatenate([np.diff(self.offsets(s)) for s in range(self.num_shards)] or [np.empty(0, np.int64)])
-
     def offsets(self, shard):
         """int64 array of shape (documents + 1,): where the documents of a shard begin, in tokens from the shard's first."""
         return self._offsets.get(shard, self._map_offsets).values
@@ -133,21 +127,20 @@ class TokenShards:
             self._check(self.folder / name, stated, verify)
         if foreign := entry.get("tokens_file"):
             path = self.folder / foreign["path"]
-            size = _size(
-                path, f"{path}: missing, though {self.folder}/manifest.json refers to it; put it back, or import again"
-            )
-            needed = foreign["offset_bytes"] + entry["tokens"] * np.dtype(foreign["dtype"]).itemsize
-            if size < needed:
-                raise InputError(f"{path}: {size} bytes, {self.folder}/manifest.json needs {needed}; import again")
-            if verify and "xxh3" in foreign and checksum(path) != foreign["xxh3"]:
-                raise InputError(f"{path}: its checksum is not the one in {self.folder}/manifest.json; import again")
+            says = f"{self.folder}/manifest.json"
+            self._check(path, foreign, verify, says, "import again")
+            if foreign["bytes"] < foreign["offset_bytes"] + entry["tokens"] * np.dtype(foreign["dtype"]).itemsize:
+                raise InputError(f"{says}: shard {shard} is longer than {path}: damaged; import again")
 
-    def _check(self, path, stated, verify):
-        size = _size(path, f"{path}: missing, though manifest.json lists it; pack again")
+    def _check(self, path, stated, verify, says="manifest.json", again="pack again"):
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            raise InputError(f"{path}: missing, though {says} lists it; put it back, or {again}") from None
         if size != stated["bytes"]:
-            raise InputError(f"{path}: {size} bytes, manifest.json says {stated['bytes']}; pack again")
+            raise InputError(f"{path}: {size} bytes, {says} says {stated['bytes']}; {again}")
         if verify and checksum(path) != stated["xxh3"]:
-            raise InputError(f"{path}: its checksum is not the one in manifest.json: damaged; pack again")
+            raise InputError(f"{path}: its checksum is not the one in {says}: damaged; {again}")
 
     def _map_tokens(self, shard):
         entry = self.manifest["shards"][shard]
@@ -199,13 +192,6 @@ def _read_manifest(folder):
 def _major_faults():
     """How often this thread has waited for the disk because of a page that was not in memory."""
     return resource.getrusage(resource.RUSAGE_THREAD).ru_majflt
-
-
-def _size(path, if_missing):
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        raise InputError(if_missing) from None
 
 
 def checksum(path):

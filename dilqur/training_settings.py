@@ -23,8 +23,8 @@ Ratio = Annotated[float, Field(ge=0, le=1)]
 class DatasetShare(TypedDict, total=False):
     __pydantic_config__ = {"extra": "forbid"}
     path: Required[ShardsPath]
-    weight: Annotated[float, Field(gt=0)]
-    epochs: Annotated[float, Field(gt=0)]
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class DatasetChange(TypedDict):
@@ -42,7 +42,10 @@ class TrainingSettings(StageSettings):
         "per_device_train_batch_size", "save_steps", "save_total_limit", "eval_steps", "eval_samples", "logging_steps",
         "report_to", "dataloader_num_workers", "local_dir", "resume_from_checkpoint", "stop_at_step", "max_minutes",
     )  # fmt: skip
-    may_change: ClassVar = (*harmless, "max_steps", "num_train_epochs", "dataset_changes")  # of steps not done yet
+    # datasets: their fingerprint decides, not the way they are called; dataset_changes: those of steps not done yet
+    may_change: ClassVar = (
+        *harmless, "max_steps", "num_train_epochs", "eval_datasets", "datasets", "dataset_changes",
+    )  # fmt: skip
 
     model_name_or_path: ModelPath | None = field(
         default=None, metadata={"help": "model folder, or the stage that made it"}
@@ -126,19 +129,19 @@ class TrainingSettings(StageSettings):
     )
 
 
-def check_training(settings, folder=None):
+def check_training(settings, folder=None, copies=None):
     """All that can be known to go wrong before torch is loaded. Returns (samples, start position, steps).
 
     folder: the stage's, where packing: best_fit has its plan; it is written where it is missing. Without one, as in --check,
-    its samples are counted as concat's. Raises InputError for keys that do not fit together, shards that are not whole, a
-    tokenizer that is not the shards', ids the model has no row for, a global batch that does not divide, and a continuation
-    in other data.
+    its samples are counted as concat's. copies: what `copy_to_node` returns. Raises InputError for keys that do not fit
+    together, shards that are not whole, a tokenizer that is not the shards', ids the model has no row for, a global batch
+    that does not divide, and a continuation in other data.
     """
     if not settings.datasets or not all(change["datasets"] for change in settings.dataset_changes or []):
         raise InputError("datasets: an empty list: name at least one folder of token shards")
     if bool(settings.max_steps) == bool(settings.num_train_epochs):
         raise InputError("give max_steps or num_train_epochs, one of them")
-    samples, start = _samples(settings, folder)
+    samples, start = _samples(settings, folder, copies)
     steps = settings.max_steps or max(
         1, round(settings.num_train_epochs * samples.samples_per_epoch(start) / settings.global_batch_size)
     )
@@ -146,6 +149,8 @@ def check_training(settings, folder=None):
         raise InputError(
             f"warmup_steps {settings.warmup_steps} leaves none of the {steps} steps: lower it, or train longer"
         )
+    if late := [change["step"] for change in settings.dataset_changes or [] if change["step"] >= steps]:
+        raise InputError(f"dataset_changes: step {late[0]} is never reached, there are {steps} steps: leave it out")
     split_batch(settings.global_batch_size, settings.per_device_train_batch_size, int(os.environ.get("WORLD_SIZE", 1)))
     held_out = [held_out_samples(settings, d) for d in settings.eval_datasets or []]
     for dataset in held_out:
@@ -189,25 +194,29 @@ def held_out_samples(settings, dataset):
 
 
 def copy_to_node(settings):
-    """Copy the training shards to `local_dir`, where that is set; of a node's processes the first does, the others wait."""
+    """Copy the training shards to `local_dir`, where that is set; of a node's processes the first does, the others wait.
+    Returns {real path: the copy}."""
     mixtures = [settings.datasets, *(change["datasets"] for change in settings.dataset_changes or [])]
-    for path in sorted({str(d["path"]) for mixture in mixtures for d in mixture}) if settings.local_dir else ():
-        local_copy(path, settings.local_dir)
+    paths = {os.path.realpath(d["path"]): str(d["path"]) for mixture in mixtures for d in mixture}
+    return {real: local_copy(path, settings.local_dir) for real, path in sorted(paths.items()) if settings.local_dir}
 
 
-def _samples(settings, folder):
+def _samples(settings, folder, copies):
     """(TokenSamples of the whole stream, the position where this stage begins in it)."""
     start, mixtures, before = 0, [(0, settings.datasets)], None
     if settings.continue_data:
-        stage_before = Path(settings.model_name_or_path or ".").parent
+        if not settings.model_name_or_path:
+            raise InputError("continue_data: a new model has nothing behind it to go on from: leave it out")
+        stage_before = Path(settings.model_name_or_path).parent
         before = read_manifest(stage_before)["result"].get("data")
         if not before:
             raise InputError(
                 f"continue_data: {stage_before} is no training stage: give false, to begin with the first sample"
             )
         start = before["end_position"]
-        past = [(m["position"], m["datasets"]) for m in before.get("mixtures", []) if m["position"] < start]
-        mixtures = [*past[:-1], (past[-1][0] if past else 0, settings.datasets)]  # its last one goes on
+        mixtures = [(m["position"], m["datasets"]) for m in before["mixtures"] if m["position"] < start]
+        if _shares(mixtures[-1][1]) != _shares(settings.datasets):  # else its last mixture goes on
+            mixtures.append((start, settings.datasets))
     last = 0
     for change in settings.dataset_changes or []:
         if change["step"] <= last:
@@ -218,18 +227,16 @@ def _samples(settings, folder):
         mixtures.append((start + last * settings.global_batch_size, change["datasets"]))
     (_, first), *changes = mixtures
     plans = Path(folder) / "packing" if folder else None
-    samples = TokenSamples(
-        first,
-        settings.max_length,
-        settings.seed,
-        changes,
-        settings.packing,
-        plans,
-        local_dir=folder and settings.local_dir,
-    )
-    if before and not same_past(before["fingerprint"], samples.fingerprint(), start):
+    samples = TokenSamples(first, settings.max_length, settings.seed, changes, settings.packing, plans, copies=copies)
+    comparable = folder or settings.packing == "concat"  # without its plan best_fit's shares are not known exactly
+    if before and comparable and not same_past(before["fingerprint"], samples.fingerprint(), start):
         raise InputError(
-            f"continue_data: {stage_before} was trained on other shards, weights, max_length or seed: make them the same, "
+            f"continue_data: {stage_before} was trained on other shards, max_length, packing or seed: make them the same, "
             "or give false, to begin a new order"
         )
     return samples, start
+
+
+def _shares(datasets):
+    """What a mixture is, however its folders are called and in whatever order."""
+    return {os.path.realpath(d["path"]): (d.get("weight"), d.get("epochs")) for d in datasets}

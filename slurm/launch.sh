@@ -52,7 +52,7 @@ gpus() {
 }
 here=1 default=accelerate_configs/fsdp2.yaml
 case $program in
-  scripts/cpt.py | scripts/mlm.py | scripts/sft.py)
+  scripts/cpt.py | scripts/sft.py)
     export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false} # its threads do not survive the fork of data workers
     here=$(gpus)
     ((here > 0)) || here=${DILQUR_NUM_PROCESSES:-1}

@@ -1,5 +1,6 @@
 """Token shards copied to a node's own disk: once, whole or not at all, by any number of processes, through any kill."""
 
+import fcntl
 import json
 import random
 import shutil
@@ -107,6 +108,14 @@ def test_the_second_call_copies_nothing(shards, disk):
     before = {p.name: p.stat().st_ino for p in first.iterdir()}
     assert local_copy(str(shards), str(disk)) == first
     assert {p.name: p.stat().st_ino for p in first.iterdir()} == before
+
+
+def test_who_finds_a_whole_copy_waits_for_nobody(shards, disk):
+    copy = local_copy(shards, disk)
+    with (disk / f".{copy.name}.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (process,) = start(shards, disk, 1)
+        assert path_from(process) == str(copy)
 
 
 def test_other_data_of_the_same_name_lie_elsewhere(shards, disk):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dilqur.errors import InputError
-from dilqur.sample_order import BLOCK, SampleOrder, _keys, permute
+from dilqur.sample_order import BLOCK, CYCLE, SampleOrder, _keys, permute
 
 
 def first(order, n):
@@ -219,6 +219,25 @@ def test_the_shares_are_met_in_every_block_up_to_rounding():
             assert abs(counts[dataset] - share * BLOCK) <= 1
 
 
+@pytest.mark.parametrize("size", [10, 100, 123, 150, 366, 5000])
+def test_a_small_dataset_beside_a_large_one_has_its_epochs(size):
+    order = SampleOrder([10**6, size], seed=1)  # by size: one epoch of each
+    assert order.epochs(10**6 + size)[1] == pytest.approx(1, abs=0.05 + 1 / size)  # 0.05: 10 are 10.5 of 2²⁰ positions
+
+
+@pytest.mark.parametrize("weights", [[0.7, 0.3], [0.9, 0.07, 0.03], [1] * 300, [1e-5, 1, 1], [5, 4, 3, 2, 1, 0, 9.5]])
+def test_every_block_is_full_and_a_cycle_of_blocks_has_the_shares(weights):
+    (phase,) = SampleOrder([10**6] * len(weights), seed=0, weights=weights).phases
+    a_block = np.diff(phase.dealt, axis=0)
+    assert (a_block >= 0).all() and (a_block.sum(axis=1) == BLOCK).all()
+    assert (a_block.max(axis=0) - a_block.min(axis=0) <= 1).all()
+    shares = np.array(weights) / sum(weights)
+    assert np.abs(phase.dealt[-1] - shares * BLOCK * CYCLE).max() <= 1
+    # at every block's beginning, not at the cycle's end alone: what is dealt out lies evenly
+    due = shares * BLOCK * np.arange(CYCLE + 1)[:, None]
+    assert np.abs(phase.dealt - due).max() < 4
+
+
 def test_without_weights_the_datasets_are_mixed_in_proportion_to_their_sizes():
     counts = Counter(dataset for dataset, _ in first(SampleOrder([300, 100], seed=0), BLOCK))
     assert counts == {0: 3072, 1: 1024}  # three quarters and one quarter of 4,096
@@ -229,8 +248,8 @@ def test_without_weights_the_datasets_are_mixed_in_proportion_to_their_sizes():
     [
         ([10, 0], None, "a dataset holds less than one sample"),
         ([], None, "a dataset holds less than one sample"),
-        ([10, 10, 9], [1.0, 0, 0.0001], "weights: 0.00010 of the tokens is less than 1 in 4096"),
-        ([10, 10], [1.0, 0.0001], "weights: 0.00010 of the tokens is less than 1 in 4096"),
+        ([10, 10, 9], [1.0, 0, 1e-7], "one would have 1.0e-07 of the tokens, less than 1 in 1,048,576"),
+        ([10, 10**8], None, "one would have 1.0e-07 of the tokens, less than 1 in 1,048,576"),
     ],
 )
 def test_a_mixture_that_cannot_be_is_refused(sizes, weights, words):

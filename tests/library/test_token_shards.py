@@ -14,7 +14,7 @@ from make_shards import make_shards
 
 from dilqur.errors import InputError
 from dilqur.mapped_files import MappedFiles
-from dilqur.token_shards import TokenShards
+from dilqur.token_shards import TokenShards, checksum
 
 # lengths that fill a shard of 10 exactly, overflow one, are longer than one, and are empty
 LENGTHS = [4, 6, 3, 0, 8, 25, 1, 2]
@@ -32,8 +32,7 @@ def test_what_was_written_is_read_back(folder):
     assert (shards.num_documents, shards.num_tokens, shards.num_shards) == (8, 49, 5)
     documents = [list(range(start, start + n)) for start, n in zip(STARTS, LENGTHS, strict=True)]
     assert [shards.document(i).tolist() for i in range(8)] == documents
-    assert shards.document_lengths().tolist() == LENGTHS
-    assert np.concatenate([shards.document_lengths(s) for s in range(5)]).tolist() == LENGTHS
+    assert np.concatenate([np.diff(shards.offsets(s)) for s in range(5)]).tolist() == LENGTHS
     assert shards.bytes_per_token == 3
     assert shards.read(0, 49).dtype == np.int32
 
@@ -77,14 +76,14 @@ def by_reference(folder, tmp_path):
     """Makes the ids of shard 1 a part of a flat file of some dtype, as nanoGPT, Megatron and nanotron write them."""
 
     def make(dtype="uint16", where=tmp_path / "foreign.bin"):
-        (tmp_path / "foreign.bin").write_bytes(
-            b"header" + np.arange(5, 40).astype(dtype).tobytes()
-        )  # token 10 is its sixth
+        foreign = tmp_path / "foreign.bin"
+        foreign.write_bytes(b"header" + np.arange(5, 40).astype(dtype).tobytes())  # token 10 is its sixth
         offset = 6 + 5 * np.dtype(dtype).itemsize
         (folder / "tokens-00001.npy").unlink(missing_ok=True)
         manifest = json.loads((folder / "manifest.json").read_text())
         manifest["shards"][1]["files"].pop("tokens-00001.npy", None)
-        manifest["shards"][1]["tokens_file"] = {"path": str(where), "dtype": dtype, "offset_bytes": offset}
+        whole = {"bytes": foreign.stat().st_size, "xxh3": checksum(foreign)}
+        manifest["shards"][1]["tokens_file"] = {"path": str(where), "dtype": dtype, "offset_bytes": offset, **whole}
         (folder / "manifest.json").write_text(json.dumps(manifest))
         return folder
 
@@ -107,15 +106,20 @@ def test_the_foreign_file_may_be_named_relative_to_the_folder(by_reference):
     assert TokenShards(by_reference(where="../foreign.bin")).check_files().read(10, 3).tolist() == [10, 11, 12]
 
 
-def test_a_foreign_file_that_is_gone_or_shorter_is_refused(by_reference, tmp_path):
+def test_a_foreign_file_that_is_gone_or_another_is_refused(by_reference, tmp_path):
     folder = by_reference("int64")
+    (tmp_path / "foreign.bin").write_bytes(b"more" + (tmp_path / "foreign.bin").read_bytes())
+    with pytest.raises(InputError, match=r"foreign\.bin: 290 bytes, .*manifest\.json says 286; import again"):
+        TokenShards(folder).check_files()
     os.truncate(tmp_path / "foreign.bin", 6 + 8 * 8 - 1)  # a byte less than tokens 5 to 12
     for use in (TokenShards.check_files, lambda shards: shards.read(10, 1)):
-        with pytest.raises(InputError, match=r"foreign\.bin: 69 bytes, .*manifest\.json needs 70; import again"):
+        with pytest.raises(InputError, match=r"foreign\.bin: 69 bytes, .*manifest\.json says 286; import again"):
             use(TokenShards(folder))
     (tmp_path / "foreign.bin").unlink()
     for use in (TokenShards.check_files, lambda shards: shards.read(10, 1)):
-        with pytest.raises(InputError, match=r"foreign\.bin: missing, though .*manifest\.json refers to it"):
+        with pytest.raises(
+            InputError, match=r"foreign\.bin: missing, though .*manifest\.json lists it; put it back, or import again"
+        ):
             use(TokenShards(folder))
 
 
@@ -194,7 +198,7 @@ def test_more_shards_than_the_process_may_open_can_be_read(tmp_path):
         "both = [TokenShards(sys.argv[1]), TokenShards(sys.argv[1])]\n"
         "for shards in both * 2:\n"
         "    assert shards.read(0, 900).tolist() == list(range(900))\n"
-        "    assert shards.document_lengths().tolist() == [3] * 300\n"
+        "    assert [len(shards.document(i)) for i in range(300)] == [3] * 300\n"
         "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])\n"
     )
     done = subprocess.run([sys.executable, "-c", program, tmp_path / "shards"], capture_output=True, text=True)

@@ -72,8 +72,34 @@ def test_a_next_phase_goes_on_in_a_stream_that_changed(cpt, made, changed, tmp_p
     data = json.loads((tmp_path / "run" / "manifest.json").read_text())["result"]["data"]
     assert [m["position"] for m in data["mixtures"]] == [0, 5 * BATCH, (STEPS + 1) * BATCH]
     assert (data["start_position"], data["end_position"]) == (STEPS * BATCH, (STEPS + 2) * BATCH)
-    refused = cpt(tmp_path / "never", "--continue_data", "true", "--check", "true", model=changed, code=2)
+    refused = cpt(
+        tmp_path / "no", "--continue_data", "true", "--max_length", 32, "--check", "true", model=changed, code=2
+    )
     assert "continue_data" in refused.stderr and "make them the same" in refused.stderr
+
+
+def test_a_next_phase_may_go_on_in_another_mixture(cpt, made, changed, tmp_path):
+    """`changed` ended with both datasets; from its end on there is one, in which nothing comes a second time too early."""
+    (tmp_path / "nvme").mkdir()
+    done = cpt(tmp_path / "run", "--continue_data", "true", "--local_dir", tmp_path / "nvme", model=changed)
+    assert f"from step 0: {made}/shards" in done.stdout
+    data = json.loads((tmp_path / "run" / "manifest.json").read_text())["result"]["data"]
+    assert [m["position"] for m in data["mixtures"]] == [0, 5 * BATCH, STEPS * BATCH]
+    before = json.loads((changed / "manifest.json").read_text())["result"]["data"]
+    assert data["epochs"][f"{made}/held_out"] == before["epochs"][f"{made}/held_out"]
+    copies = [p.name.rpartition("-")[0] for p in (tmp_path / "nvme").iterdir() if not p.name.startswith(".")]
+    assert copies == ["shards"]  # what is behind the run is not copied to the node
+
+
+def test_a_run_goes_on_when_its_shards_are_called_otherwise(cpt, made, tmp_path):
+    (tmp_path / "link").symlink_to(made)
+    cpt(tmp_path / "run", "--stop_at_step", 3)
+    cpt(tmp_path / "run", "--datasets", f"{{path: {tmp_path}/link/shards, weight: 1}}", "--stop_at_step", 5)
+    other = f"{{path: {made}/held_out, weight: 1}}"
+    assert (
+        "made on other data: datasets, weights or shards have changed"
+        in cpt(tmp_path / "run", "--datasets", other, code=2).stderr
+    )
 
 
 def test_best_fit_trains_stops_and_goes_on_with_the_plan_it_made(cpt, tmp_path):
@@ -97,6 +123,8 @@ def test_best_fit_trains_stops_and_goes_on_with_the_plan_it_made(cpt, tmp_path):
         (["{step: 5, datasets: [{path: SHARDS, weight: 1}, {path: HELD}]}"], "give a weight to all of them, or epochs"),
         (["{step: 5, datasets: [{path: nowhere, weight: 1}]}"], "nowhere"),
         (["{step: 5}"], "dataset"),
+        (["{step: 8, datasets: [{path: SHARDS, weight: 1}]}"], "step 8 is never reached, there are 8 steps"),
+        (["{step: 5, datasets: [{path: SHARDS, weight: .inf}]}"], "finite"),
     ],
 )
 def test_mistakes_are_one_line(cpt, made, tmp_path, flags, says):
