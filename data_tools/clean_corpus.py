@@ -48,7 +48,7 @@ from dilqur.corpus_report import EXAMPLES, length_bins, write_report
 from dilqur.document_filter import DocumentFilter, FilterSettings
 from dilqur.documents import ReadingSettings, Skipped, documents
 from dilqur.errors import InputError, program
-from dilqur.input_files import COMPRESSIONS, FORMATS, blocks, expand, left_out
+from dilqur.input_files import COMPRESSIONS, FORMATS, blocks, expand, warn_of_left_out
 from dilqur.near_duplicates import signatures
 from dilqur.npy_stream import npy_stream
 from dilqur.parallel import ParallelSettings, cores, ordered_map, part_of
@@ -252,13 +252,10 @@ def filter_files(files, block_filter, spec, num_proc):
 
     def numbered_blocks():
         for file in left:
-            source, digest, stat = sources[file.source], xxhash.xxh3_128(), Path(file.path).stat()
+            source, identity = sources[file.source], identities.setdefault(file.number, {})
             columns = [source.text_field, settings.id_field, settings.url_field, "source", "license"]
-            for block in blocks(file.path, source.sample_by, source.on_error == "skip", columns, digest):
+            for block in blocks(file.path, source.sample_by, source.on_error == "skip", columns, identity):
                 yield file.number, block
-            identities[file.number] = {
-                "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "xxh3": digest.hexdigest(),
-            }  # fmt: skip
             yield file.number, None
 
     block_filter.prepare()
@@ -341,11 +338,7 @@ def main():
     if there and not work.exists() and not (stage.folder / "manifest.json").exists():
         raise InputError(f"{stage.folder}: holds {there[0]}, which is not of this program; choose another --output_dir")
     stage.open(None if settings.shard is None else f".work/part-{settings.shard:05d}")
-    if others := left_out([path for source in sources for path in source.input]):
-        print(
-            f"{stage.name}: {len(others):,} files of other kinds are left out, the first is {others[0]}",
-            file=sys.stderr,
-        )
+    warn_of_left_out(stage.name, [path for source in sources for path in source.input])
     if too_short := sum(filter_.benchmark_items_too_short for filter_ in block_filter.filters):
         print(f"{stage.name}: {too_short:,} texts of the benchmarks are too short to be looked for", file=sys.stderr)
 

@@ -17,6 +17,7 @@ foreign file, of which only the document boundaries are written.
 
 import itertools
 import json
+import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,9 +31,9 @@ from dilqur.foreign_tokens import datatrove, flat, megatron
 from dilqur.npy_stream import save_npy
 from dilqur.progress import Progress
 from dilqur.recipe import parse
-from dilqur.shard_writer import ShardWriter
+from dilqur.shard_writer import ShardWriter, remove_leftovers, summary
 from dilqur.stage import Input, Stage, StageSettings, TokenizerPath, file_identity
-from dilqur.token_shards import FORMAT, MAX_ID, VERSION, checksum
+from dilqur.token_shards import MAX_ID, checksum
 from dilqur.tokenizer import TextTokenizer
 
 # 4 MB as int32, and ten times that for what is computed from them; a longer document is taken whole
@@ -76,7 +77,7 @@ def open_files(settings):
         else:
             paths.append(item.with_suffix(".bin") if item.suffix == ".idx" else item)
     files, readers = [], {"flat": flat, "megatron": megatron, "datatrove": datatrove}
-    for path in paths:
+    for path in {os.path.realpath(path): path for path in paths}.values():  # no file twice, whatever the way to it
         if not path.is_file():
             raise InputError(f"{path}: not there, though an index of it is")
         kind = settings.format or SUFFIXES.get(path.suffix, "flat")
@@ -201,7 +202,9 @@ def convert(files, checked, settings, folder):
         for file in files:
             for ids, lengths, size in checked.documents(file):
                 writer.add(ids, lengths, {"utf8_bytes": size})
-        return writer.close()
+        fields = writer.close()
+    remove_leftovers(folder, fields["shards"])
+    return fields
 
 
 def refer(files, checked, folder):
@@ -228,13 +231,7 @@ def refer(files, checked, folder):
             }
         )
     dtypes = {file.dtype.name for file in files}
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "dtype": dtypes.pop() if len(dtypes) == 1 else None,  # of all shards; each says its own
-        "shards": shards,
-        **{key: sum(shard[key] for shard in shards) for key in ("documents", "tokens", "utf8_bytes")},
-    }
+    return summary(shards, dtypes.pop() if len(dtypes) == 1 else None)  # of all shards; each says its own
 
 
 def check_space(files, folder):
@@ -284,6 +281,8 @@ def main():
     )
     progress.close()
     sources = {str(p): file_identity(p) for file in files for p in (file.path, *file.index)}
+    for file in files:
+        file.refuse_changed()  # what was hashed is what was read
     manifest = {
         **fields,
         "words": None,  # not known: tokens do not say where they were

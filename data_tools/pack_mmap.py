@@ -33,13 +33,13 @@ from typing_extensions import TypedDict
 from dilqur.atomic import write_json
 from dilqur.documents import ReadingSettings, Skipped, documents, read
 from dilqur.errors import InputError, program
-from dilqur.input_files import BLOCK_BYTES, blocks, expand
-from dilqur.pack_journal import Journal, all_there, size_and_time
+from dilqur.input_files import BLOCK_BYTES, blocks, expand, identity_of, warn_of_left_out
+from dilqur.pack_journal import Journal, all_there
 from dilqur.parallel import ParallelSettings, cores, ordered_map, part_of
 from dilqur.progress import Progress
 from dilqur.recipe import parse
-from dilqur.shard_writer import ShardWriter, summary
-from dilqur.stage import Documents, Stage, StageSettings, TokenizerPath
+from dilqur.shard_writer import ShardWriter, remove_leftovers, summary
+from dilqur.stage import Documents, Stage, StageSettings, TokenizerPath, unchanged
 from dilqur.tokenizer import TextTokenizer
 from dilqur.tokenizer_engine import ENGINES, agree, choose_engine
 from dilqur.whole_words import WholeWords
@@ -47,7 +47,7 @@ from dilqur.whole_words import WholeWords
 Positive = Annotated[int, Field(ge=1)]
 TAKEN = ("parts", "manifest.json")  # names in OUTPUT_DIR that no dataset can have
 PARTS, PART = "parts/*-of-*", "parts/{:05d}-of-{:05d}"
-LONG = 10_000  # characters; longer documents are not compared: `tokenizers` takes a hundred times a text's memory
+COMPARED = 10_000  # characters of a document: `tokenizers` takes a hundred times a text's memory
 BATCH = 64  # documents a call of the tokenizer: more is no faster, and its results fill the caches
 
 
@@ -100,6 +100,15 @@ class PackedBlock:
         return self.ids[int(self.lengths[:n].sum()) :], self.lengths[n:], counts, self.names and self.names[n:]
 
 
+def is_id(value):
+    """Is it text, or a number that JSON parsers give back as it was? They make floats of integers over 64 bits."""
+    if isinstance(value, float):
+        return abs(value) < 2**53
+    return isinstance(value, str) or (
+        isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**64
+    )
+
+
 class BlockPacker:
     """What a worker process does: parse a block, encode its documents, put BOS and EOS around them, count."""
 
@@ -117,9 +126,10 @@ class BlockPacker:
         for document in documents(block, settings.text_field, settings.sample_by, on_error):
             if settings.id_field:
                 name = document.record.get(settings.id_field)
-                if not isinstance(name, str | int) or isinstance(name, bool):
+                if not is_id(name):
                     message = (
-                        f"{document.where}: the id {settings.id_field!r} is {str(name)[:40]!r}, not text or a number"
+                        f"{document.where}: the id {settings.id_field!r} is {str(name)[:40]!r}, not text or a number that keeps "
+                        "its digits"
                     )
                     if not on_error:
                         raise InputError(f"{message}; see --id_field")
@@ -133,7 +143,7 @@ class BlockPacker:
         lengths = np.concatenate([lengths for _, lengths in parts] or [np.empty(0, np.int64)])
         if kept and self.engine.name != self.oracle.name:
             sample = kept[block.index % len(kept)]
-            if len(sample.text) < LONG and not agree(self.engine, self.oracle, sample.text):
+            if not agree(self.engine, self.oracle, sample.text[:COMPARED]):
                 raise InputError(
                     f"{sample.where}: here {self.engine.name} gives other ids than tokenizers; remove the shards, and pack "
                     "with --engine tokenizers (and please report that text)"
@@ -169,16 +179,15 @@ def pack(files, folder, packer, spec, num_proc, skipped):
     settings, journal = packer.settings, Journal(folder, spec, files)
     start = journal.next
     columns = [settings.text_field, *([settings.id_field] if settings.id_field else [])]
-    before = np.cumsum([0, *(Path(file).stat().st_size for file in files)])
+    before = np.cumsum([0, *(identity_of(file)["bytes"] for file in files)])
     progress = Progress(folder.name, int(before[-1]))
 
     def numbered_blocks():
         for number in range(start["file"], len(files)):
-            (size, mtime), digest = size_and_time(files[number]), xxhash.xxh3_128()
-            for block in blocks(files[number], settings.sample_by, settings.on_error == "skip", columns, digest):
+            identity = journal.sources[files[number]] = {}
+            for block in blocks(files[number], settings.sample_by, settings.on_error == "skip", columns, identity):
                 if number > start["file"] or block.index >= start["block"]:
                     yield number, block
-            journal.sources[files[number]] = {"bytes": size, "mtime_ns": mtime, "xxh3": digest.hexdigest()}
 
     records, bad = start["records"], start["bad"]
     # of each block that is not in shards yet: (number of its first document, cut at its beginning)
@@ -209,6 +218,7 @@ def pack(files, folder, packer, spec, num_proc, skipped):
         if len(writer.shards) > len(journal.shards):
             journal.save(writer.shards, [{"file": len(files), "block": 0, "skip": 0, "records": records, "bad": bad}])
     progress.close()
+    remove_leftovers(folder, writer.shards)
     if records != fields["documents"] + bad:
         raise AssertionError(f"{records} records are not {fields['documents']} documents and {bad} bad ones")
     return {**fields, "records": records, "bad_records": bad, "sources": journal.sources}
@@ -223,20 +233,25 @@ def join_all(work, folder, parts, spec):
     missing = {str(i) for paths in done.values() for i, path in enumerate(paths) if not (path / "part.json").exists()}
     if missing:
         raise InputError(f"{folder}/parts: not finished: --shard {', '.join(sorted(missing, key=int))} (of {parts})")
-    return {name: join(done[name], files, folder / name, spec) for name, files in work}
+    return {name: join(done[name], files, folder / name, spec, folder / "parts") for name, files in work}
 
 
-def join(parts, files, folder, spec):
+def join(parts, files, folder, spec, where):
     """Move the shards that lie in `parts`, folders with a part.json, to `folder` and number them anew. Returns the manifest's
-    fields. Killed on the way, it is simply called again. InputError where they are not made of `files` as they are now."""
+    fields. Killed on the way, it is simply called again. InputError where they are not made of `files` as they are now, each
+    once. where: the folder of all parts."""
     folder.mkdir(exist_ok=True)
     shards, total = [], {"records": 0, "bad_records": 0}
     packed = [orjson.loads((part / "part.json").read_bytes()) for part in parts]
-    sources = {file: identity for fields in packed for file, identity in fields["sources"].items()}
-    if wrong := [f for f in {**dict.fromkeys(files), **sources} if f not in sources or not _unchanged(f, sources[f])]:
-        raise InputError(
-            f"{folder}: {wrong[0]} is not as the parts were packed; remove {parts[0].parent}, and pack them again"
-        )
+    sources = [source for fields in packed for source in fields["sources"].items()]
+    times = collections.Counter(file for file, _ in sources)
+    wrong = [
+        f"{file} is in {times[file] or 'none'} of them" for file in dict.fromkeys([*files, *times]) if times[file] != 1
+    ]
+    wrong += [f"{file} is in one of them, and not among the files now" for file in times if file not in files]
+    wrong += [f"{file} has changed since" for file, was in sources if not unchanged(Path(file), was)]
+    if wrong:
+        raise InputError(f"{where}: {wrong[0]}; remove that folder, and pack the parts again")
     for part, fields in zip(parts, packed, strict=True):
         if fields["spec"] != spec:
             changed = next(key for key in spec if fields["spec"].get(key) != spec[key])
@@ -244,25 +259,22 @@ def join(parts, files, folder, spec):
                 f"{part}: was packed with {changed} = {fields['spec'].get(changed)!r}, now {spec[changed]!r}"
             )
         for shard in fields["shards"]:
-            files = {}
+            moved = {}
             for name, about in shard["files"].items():
                 kind, suffix = name.split("-")[0], name.split(".")[-1]
                 target = folder / f"{kind}-{len(shards):05d}.{suffix}"
                 if (part / name).exists():  # else an earlier call has moved it
                     (part / name).replace(target)
-                files[target.name] = about
-            shards.append({**shard, "files": files})
+                moved[target.name] = about
+            shards.append({**shard, "files": moved})
             if not all_there(folder, shards[-1]):
                 raise InputError(
                     f"{part}: {', '.join(shard['files'])} are not whole; remove {part}, and pack that part again"
                 )
         for key in ("records", "bad_records"):
             total[key] += fields[key]
-    return {**summary(shards), **total, "sources": sources}
-
-
-def _unchanged(file, identity):
-    return size_and_time(file) == (identity["bytes"], identity["mtime_ns"])
+    remove_leftovers(folder, shards)
+    return {**summary(shards), **total, "sources": dict(sources)}
 
 
 # -- the program ----------------------------------------------------------------------------------------------------------
@@ -297,8 +309,8 @@ def sample_of(work, settings):
     for file in files[:: max(1, len(files) // 16)][:16]:
         with contextlib.suppress(InputError):  # a damaged file is reported when its turn comes
             found = read([file], settings.text_field, settings.sample_by, on_error=lambda message: None)
-            texts += [document.text for document in itertools.islice(found, 64)]
-    return [text for text in texts if len(text) < LONG]
+            texts += [document.text[:COMPARED] for document in itertools.islice(found, 64)]
+    return texts
 
 
 @program
@@ -312,6 +324,7 @@ def main():
         return print(f"{stage.name}: ok")
     part = None if settings.shard is None else PART.format(settings.shard, settings.of)
     stage.open(part)
+    warn_of_left_out(stage.name, settings.input or [path for d in settings.datasets for path in d["input"]])
     if settings.overwrite_output_dir and not settings.finish:
         for unfinished in [*stage.folder.glob(".resume.json"), *stage.folder.glob("*/.resume.json")]:
             unfinished.unlink()
@@ -352,8 +365,9 @@ def main():
         return print(f"{stage.name}: part {settings.shard} of {settings.of}: {packed:,} documents; then --finish true")
 
     for name, files in work:
-        if not fields[name]["documents"]:
-            raise InputError(f"{' '.join(files)}: no document in there: nothing to pack")
+        if not fields[name]["tokens"]:
+            what = "no text in its documents" if fields[name]["documents"] else "no document in there"
+            raise InputError(f"{' '.join(files)}: {what}: nothing to pack")
     for name, _ in work:
         fields[name].update(tokenizer=str(tokenizer.path), vocab_size=tokenizer.size)
         fields[name].update({key: spec[key] for key in ("tokenizer_sha256", "bos_id", "eos_id")})

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dilqur.errors import InputError
+from dilqur.input_files import identity_of
 
 LLM_C = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic: version, dtype (llm.c, dev/data/data_common.py)
 LLM_C_HEADER = 1024
@@ -33,14 +34,28 @@ class TokenFile:
     index: tuple = ()
     split_at: str | None = None
 
+    def __post_init__(self):
+        self._identities = {path: identity_of(path) for path in (self.path, *self.index)}
+
     def chunks(self, stops):
-        """Yield (start, ids) for each piece up to the next of `stops`, in tokens, read from the disk one after the other."""
+        """Yield (start, ids) for each piece up to the next of `stops`, in tokens, read from the disk one after the other.
+        Raises InputError where a file has changed since its header or index was read."""
         start = 0
         with self.path.open("rb") as file:
             file.seek(self.offset)
             for stop in stops:
-                yield start, np.fromfile(file, self.dtype, stop - start)
+                ids = np.fromfile(file, self.dtype, stop - start)
+                if len(ids) < stop - start:
+                    self.refuse_changed()
+                yield start, ids
                 start = stop
+        self.refuse_changed()
+
+    def refuse_changed(self):
+        """InputError where a file is not any more what it was."""
+        for path, identity in self._identities.items():
+            if identity_of(path) != identity:
+                raise InputError(f"{path}: changed while it was being read; wait until it is written, and start again")
 
 
 def flat(path, dtype):

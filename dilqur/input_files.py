@@ -9,10 +9,12 @@ import gzip
 import io
 import os
 import re
+import sys
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import xxhash
 import zstandard
 
 from dilqur.errors import InputError
@@ -40,58 +42,101 @@ class Block:
 def expand(inputs):
     """Files, folders and globs → a sorted list of files without repeats. Raises InputError for what is not there."""
     files = []
-    for item in inputs:
-        path = Path(item)
-        if path.is_dir():
-            found = [p for p in _walk(path) if kind_of(p)]
-            if not found:
-                raise InputError(
-                    f"{item}: no {', '.join(FORMATS)} file in this folder (plain, {', '.join(COMPRESSIONS)})"
-                )
-        elif path.is_file():
-            if not kind_of(path):
-                raise InputError(
-                    f"{item}: not a known format; give {', '.join(FORMATS)}, plain or {', '.join(COMPRESSIONS)}"
-                )
-            found = [path]
-        else:
-            found = [p for p in Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))) if p.is_file()]
-            if not found:
-                raise InputError(f"{item}: no such file, folder or pattern")
-        files += sorted(map(str, found))
+    for item in map(str, inputs):
+        if Path(item).is_file() and not kind_of(Path(item)):
+            raise InputError(
+                f"{item}: not a known format; give {', '.join(FORMATS)}, plain or {', '.join(COMPRESSIONS)}"
+            )
+        found = sorted(str(path) for path in _there(item) if kind_of(path))
+        if not found:
+            what = f"no {', '.join(FORMATS)} file in there (plain, {', '.join(COMPRESSIONS)})"
+            there = Path(item).is_dir() or _there(item)
+            raise InputError(f"{item}: {what if there else 'no such file, folder or pattern'}")
+        if wrong := [
+            file for file in found if not file.isprintable() and file != file.encode("utf-8", "replace").decode()
+        ]:
+            raise InputError(f"{wrong[0]!a}: its name is not UTF-8, and no manifest could hold it; rename it")
+        files += found
     unique = {}
     for file in files:
         unique.setdefault(os.path.realpath(file), file)  # no file twice, whatever the way to it
     return list(unique.values())
 
 
-def left_out(inputs):
-    """The files in the folders among `inputs` that `expand` leaves out, because their names are of no known format."""
-    return [str(p) for item in inputs if Path(item).is_dir() for p in _walk(Path(item)) if not kind_of(p)]
+def warn_of_left_out(program, inputs):
+    """Say which files in the folders and globs among `inputs` are not read, because their names are of no known format."""
+    if others := sorted(str(path) for item in map(str, inputs) for path in _there(item) if not kind_of(path)):
+        files = f"{len(others):,} files of other kinds are" if len(others) > 1 else "a file of another kind is"
+        print(f"{program}: {files} left out: {others[0]}{' …' * (len(others) > 1)}", file=sys.stderr)
+
+
+def _there(item):
+    """The files that an input stands for, whatever their names say they are; hidden ones only where they are named."""
+    path = Path(item)
+    if path.is_dir():
+        return list(_walk(path))
+    if path.is_file():
+        return [path]
+    found = matches(Path(path.anchor or "."), str(path.relative_to(path.anchor)))
+    shown = [m for m in found if not m.name.startswith(".") and (_is_hidden(path) or not _is_hidden(m))]
+    return [file for match in shown for file in (_walk(match) if match.is_dir() else [match])]
+
+
+def _is_hidden(path):
+    return any(part.startswith(".") and part != ".." for part in path.parts)
+
+
+def matches(folder, pattern):
+    """What a glob pattern matches in a folder, a list; nothing where it is no pattern, such as the empty one or a**."""
+    try:
+        return list(folder.glob(pattern))
+    except ValueError:
+        return []
 
 
 def _walk(folder):
-    """The files below a folder, through links as well; hidden ones are left out."""
+    """The files below a folder, through links as well; hidden ones are left out. A part that cannot be listed raises."""
+
+    def refuse(problem):
+        raise problem
+
     seen = set()
-    for root, folders, names in os.walk(folder, followlinks=True):
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if (real := os.path.realpath(root)) in seen:  # a link in a circle
             folders.clear()
             continue
         seen.add(real)
-        yield from (Path(root) / name for name in names if not name.startswith(".") and (Path(root) / name).is_file())
+        for path in (Path(root) / name for name in names if not name.startswith(".")):
+            if not path.exists() and kind_of(path):
+                raise InputError(f"{path}: a link to a file that is not there; mend or remove it")
+            if path.is_file():
+                yield path
 
 
-def blocks(file, sample_by="line", skip=False, columns=None, digest=None):
+def identity_of(file):
+    """{"bytes", "mtime_ns"} of a file. Raises InputError where it is not there any more."""
+    try:
+        stat = Path(file).stat()
+    except FileNotFoundError:
+        raise InputError(f"{file}: is not there any more; has it been moved?") from None
+    return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+def blocks(file, sample_by="line", skip=False, columns=None, identity=None):
     """Yield the Blocks of one file, in order; where they are cut depends on the file alone.
 
     skip: leave out lines of over MAX_RECORD_BYTES, instead of raising. columns: the columns of a parquet file that are
-    wanted (None: all). digest: an xxhash object that is fed the file's bytes as they are on disk. Raises InputError for a
-    file that is cut, damaged, of another kind than its name says, or changed while it is read.
+    wanted (None: all). identity: a dict that gets what `identity_of` says of the file before it is read, and at its end
+    "xxh3", the hash of its bytes as they are on disk. Raises InputError for a file that is cut, damaged, of another kind
+    than its name says, not there, or changed while it is read.
     """
     kind, number = kind_of(Path(file)), 0
+    before = identity_of(file)
+    digest = None if identity is None else xxhash.xxh3_128()
+    if identity is not None:
+        identity.update(before)
     try:
-        before = _identity(file)
         _refuse_other_kind(file)
         cut = (
             _parquet_blocks(file, columns) if kind == ".parquet" else _line_blocks(file, kind, sample_by, skip, digest)
@@ -99,6 +144,10 @@ def blocks(file, sample_by="line", skip=False, columns=None, digest=None):
         for block in cut:
             number = block.line
             yield block
+        if kind == ".parquet" and digest is not None:
+            with Path(file).open("rb") as raw:  # parquet is read from its end: hashed on its own
+                while chunk := raw.read(1 << 22):
+                    digest.update(chunk)
     except (EOFError, zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as problem:
         raise InputError(f"{file}: truncated or damaged after line {number} ({problem}); fetch it again") from None
     except FileNotFoundError:
@@ -107,17 +156,10 @@ def blocks(file, sample_by="line", skip=False, columns=None, digest=None):
         if problem.errno is not None:  # the system's: no permission, disk gone
             raise
         raise InputError(f"{file}: truncated or damaged after line {number} ({problem}); fetch it again") from None
-    if _identity(file) != before:
+    if identity_of(file) != before:
         raise InputError(f"{file}: changed while it was being read; wait until it is written, and start again")
-    if kind == ".parquet" and digest is not None:
-        with Path(file).open("rb") as raw:  # parquet is read from its end: hashed on its own
-            while chunk := raw.read(1 << 22):
-                digest.update(chunk)
-
-
-def _identity(file):
-    stat = Path(file).stat()
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+    if identity is not None:
+        identity["xxh3"] = digest.hexdigest()
 
 
 def kind_of(path):
@@ -149,8 +191,8 @@ def _line_blocks(file, kind, sample_by, skip, digest):
         while data := stream.read(BLOCK_BYTES):
             data += (rest := _rest_of_record(stream, data, by))
             read += len(data)
-            if stream.compressed and read > 64 * BLOCK_BYTES and read > MAX_RATIO * size:
-                raise InputError(f"{file}: unpacks to over {MAX_RATIO} times its size: that is no text; look at it")
+            if stream.compressed:
+                _refuse_bomb(file, read, size)
             lines = data.count(b"\n") + (not data.endswith(b"\n"))
             if len(rest) > MAX_RECORD_BYTES and (by != "line" or not skip):
                 what = "a line" if by == "line" else f"a {by}"
@@ -163,6 +205,12 @@ def _line_blocks(file, kind, sample_by, skip, digest):
                 yield Block(file, index, line, data, stream.disk.tell() / size, tuple(too_long))
                 index, too_long = index + 1, []
             line += lines
+
+
+def _refuse_bomb(file, read, size):
+    """InputError where `read` bytes came out of a file of `size` bytes that cannot be text."""
+    if read > 64 * BLOCK_BYTES and read > MAX_RATIO * size:
+        raise InputError(f"{file}: unpacks to over {MAX_RATIO} times its size: that is no text; look at it")
 
 
 def _rest_of_record(stream, data, by):
@@ -202,18 +250,33 @@ def _parquet_blocks(file, columns):
             wanted = None if columns is None else [c for c in columns if c in names]
             if columns is not None and columns[0] not in names:
                 raise InputError(f"{file}: no column {columns[0]!r} (columns: {', '.join(names)}); see --text_field")
-            index, row = 0, 1
+            index, row, read, size = 0, 1, 0, Path(file).stat().st_size
             for group in range(source.num_row_groups):
-                meta = source.metadata.row_group(group)
-                rows = max(1, min(4096, meta.num_rows * BLOCK_BYTES // max(1, meta.total_byte_size)))
+                rows = _rows_at_once(source, group, wanted)
                 for batch in source.iter_batches(batch_size=rows, row_groups=[group], columns=wanted):
-                    share = (row + batch.num_rows) / source.metadata.num_rows
-                    yield Block(file, index, row, batch, share)
-                    index, row = index + 1, row + batch.num_rows
+                    read += batch.nbytes
+                    _refuse_bomb(file, read, size)
+                    part = max(1, batch.num_rows * BLOCK_BYTES // max(BLOCK_BYTES, batch.nbytes))
+                    for first in range(0, batch.num_rows, part):
+                        rows_here = batch.slice(first, part)
+                        share = (row + rows_here.num_rows) / source.metadata.num_rows
+                        yield Block(file, index, row, rows_here, share)
+                        index, row = index + 1, row + rows_here.num_rows
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as problem:
         if isinstance(problem, PermissionError):
             raise
         raise InputError(f"{file}: not a whole parquet file ({str(problem).splitlines()[0]})") from None
+
+
+def _rows_at_once(source, group, columns):
+    """How many rows of a row group make a block, judged by what they take as stored, where what comes again is stored only
+    once, and by its first rows."""
+    meta = source.metadata.row_group(group)
+    bytes_a_row = meta.total_byte_size / max(1, meta.num_rows)
+    for first in source.iter_batches(batch_size=16, row_groups=[group], columns=columns):
+        bytes_a_row = max(bytes_a_row, first.nbytes / first.num_rows)
+        break
+    return max(1, min(4096, int(BLOCK_BYTES / max(1, bytes_a_row))))
 
 
 class _Stream(io.BufferedReader):
@@ -228,7 +291,10 @@ def _open(file, digest):
     elif file.lower().endswith(".bz2"):
         stream = _Stream(_Whole(raw, bz2.BZ2Decompressor, "bz2 stream"), BLOCK_BYTES)
     elif file.lower().endswith(".zst"):
-        stream = _Stream(_Whole(raw, lambda: zstandard.ZstdDecompressor().decompressobj(), "zstd frame"), BLOCK_BYTES)
+        stream = _Stream(
+            _Whole(raw, lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(), "zstd frame"),
+            BLOCK_BYTES,
+        )
     else:
         stream = _Stream(raw, BLOCK_BYTES)
     stream.compressed, stream.disk = file.lower().endswith(COMPRESSIONS), disk

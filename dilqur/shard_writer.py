@@ -86,16 +86,25 @@ class ShardWriter:
         self.shards.append(shard.finish())
 
 
-def summary(shards):
-    """The fields of a manifest that say what is in `shards`, a list as ShardWriter makes it."""
-    sums = [name for name in (shards[0] if shards else {}) if name != "files"]
+def summary(shards, dtype="int32"):
+    """The fields of a manifest that say what is in `shards`, a list as ShardWriter makes it. dtype: of the tokens."""
+    sums = [name for name, value in (shards[0] if shards else {}).items() if isinstance(value, int)]
     return {
         "format": FORMAT,
         "version": VERSION,
-        "dtype": "int32",
+        "dtype": dtype,
         "shards": shards,
         **{name: sum(shard[name] for shard in shards) for name in ("documents", "tokens", *sums)},
     }
+
+
+def remove_leftovers(folder, shards):
+    """Remove the files of `folder` that are called like shards and are none of `shards`: what earlier, other runs have left."""
+    listed = {name for shard in shards for name in shard["files"]}
+    for kind in ("tokens-*.npy", "offsets-*.npy", "ids-*.jsonl"):
+        for path in Path(folder).glob(kind):
+            if path.name not in listed:
+                path.unlink()
 
 
 class _OpenShard:

@@ -31,7 +31,7 @@ from typing_extensions import is_typeddict
 
 from dilqur.atomic import write_json
 from dilqur.errors import AlreadyFinished, InputError
-from dilqur.input_files import expand
+from dilqur.input_files import expand, identity_of, matches
 from dilqur.recipe import to_dict
 
 PACKAGES = ("torch", "accelerate", "transformers", "tokenizers", "deepspeed", "liger-kernel", "peft", "trl", "numpy")
@@ -122,7 +122,7 @@ class Stage:
                     f"{key}: {value}: the stage {first} has not finished ({folder}/manifest.json is not "
                     f"there); run it first"
                 )
-        elif self.config and not path.is_absolute() and next(Path(self.config).parent.glob(value), None):
+        elif self.config and not path.is_absolute() and matches(Path(self.config).parent, value):
             path = Path(self.config).parent / value
         if kind == "model":
             path = path / "model" if (path / "model" / "config.json").exists() else path
@@ -170,11 +170,12 @@ class Stage:
             raise InputError(
                 f"{self.folder}: finished with {changed[0]} = {then[changed[0]]!r}, now {now[changed[0]]!r}; {again}"
             )
+        read = {os.path.realpath(file) for record in done["inputs"].values() for file in record["files"]}
         for path, record in done["inputs"].items():
             for file, was in record["files"].items():
-                if not _unchanged(Path(file), was):
+                if not unchanged(Path(file), was):
                     raise InputError(f"{self.folder}: finished, but its input {file} has changed since; {again}")
-            if new := [f for f in _documents(path, record["kind"]) if f not in record["files"]]:
+            if new := [f for f in _documents(path, record["kind"]) if os.path.realpath(f) not in read]:
                 raise InputError(f"{self.folder}: finished, but its input {new[0]} is new since; {again}")
         raise AlreadyFinished(
             f"{self.name}: finished {done['ended']} in {done['seconds']:.0f} s, nothing to do ({self.folder})"
@@ -375,12 +376,12 @@ def _documents(path, kind):
 
 
 def file_identity(path):
-    stat = path.stat()
-    return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "xxh3": _xxh3(path)}
+    """{"bytes", "mtime_ns", "xxh3"} of a file."""
+    return {**identity_of(path), "xxh3": _xxh3(path)}
 
 
-def _unchanged(path, was):
-    """Same size and time: the same file. Another time: hash it."""
+def unchanged(path, was):
+    """Is it the file that `file_identity` said this of? Same size and time: yes. Another time: hash it."""
     try:
         stat = path.stat()
     except OSError:

@@ -12,6 +12,7 @@ Text that spells a control token is text for all of them.
 import importlib.util
 import json
 import os
+import re
 from itertools import chain, pairwise
 
 import numpy as np
@@ -37,6 +38,10 @@ TRICKY = (
     "http://a.az/?q=1&b=2#c e@x.az", "def f(x):\n    return x  # şərh\n", "Ⓐ ⒜ ẞ ß ŉ ǅ ﬁ Å Å Ω Ω", "١٬٢٣٤٫٥",
     "1,000.50 AZN – 5%", "\u0958 \u0929 \u1e9b\u0323", "\u202eabc\u202c",
 )  # fmt: skip
+
+
+GIVES_UP = 400_000  # characters of white space in a row, at half of which tiktoken's pattern still holds
+_SPACES = re.compile(rf"(?<!\s)\s{{{GIVES_UP}}}")  # looked for where a run begins: else the search would be quadratic
 
 
 class Engine:
@@ -113,16 +118,8 @@ def _tiktoken(tokenizer):
     ask = tokenizer.encode
 
     def run(texts):
-        parts = []
-        for text in texts:
-            try:
-                parts.append(encode(text))
-            except (
-                BaseException
-            ) as problem:  # its pattern gives up on a million spaces, with a panic that is no Exception
-                if type(problem).__name__ != "PanicException":
-                    raise
-                parts.append(ask(text))
+        # its pattern gives up on a million spaces in a row, and panics in several lines
+        parts = [ask(t) if len(t) > GIVES_UP and _SPACES.search(t) else encode(t) for t in texts]
         lengths = np.fromiter(map(len, parts), np.int64, len(parts))
         return np.fromiter(chain.from_iterable(parts), np.int32, int(lengths.sum())), lengths
 

@@ -155,12 +155,17 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_a_file_that_may_not_be_read_is_named(program, tmp_path, name):
-    (tmp_path / "in" / "a.jsonl").write_bytes(GOOD)
-    (tmp_path / "in" / "a.jsonl").chmod(0)
+@pytest.mark.parametrize("what", ["b.jsonl", "sub"])
+def test_what_may_not_be_read_is_named(program, tmp_path, name, what):
+    (tmp_path / "in" / "sub").mkdir()
+    for file in ("a.jsonl", "b.jsonl", "sub/c.jsonl"):
+        (tmp_path / "in" / file).write_bytes(GOOD)
+    (tmp_path / "in" / what).chmod(0)
     # root may read everything, unless it starts the program without that right
     may_not = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
-    assert "permission denied" in program(name, code=2, prefix=may_not).stderr
+    line = program(name, code=2, prefix=may_not).stderr
+    assert f"permission denied at {tmp_path}/in/{what}: look at its permissions" in line and line.count("\n") == 1
+    (tmp_path / "in" / what).chmod(0o700)
 
 
 @pytest.fixture

@@ -161,11 +161,12 @@ def test_a_vocabulary_in_which_tiktoken_would_find_other_tokens_is_not_given_to_
     assert engine.name == "tokenizers" and words in why
 
 
-def test_a_million_spaces_are_no_panic(made):
+def test_a_million_spaces_are_no_panic(made, capfd):
     tokenizer = TextTokenizer(made / "tokenizer")
     engine, oracle = (choose_engine(name, tokenizer, [])[0] for name in ("tiktoken", "tokenizers"))
-    texts = ["Bakı", "a" + " " * 1_000_000 + "b", "şəhər"]
+    texts = ["Bakı", "a" + " " * 1_000_000 + "b", "şəhər", " \n" * 199_999 + "c"]
     assert engine.name == "tiktoken" and differ(engine, oracle, texts) == []
+    assert capfd.readouterr().err == ""  # where its panics go
 
 
 def test_an_engine_that_is_asked_for_and_not_installed_is_named(made, monkeypatch):

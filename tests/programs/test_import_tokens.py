@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import pytest
 from conftest import CORPUS, ROOT
 
 from dilqur.documents import read
-from dilqur.foreign_tokens import TokenFile
+from dilqur.errors import InputError
+from dilqur.foreign_tokens import TokenFile, flat
 from dilqur.input_files import expand
 from dilqur.stage import read_manifest
 from dilqur.token_shards import TokenShards, checksum
@@ -169,6 +171,24 @@ def test_several_files_and_folders_are_taken_in_order(bring, tmp_path, documents
     for name, part in (("1.ds", documents[3:5]), ("2.ds", documents[5:6])):
         write_datatrove(folder / name, part)
     assert documents_of(bring(tmp_path / "b.idx", folder)) == documents[:6]
+
+
+def test_no_file_is_taken_twice_whatever_the_way_to_it(bring, tmp_path, documents):
+    (tmp_path / "m").mkdir()
+    write_megatron(tmp_path / "m" / "b.bin", documents[:3])
+    assert documents_of(bring(tmp_path / "m" / "b.bin", tmp_path / "m" / "b.idx", tmp_path / "m")) == documents[:3]
+
+
+@pytest.mark.parametrize("change", ["written to", "truncated"])
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, documents, change):
+    path = write_flat(tmp_path / "a.bin", documents)
+    file = flat(path, "uint16")
+    with pytest.raises(InputError, match=r"a\.bin: changed while it was being read; wait until it is written"):
+        for _ in file.chunks([10, file.tokens]):
+            if change == "truncated":
+                os.truncate(path, 40)
+            else:
+                path.write_bytes(path.read_bytes())
 
 
 def test_a_flat_file_can_be_split_before_bos(bring, tmp_path, documents, tokenizer):

@@ -4,13 +4,16 @@ import bz2
 import gzip
 import itertools
 import json
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
-from conftest import CORPUS
+from conftest import CORPUS, ROOT
 
 from dilqur.documents import read
 from dilqur.input_files import expand
@@ -177,9 +180,47 @@ def test_parts_of_an_input_that_has_changed_since_are_not_put_together(made, run
         file.write(json.dumps({"text": "d " * 9999}) + "\n")
     run(PROGRAM, *base, "--shard", 1)
     line = run(PROGRAM, *base, "--finish", "true", code=2).stderr
-    assert "c.jsonl is not as the parts were packed; remove" in line
+    assert (
+        f"{tmp_path}/out/parts: {source}/c.jsonl is in none of them; remove that folder, and pack the parts again"
+        in line
+    )
     done = run(PROGRAM, *base[:-2], "--overwrite_output_dir", "true")
     assert "401 documents" in done.stdout
+
+
+def test_a_file_that_lies_in_two_parts_is_not_packed_twice(made, run, tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    for name, documents in (("a", 10), ("b", 10), ("c", 30)):
+        lines = [json.dumps({"text": f"{name} {i}"}) + "\n" for i in range(documents)]
+        (source / f"{name}.jsonl").write_text("".join(lines))
+    base = ["--input", source, "--tokenizer", made / "tokenizer", "--output_dir", tmp_path / "out", "--of", 2]
+    for part in (0, 1):  # a and b, c
+        run(PROGRAM, *base, "--shard", part)
+    (source / "c.jsonl").write_text("".join(lines[:10]))  # by their sizes now: a, b and c
+    run(PROGRAM, *base, "--shard", 1)
+    assert "b.jsonl is in 2 of them" in run(PROGRAM, *base, "--finish", "true", code=2).stderr
+
+
+def test_more_files_than_a_part_was_packed_from_are_said_to_be(made, run, tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "a.jsonl").write_text("".join(json.dumps({"text": f"sənəd {i} " * 20}) + "\n" for i in range(300)))
+    (source / "b.jsonl").write_text("broken\n")
+    base = [
+        "--input",
+        source,
+        "--tokenizer",
+        made / "tokenizer",
+        "--output_dir",
+        tmp_path / "out",
+        "--shard_tokens",
+        5000,
+    ]
+    run(PROGRAM, *base, "--of", 1, "--shard", 0, code=2)
+    (source / "c.jsonl").write_text('{"text": "c"}\n')
+    line = run(PROGRAM, *base, "--of", 1, "--shard", 0, code=2).stderr
+    assert "00000-of-00001: was packed from another list of files; remove" in line
 
 
 def test_a_shard_that_has_gone_since_the_kill_is_packed_again(made, run, tmp_path):
@@ -203,16 +244,22 @@ def test_ids_of_documents_are_kept_beside_them(made, run, tmp_path):
         {"text": "iki", "key": 2},
         {"text": "üç"},
         {"text": "dörd", "key": "a\nb"},
+        {"text": "beş", "key": 5.5},
+        {"text": "altı", "key": 2**64 - 1},
+        {"text": "yeddi", "key": 2**70},
     ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     flags = ["--input", tmp_path / "a.jsonl", "--tokenizer", made / "tokenizer", "--id_field", "key"]
     line = run(PROGRAM, *flags, "--output_dir", tmp_path / "out", code=2).stderr
-    assert f"{tmp_path}/a.jsonl:3: the id 'key' is 'None', not text or a number; see --id_field" in line
+    assert (
+        f"{tmp_path}/a.jsonl:3: the id 'key' is 'None', not text or a number that keeps its digits; see --id_field"
+        in line
+    )
     run(PROGRAM, *flags, "--output_dir", tmp_path / "out", "--on_error", "skip")
     kept = [json.loads(line) for line in (tmp_path / "out" / "ids-00000.jsonl").read_text().splitlines()]
-    assert kept == ["wiki/1", 2, "a\nb"]
+    assert kept == ["wiki/1", 2, "a\nb", 5.5, 2**64 - 1]
     manifest = read_manifest(tmp_path / "out")
-    assert (manifest["records"], manifest["documents"], manifest["bad_records"]) == (4, 3, 1)
+    assert (manifest["records"], manifest["documents"], manifest["bad_records"]) == (7, 5, 2)
 
 
 def test_a_packing_that_was_stopped_is_not_gone_on_with_under_other_settings(made, run, tmp_path):
@@ -245,6 +292,61 @@ def test_an_input_that_changed_since_the_kill_is_packed_again(made, run, tmp_pat
     for folder in ("out", "fresh"):
         run(PROGRAM, *flags, tmp_path / folder)
     assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "fresh")
+
+
+def test_an_input_that_changes_while_it_is_packed_leaves_nothing_of_what_it_was(made, run, tmp_path):
+    source, out = tmp_path / "a.jsonl", tmp_path / "out"
+    old, new = (
+        "".join(json.dumps({"text": f"{word} {i} " * 20}) + "\n" for i in range(20_000)) for word in ("old", "new")
+    )
+    source.write_text(old)
+    flags = ["--input", source, "--tokenizer", made / "tokenizer", "--engine", "tokenizers", "--num_proc", 1]
+    flags = [*map(str, flags), "--shard_tokens", "20000", "--output_dir"]
+    command = [sys.executable, ROOT / PROGRAM, *flags, out]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not (out / ".resume.json").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    with source.open("r+") as file:  # in place, and each line as long as it was: every record is whole
+        file.write(new)
+    assert "changed while it was being read; wait until it is written, and start again" in process.communicate()[1]
+    assert process.returncode == 2
+    for folder in (out, tmp_path / "fresh"):
+        run(PROGRAM, *flags, folder)
+    assert shard_bytes(out) == shard_bytes(tmp_path / "fresh")
+
+
+def test_shards_that_another_run_has_left_do_not_stay(pack, tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in ("tokens-00007.npy", "offsets-00007.npy", "ids-00000.jsonl", "notes.txt"):
+        (tmp_path / "out" / name).touch()
+    pack(texts=["salam"])
+    names = sorted(p.name for p in (tmp_path / "out").iterdir() if not p.name.startswith("."))
+    assert names == ["manifest.json", "notes.txt", "offsets-00000.npy", "tokens-00000.npy"]
+
+
+def test_what_was_named_twice_is_packed_once_and_not_new_the_second_time(run, made, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text('{"text": "salam"}\n')
+    (tmp_path / "again").symlink_to(tmp_path / "in")
+    flags = ["--input", tmp_path / "again" / "a.jsonl", tmp_path / "in", "--tokenizer", made / "tokenizer"]
+    assert "1 documents" in run(PROGRAM, *flags, "--output_dir", tmp_path / "out").stdout
+    assert "nothing to do" in run(PROGRAM, *flags, "--output_dir", tmp_path / "out").stdout
+
+
+def test_documents_without_a_token_are_nothing_to_pack(run, made, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
+    flags = ["--input", tmp_path / "a.jsonl", "--tokenizer", made / "tokenizer", "--output_dir", tmp_path / "out"]
+    done = run(PROGRAM, *flags, "--add_bos", "false", "--add_eos", "false", code=2)
+    assert "no text in its documents: nothing to pack" in done.stderr
+
+
+def test_what_a_folder_holds_besides_is_said(run, made, tmp_path):
+    for name in ("a.jsonl", "b.jsonl.xz"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_text('{"text": "salam"}\n')
+    done = run(PROGRAM, "--input", tmp_path / "in", "--tokenizer", made / "tokenizer", "--output_dir", tmp_path / "out")
+    assert f"a file of another kind is left out: {tmp_path}/in/b.jsonl.xz" in done.stderr
 
 
 def test_words_kept_whole_are_those_that_offsets_show(made, tokenizer, texts):
