@@ -13,7 +13,7 @@ quickstart: $(VENV)/installed
 	slurm/pipeline.sh quickstart --local
 
 test: $(VENV)/installed-dev
-	pytest
+	pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed-dev
 	ruff check .

@@ -19,6 +19,11 @@ TINY_LLAMA = (
 )
 
 
+def pytest_collection_modifyitems(items):
+    """The whole quickstart takes longest: where test files run side by side, nobody should wait for it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_quickstart.py")
+
+
 def run_program(program, *arguments, code=0, cwd=ROOT, prefix=(), **environment):
     """Run `program` (a path from the root) and return the CompletedProcess; fails unless it exits with `code`.
     prefix: what runs it, such as `env` or `setpriv` with their flags."""
