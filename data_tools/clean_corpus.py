@@ -186,7 +186,7 @@ class BlockFilter:
     def prepare(self):
         """Build the tables that the filters keep, once, before there are worker processes that would each build theirs."""
         for filter_ in self.filters:
-            filter_.apply("ə 1. " * 20)
+            filter_.prepare()
         signatures(["ə 1."])
 
     def __call__(self, numbered):
@@ -209,9 +209,8 @@ class BlockFilter:
             name = f"{Path(file.path).name}:{document.line}" if own is None else own
             if reason:
                 counts[reason] += 1
-                if len(examples[reason]) < EXAMPLES:  # what was to be kept from others is not shown in a report either
-                    shown = "" if reason.startswith(("pii_", "blocked_")) else text[:200]
-                    examples[reason].append((document.where, shown))
+                if len(examples[reason]) < EXAMPLES:
+                    examples[reason].append((document.where, filter_.excerpt(text, reason)))
                 if settings.write_dropped:
                     dropped.append(as_line({"reason": reason, "id": name, "text": text}))
                 continue

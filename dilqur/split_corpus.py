@@ -13,6 +13,7 @@ import zstandard
 
 from dilqur.atomic import atomic_file
 from dilqur.corpus_report import EXAMPLES, length_bins
+from dilqur.document_filter import EXCERPT
 from dilqur.errors import InputError
 from dilqur.input_files import blocks
 from dilqur.near_duplicates import cluster
@@ -72,7 +73,7 @@ class BlockWriter:
         for verdict in DROPPED:
             for index in np.flatnonzero(verdicts == verdict)[:EXAMPLES]:
                 record = orjson.loads(lines[index])
-                examples.setdefault(VERDICTS[verdict], []).append((str(record["id"]), record["text"][:200]))
+                examples.setdefault(VERDICTS[verdict], []).append((str(record["id"]), record["text"][:EXCERPT]))
         parts = {}
         for split in (TRAIN, VALIDATION):
             if chosen := [lines[index] for index in np.flatnonzero(verdicts == split)]:
