@@ -6,7 +6,8 @@
 First every document by itself (dilqur/document_filter.py has the steps, --help their settings), then all of them together:
 exact copies, near copies (MinHash) and, if asked, documents of the same id are dropped but for the first one. What is left
 goes to OUTPUT_DIR/train/FILE.jsonl.zst, and the share `validation_fraction`, chosen by a hash of the text of the first
-document of each cluster of near copies, to OUTPUT_DIR/validation/FILE.jsonl.zst; FILE is the input file's name.
+document of each cluster of near copies, to OUTPUT_DIR/validation/FILE.jsonl.zst; FILE is the input file's name. Near copies
+are held out together also where they are not dropped.
 
 A recipe may have `sources`, each with settings of its own; their files go to train/NAME/ and validation/NAME/:
 
@@ -25,9 +26,14 @@ report.md and report.json say what was kept, why the rest was not, with examples
 """
 
 import collections
+import contextlib
 import copy
+import decimal
 import fcntl
+import functools
 import json
+import math
+import os
 import re
 import shutil
 import sys
@@ -48,13 +54,13 @@ from dilqur.corpus_report import EXAMPLES, length_bins, write_report
 from dilqur.document_filter import DocumentFilter, FilterSettings
 from dilqur.documents import ReadingSettings, Skipped, documents
 from dilqur.errors import InputError, program
-from dilqur.input_files import COMPRESSIONS, FORMATS, blocks, expand, warn_of_left_out
+from dilqur.input_files import COMPRESSIONS, FORMATS, blocks, expand, identity_of, warn_of_left_out
 from dilqur.near_duplicates import signatures
 from dilqur.npy_stream import npy_stream
 from dilqur.parallel import ParallelSettings, cores, ordered_map, part_of
 from dilqur.progress import Progress
 from dilqur.recipe import parse, to_dict
-from dilqur.split_corpus import DOCUMENT, frame_of, judge, write_files
+from dilqur.split_corpus import DOCUMENT, clusters_wanted, frame_of, judge, write_files
 from dilqur.stage import Documents, Stage, StageSettings, file_identity
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -75,7 +81,9 @@ class CleanSettings(StageSettings, ReadingSettings, FilterSettings, ParallelSett
     sources: list[Source] | None = field(
         default=None, metadata={"help": "instead: {name, input, license, and any of the keys of reading and filtering}"}
     )
-    id_field: str = field(default="id", metadata={"help": "key of a document's id; without one it gets FILE:LINE"})
+    id_field: str = field(
+        default="id", metadata={"help": "key of a document's id, text or number; without one it gets SOURCE/FILE:LINE"}
+    )
     url_field: str = field(default="url", metadata={"help": "key of its address, for blocked_urls"})
     unique_ids: bool = field(default=False, metadata={"help": "drop a document whose id came before"})
     near_duplicate_threshold: Annotated[float, Field(ge=0.3, le=1)] | None = field(
@@ -86,7 +94,7 @@ class CleanSettings(StageSettings, ReadingSettings, FilterSettings, ParallelSett
         default=4.0, metadata={"help": "memory the search for copies may take"}
     )
     validation_fraction: Share = field(
-        default=0.0, metadata={"help": "share of the documents held out, by hash of text"}
+        default=0.0, metadata={"help": "share of the documents held out, by hash of text; near copies together"}
     )
     write_dropped: bool = field(
         default=False, metadata={"help": "write what is dropped, with the reason, to dropped/FILE.jsonl.zst"}
@@ -95,7 +103,8 @@ class CleanSettings(StageSettings, ReadingSettings, FilterSettings, ParallelSett
 
 
 RESULTS = ("train", "validation", "dropped", "report.json", "report.md", "lengths.png")
-VERSION = 1  # of what lies in .work: a file that another version has filtered is filtered again
+LONGEST_NAME = 255  # bytes of a file's name, on the file systems of Linux
+VERSION = 2  # of what lies in .work: a file that another version has filtered is filtered again
 
 
 @dataclass
@@ -135,16 +144,22 @@ def list_files(settings, work):
         for key, value in stated.items():
             setattr(source, key, value)
         source.license = stated.get("license")
-        if "/" in source.name or source.name.startswith(".") or source.name in (s.name for s in sources):
-            raise InputError(f"sources: the name {source.name!r} must be a plain folder name, and there only once")
+        plain = not settings.sources or re.fullmatch(r"\w[\w.-]{0,99}", source.name)
+        if not plain or source.name in (s.name for s in sources):
+            raise InputError(
+                f"sources: the name {source.name!r} must be a plain folder name (letters, digits, _ . -), and there only once"
+            )
         if not stated["input"]:
             raise InputError(f"sources: {source.name}: its input is an empty list")
         for path in expand(stated["input"]):
-            if path in taken:
+            real = os.path.realpath(path)  # a link to a file is that file
+            if real in taken:
+                other, owner = taken[real]
+                same = "" if other == path else f", which is {other},"
                 raise InputError(
-                    f"sources: {path} is in {taken[path]} and in {source.name}; take it out of one of them"
+                    f"sources: {path}{same} is in {owner} and in {source.name}; take it out of one of them"
                 )
-            taken[path] = source.name
+            taken[real] = path, source.name
             name = Path(path).name
             for suffix in (*COMPRESSIONS, *FORMATS):
                 name = re.sub(f"{re.escape(suffix)}$", "", name, flags=re.IGNORECASE)
@@ -152,6 +167,10 @@ def list_files(settings, work):
             while output in outputs:
                 output, n = str(Path(source.name) / f"{name}-{n + 1}"), n + 1
             outputs.add(output)
+            if len(f".{Path(output).name}.jsonl.zst.part".encode()) > LONGEST_NAME:
+                raise InputError(
+                    f"{path}: too long a name: that of its result would have over {LONGEST_NAME} bytes; shorten it"
+                )
             files.append(File(len(files), path, len(sources), output, work / xxhash.xxh3_64_hexdigest(path.encode())))
         sources.append(source)
     return sources, files
@@ -186,7 +205,7 @@ class BlockFilter:
     def prepare(self):
         """Build the tables that the filters keep, once, before there are worker processes that would each build theirs."""
         for filter_ in self.filters:
-            filter_.apply("ə 1. " * 20)
+            filter_.prepare()
         signatures(["ə 1."])
 
     def __call__(self, numbered):
@@ -198,20 +217,19 @@ class BlockFilter:
         counts, examples, bad = collections.Counter(), collections.defaultdict(list), []
         lines, texts, ids, lengths, dropped = [], [], [], [], []
         on_error = bad.append if source.on_error == "skip" else None
+        raw_lines = functools.cache(lambda: block.data.split(b"\n"))
         for document in documents(block, source.text_field, source.sample_by, on_error):
             record = document.record
             text, reason, done = filter_.apply(document.text, record.get(settings.url_field))
             counts["read"] += 1
             counts.update({f"done_{name}": n for name, n in done.items()})
             lengths.append(len(text))
-            own = record.get(settings.id_field)
-            own = own if isinstance(own, str | int) else None
-            name = f"{Path(file.path).name}:{document.line}" if own is None else own
+            name = own_id(record, settings.id_field, raw_lines, document.line - block.line)
+            name = f"{file.output}:{document.line}" if name is None else name
             if reason:
                 counts[reason] += 1
-                if len(examples[reason]) < EXAMPLES:  # what was to be kept from others is not shown in a report either
-                    shown = "" if reason.startswith(("pii_", "blocked_")) else text[:200]
-                    examples[reason].append((document.where, shown))
+                if len(examples[reason]) < EXAMPLES:
+                    examples[reason].append((document.where, filter_.excerpt(text, reason)))
                 if settings.write_dropped:
                     dropped.append(as_line({"reason": reason, "id": name, "text": text}))
                 continue
@@ -224,8 +242,11 @@ class BlockFilter:
             }
             lines.append(as_line({key: value for key, value in kept.items() if value is not None}))
             texts.append(text)
-            ids.append(xxhash.xxh3_64_intdigest((document.where if own is None else str(own)).encode()))
-        counts["bad_record"] += len(bad)
+            ids.append(xxhash.xxh3_64_intdigest(str(name).encode()))
+        counts.update({"read": len(bad), "bad_record": len(bad)})
+        for message in bad[:EXAMPLES]:
+            where, _, what = message.partition(": ")
+            examples["bad_record"].append((where, what.partition("; --on_error")[0]))
         about = np.empty(len(texts), DOCUMENT)
         about["bytes"], about["chars"], about["id"] = [len(t.encode()) for t in texts], list(map(len, texts)), ids
         return FilteredBlock(
@@ -233,7 +254,7 @@ class BlockFilter:
             frame=frame_of(lines),
             dropped=frame_of(dropped),
             about=about,
-            signatures=signatures(texts, near=settings.near_duplicate_threshold is not None),
+            signatures=signatures(texts, near=clusters_wanted(settings)),
             counts=counts,
             examples=dict(examples),
             read=length_bins(lengths),
@@ -241,10 +262,13 @@ class BlockFilter:
         )
 
 
-def filter_files(files, block_filter, spec, num_proc):
-    """Filter those of `files` that are not done: FILE.work/documents.jsonl.zst, signatures.npy, about.npy, filtered.json."""
-    left = [file for file in files if not is_done(file, spec)]
-    before = np.cumsum([0, *(Path(file.path).stat().st_size for file in left)]).tolist()
+def filter_files(files, block_filter, specs, num_proc):
+    """Filter those of `files` that are not done: FILE.work/documents.jsonl.zst, signatures.npy, about.npy, filtered.json.
+
+    specs: of all files, as `specs_of` returns them.
+    """
+    left = [file for file in files if not is_done(file, specs)]
+    before = np.cumsum([0, *(identity_of(file.path)["bytes"] for file in left)]).tolist()
     at = {file.number: index for index, file in enumerate(left)}
     settings, sources = block_filter.settings, block_filter.sources
     progress, skipped = Progress("filter", before[-1]), Skipped()
@@ -287,7 +311,7 @@ def filter_files(files, block_filter, spec, num_proc):
         write_json(
             file.done,
             {
-                "spec": spec,
+                "spec": specs[file.number],
                 "counts": counts,
                 "examples": examples,
                 "read": read.tolist(),
@@ -299,6 +323,22 @@ def filter_files(files, block_filter, spec, num_proc):
     progress.close()
 
 
+def own_id(record, key, raw_lines, index):
+    """The id that a record came with, a text or a number; None if it has none.
+
+    raw_lines: a function that returns the lines of JSON, of which the record's is number `index`: orjson makes a float of an
+    integer of over 64 bits, and its last digits are in the line alone.
+    """
+    value = record.get(key)
+    if isinstance(value, float) and abs(value) >= 2**63:
+        # parquet has no lines; a number may have more digits than Python reads, and a record be nested too deeply for it
+        with contextlib.suppress(AttributeError, ValueError, RecursionError):
+            value = json.loads(raw_lines()[index])[key]
+    if isinstance(value, float) and not math.isfinite(value):  # NaN: what pandas writes where there is none
+        return None
+    return value if isinstance(value, str | int | float | decimal.Decimal) and not isinstance(value, bool) else None
+
+
 def as_line(record):
     """`record` as a line of JSON."""
     try:
@@ -307,15 +347,14 @@ def as_line(record):
         return json.dumps(record, ensure_ascii=False, default=str).encode("utf-8")
 
 
-def is_done(file, spec):
+def is_done(file, specs):
     """Were this file's documents filtered as they would be now?"""
     try:
         done = orjson.loads(file.done.read_bytes())
     except (FileNotFoundError, orjson.JSONDecodeError):
         return False
-    stat = Path(file.path).stat()
-    same = (done["identity"]["bytes"], done["identity"]["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns)
-    return same and done["spec"] == spec and done["path"] == file.path
+    same = done["identity"].items() >= identity_of(file.path).items()
+    return same and done["spec"] == specs[file.number] and done["path"] == file.path
 
 
 # -- the program ------------------------------------------------------------------------------------------------------
@@ -332,32 +371,34 @@ def main():
     block_filter = BlockFilter(settings, sources, files)
     if settings.check:
         return print(f"{stage.name}: ok")
-    if settings.overwrite_output_dir and not settings.finish:
-        shutil.rmtree(work, ignore_errors=True)
+    if settings.overwrite_output_dir:
+        refuse_running(stage.folder)
     there = [name for name in RESULTS if (stage.folder / name).exists()]
     if there and not work.exists() and not (stage.folder / "manifest.json").exists():
         raise InputError(f"{stage.folder}: holds {there[0]}, which is not of this program; choose another --output_dir")
     stage.open(None if settings.shard is None else f".work/part-{settings.shard:05d}")
+    if settings.overwrite_output_dir:  # not before the folder is ours
+        shutil.rmtree(work, ignore_errors=True)
     warn_of_left_out(stage.name, [path for source in sources for path in source.input])
     if too_short := sum(filter_.benchmark_items_too_short for filter_ in block_filter.filters):
         print(f"{stage.name}: {too_short:,} texts of the benchmarks are too short to be looked for", file=sys.stderr)
 
-    started, num_proc, spec = time.perf_counter(), settings.num_proc or cores(), spec_of(settings, sources)
+    started, num_proc, specs = time.perf_counter(), settings.num_proc or cores(), specs_of(sources, files)
     if settings.shard is not None:
         chosen = set(part_of([file.path for file in files], settings.shard, settings.of))
         mine = [file for file in files if file.path in chosen]
-        filter_files(mine, block_filter, spec, num_proc)
+        filter_files(mine, block_filter, specs, num_proc)
         return print(f"{stage.name}: part {settings.shard} of {settings.of}: {len(mine)} files; then --finish true")
     if settings.finish:
-        if missing := [file.path for file in files if not is_done(file, spec)]:
+        if missing := [file.path for file in files if not is_done(file, specs)]:
             raise InputError(
                 f"{stage.folder}: {len(missing)} files are not done in any part, the first is {missing[0]}"
             )
     else:
-        filter_files(files, block_filter, spec, num_proc)
+        filter_files(files, block_filter, specs, num_proc)
 
     filtered = [orjson.loads(file.done.read_bytes()) for file in files]
-    if not any(f["counts"].get("read") for f in filtered):
+    if not any(f["counts"].get("read", 0) > f["counts"].get("bad_record", 0) for f in filtered):
         shutil.rmtree(work)
         inputs = [path for source in sources for path in source.input]
         raise InputError(f"{' '.join(inputs)}: no document in there: nothing to clean")
@@ -369,6 +410,11 @@ def main():
     counts = report["counts"]
     if not counts["kept_train"]:
         shutil.rmtree(work)
+        if held_out := counts["kept_validation"]:
+            raise InputError(
+                f"all {held_out} documents that are left are held out, none is for training; lower validation_fraction "
+                f"({settings.validation_fraction:g})"
+            )
         reasons = ", ".join(f"{name} {n:,}" for name, n in report["dropped"].items())
         raise InputError(f"no document of {counts['read']:,} is left ({reasons}): loosen a filter")
     write_report(report, whole)
@@ -390,18 +436,39 @@ def main():
     return None
 
 
-def spec_of(settings, sources):
-    """Hash of all that decides what the filters make of a file: settings, and what is in the files that they name."""
-    values = {k: v for k, v in to_dict(settings).items() if k not in (*settings.harmless, "input")}
-    values["sources"] = [{k: v for k, v in source.items() if k != "input"} for source in values["sources"] or []]
-    named = set()
+def refuse_running(folder):
+    """InputError where another process is at work on a file or a part in `folder`: its work would be removed under it."""
+    for lock in [folder / ".lock", *sorted((folder / ".work").rglob("*.lock"))]:
+        if not lock.exists():
+            continue
+        with lock.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = file.read().strip() or "another process"
+                raise InputError(
+                    f"{folder}: {owner} is at work in it ({lock.relative_to(folder)}); wait for it, or end it, before "
+                    "--overwrite_output_dir"
+                ) from None
+            except OSError:  # a file system without locks: as in Stage.open
+                pass
+
+
+def specs_of(sources, files):
+    """A hash for each file, of all that decides what the filters make of it: its source's settings and name, what is in the
+    files that these name, and its own name. Of a source that changes only its own files are filtered again."""
+    of_sources = []
     for s in sources:
-        named.update(expand([*(s.boilerplate_files or []), *(s.benchmarks or [])]))
-        named.update(
-            [*(s.blocked_urls or []), *(s.blocked_hashes or []), *([s.language_model] if s.language_model else [])]
-        )
-    contents = [file_identity(Path(file))["xxh3"] for file in sorted(named)]
-    return xxhash.xxh3_64_hexdigest(orjson.dumps([VERSION, values, contents]))
+        values = {k: v for k, v in to_dict(s).items() if k not in (*s.harmless, "input", "sources")}
+        named = {
+            *expand([*(s.boilerplate_files or []), *(s.benchmarks or [])]),
+            *(s.blocked_urls or []),
+            *(s.blocked_hashes or []),
+            *([s.language_model] if s.language_model else []),
+        }
+        contents = [file_identity(Path(file))["xxh3"] for file in sorted(named)]
+        of_sources.append([VERSION, values, s.name, s.license, contents])
+    return [xxhash.xxh3_64_hexdigest(orjson.dumps([*of_sources[file.source], file.output])) for file in files]
 
 
 def collect(sources, files, filtered, written):
@@ -427,7 +494,7 @@ def collect(sources, files, filtered, written):
     }
     report["dropped"] = reasons
     report["done"] = {key.removeprefix("done_"): n for key, n in sorted(total.items()) if key.startswith("done_")}
-    lost = total["read"] - total["kept_train"] - total["kept_validation"] - sum(reasons.values()) + total["bad_record"]
+    lost = total["read"] - total["kept_train"] - total["kept_validation"] - sum(reasons.values())
     if lost:
         raise AssertionError(f"{lost} of {total['read']} documents are neither kept nor dropped for a reason")
     return report

@@ -11,6 +11,7 @@ import numpy as np
 
 from dilqur.documents import read, read_jsonl
 from dilqur.errors import InputError
+from dilqur.normalise import normalise
 from dilqur.word_hashes import ngram_hashes, word_hashes
 
 SHORTEST = 5  # words; fewer are too common for their coming together to say anything
@@ -19,8 +20,9 @@ SHORTEST = 5  # words; fewer are too common for their coming together to say any
 class NgramIndex:
     """The n-grams of some benchmark texts, 64 bits each: to be built once, and searched in forked processes.
 
-    items: (name, text) pairs. An item of fewer than n words is looked for as a whole; one of fewer than five words is
-    left out and counted in `too_short`. `names` are those of the items that are looked for.
+    items: (name, text) pairs, the texts normalised as the documents are. An item of fewer than n words is looked for as
+    a whole; one of fewer than five words is left out and counted in `too_short`. `names` are those of the items that are
+    looked for.
     """
 
     def __init__(self, items, n=13):
@@ -46,10 +48,11 @@ class NgramIndex:
         self._beginnings = _SortedSet(np.array(list(self._short), np.uint64), np.zeros(len(self._short), np.int32))
 
     @classmethod
-    def from_files(cls, files, n=13, fields=None):
+    def from_files(cls, files, n=13, normaliser=normalise):
         """From .jsonl and .txt files, also .gz and .zst. Every line of a .txt is an item, and every string in a JSON
-        object, however deep; fields: only those under these keys. Raises InputError for what is not there or empty."""
-        index = cls(_items(files, fields), n)
+        object, however deep. normaliser: what the documents have gone through; a quotation is verbatim only if the items
+        have, too. Raises InputError for what is not there or empty."""
+        index = cls(((name, normaliser(text)) for name, text in _items(files)), n)
         if files and not index.names:
             raise InputError(f"{', '.join(map(str, files))}: no text of {SHORTEST} words to look for in there")
         return index
@@ -90,7 +93,7 @@ class _SortedSet:
         return likely[found], self._numbers[places[found]]
 
 
-def _items(files, fields):
+def _items(files):
     """(name, text) of every item in the files: the name is FILE:LINE, and the key where there are several."""
     for file in map(str, files):
         if not Path(file).is_file():
@@ -100,9 +103,7 @@ def _items(files, fields):
             yield from ((document.where, document.text) for document in read([file], sample_by="line"))
         elif suffixes & {".jsonl", ".json"}:
             for line, record in read_jsonl(file):
-                for key, text in _strings(record, ""):
-                    if fields is None or key.partition(".")[0] in fields:
-                        yield f"{file}:{line} {key}", text
+                yield from ((f"{file}:{line} {key}", text) for key, text in _strings(record, ""))
         else:
             raise InputError(f"{file}: benchmarks are .jsonl or .txt files, also .gz and .zst")
 

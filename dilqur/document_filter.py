@@ -1,12 +1,13 @@
 """What happens to one document: repaired, then kept or dropped for a reason. The steps are always in this order, cheap ones first.
 
-    blocked address → normalisation → boilerplate lines out → length → characters and script → lines and repetition → language
-    → blocked text → benchmark quotations → personal data
+    blocked address or text as it was read → normalisation → boilerplate lines out → blocked text as it is now → length →
+    characters and script → lines and repetition → language → benchmark quotations → personal data → blocked text with masks
 
 Lengths and repetition have limits by default; every other step happens if its setting is given. Thresholds named after a paper
 are that paper's (see dilqur/text_quality.py).
 """
 
+import functools
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -31,6 +32,8 @@ from dilqur.text_quality import (
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 
+EXCERPT = 200  # characters of a document that a report shows
+
 
 @dataclass(kw_only=True)
 class FilterSettings:
@@ -42,10 +45,13 @@ class FilterSettings:
         default=None, metadata={"help": "regular expressions; lines they touch are taken out"}
     )
     boilerplate_files: list[Documents] | None = field(
-        default=None, metadata={"help": ".txt files of lines to take out"}
+        default=None, metadata={"help": ".txt files of lines to take out; files, folders or globs"}
     )
     min_chars: Positive = field(default=50, metadata={"help": "shortest document kept"})
-    max_chars: Positive = field(default=1_000_000, metadata={"help": "longest document kept"})
+    max_chars: Positive = field(
+        default=1_000_000,
+        metadata={"help": "longest document kept; twice as long it goes before its boilerplate lines"},
+    )
     min_letter_share: Share = field(default=0.0, metadata={"help": "least share of letters among visible characters"})
     max_digit_share: Share = field(default=1.0, metadata={"help": "most digits"})
     max_symbol_share: Share = field(default=1.0, metadata={"help": "most symbols (currency, arrows, emoji)"})
@@ -106,10 +112,12 @@ class DocumentFilter:
         self.settings = s = settings
         if s.min_chars > s.max_chars:
             raise InputError(f"min_chars {s.min_chars} is more than max_chars {s.max_chars}: nothing could be kept")
-        self._replace = checked_replacements(s.replace or {})
+        replace = checked_replacements(s.replace or {})
+        self._normalise = functools.partial(normalise, dotted_i=s.dotted_i, replace=replace)
         self._boilerplate = None
         if s.boilerplate_patterns or s.boilerplate_files:
-            self._boilerplate = BoilerplateLines(s.boilerplate_patterns or (), s.boilerplate_files or ())
+            files = expand(s.boilerplate_files or ())
+            self._boilerplate = BoilerplateLines(s.boilerplate_patterns or (), files, normaliser=self._normalise)
         counted = (s.min_letter_share, 1 - s.max_digit_share, 1 - s.max_symbol_share, 1 - s.max_upper_case_share)
         words = (s.min_alphabetic_word_share, s.min_mean_word_length, s.max_mean_word_length < 1000, s.script)
         self._characters = CharacterCounter(s.script) if any((*counted, *words)) else None
@@ -124,24 +132,46 @@ class DocumentFilter:
         self._blocklist = Blocklist(s.blocked_urls or (), s.blocked_hashes or ())
         self._benchmarks = None
         if s.benchmarks:
-            self._benchmarks = NgramIndex.from_files(expand(s.benchmarks), s.benchmark_words)
+            self._benchmarks = NgramIndex.from_files(expand(s.benchmarks), s.benchmark_words, self._normalise)
         self.benchmark_items_too_short = self._benchmarks.too_short if self._benchmarks else 0
         self._pii = PiiFilter(s.pii, s.pii_patterns, s.pii_region) if s.pii else None
         if s.pii_patterns and not s.pii:
             raise InputError(
                 "pii_patterns: nothing is said to be done with them; give pii: {name: mask, drop or count}"
             )
+        hidden = {kind: "mask" for kind, action in (s.pii or {}).items() if action != "count"}
+        patterns = {name: pattern for name, pattern in (s.pii_patterns or {}).items() if name in hidden}
+        self._pii_of_excerpts = PiiFilter(hidden, patterns, s.pii_region) if hidden else None
+
+    def prepare(self):
+        """Build the tables that the steps keep: what is forked from this process has them then. No step may leave out the
+        next one here, as a threshold could."""
+        probe = "ə 1. " * 20
+        repeated_ngram_share(probe)
+        line_shares(probe)
+        if self._identifier:
+            self._identifier.identify(probe)
+        if self._benchmarks:
+            self._benchmarks.match(probe)
+        for pii in filter(None, (self._pii, self._pii_of_excerpts)):
+            pii.apply(probe)
 
     def apply(self, raw, url=None):
         """(text, reason or None, {what was done to it: how often}). reason None: keep `text`."""
         s, done = self.settings, {}
-        if reason := self._blocklist.reason(url, "", ""):
+        if reason := self._blocklist.reason(url, raw, raw):
             return raw, reason, done
-        text = normalise(raw, s.dotted_i, self._replace)
+        text = self._normalise(raw)
+        if (
+            len(text) > 2 * s.max_chars
+        ):  # more than half of it would have to be boilerplate, and patterns would look for long
+            return text, "too_long", done
         if self._boilerplate:
             text, lines = self._boilerplate.apply(text)
             if lines:
                 done["boilerplate_lines"] = lines
+        if reason := self._blocklist.reason(None, text, text):
+            return text, reason, done
         if len(text) < s.min_chars:
             return text, "too_short", done
         if len(text) > s.max_chars:
@@ -158,8 +188,6 @@ class DocumentFilter:
             code, probability = self._identifier.identify(text)
             if code != s.language or probability < s.min_language_probability:
                 return text, "other_language", done
-        if reason := self._blocklist.reason(None, raw, text):
-            return text, reason, done
         if self._benchmarks and self._benchmarks.match(text):
             return text, "benchmark", done
         if self._pii:
@@ -170,6 +198,15 @@ class DocumentFilter:
             if reason := self._blocklist.reason(None, text, text):  # as it would stand in train/
                 return text, reason, done
         return text, None, done
+
+    def excerpt(self, text, reason):
+        """The beginning of a document that was dropped for `reason`, as others may see it: nothing of what was to be kept
+        from them, and the kinds of personal data that are masked or dropped masked, though the document never got so far."""
+        if reason.startswith(("pii_", "blocked_")):
+            return ""
+        if self._pii_of_excerpts:
+            text, _, _ = self._pii_of_excerpts.apply(text[: 10 * EXCERPT])  # whole data, also where the excerpt ends
+        return text[:EXCERPT]
 
     def _wrong_characters(self, shares):
         s = self.settings

@@ -18,16 +18,13 @@ class LanguageIdentifier:
     """Says which language a text is in; raises InputError for a model that is none, or labels that it lacks.
 
     model: None, or a file: py3langid's (.xz, .plzma: arrays, no pickle) or fastText's (.bin, .ftz), such as lid.176 or
-    GlotLID, which needs the package `fasttext`. candidates: the labels to choose among; None: all. characters: how many
-    of each text are looked at.
+    GlotLID, which needs the package `fasttext`. characters: how many of each text are looked at.
     """
 
-    def __init__(self, model=None, candidates=None, characters=CHARACTERS):
+    def __init__(self, model=None, characters=CHARACTERS):
         self._characters = characters
-        if model and Path(model).suffix in (".bin", ".ftz"):
-            self.labels, self._classify = _fasttext(model, candidates)
-        else:
-            self.labels, self._classify = _py3langid(model, candidates)
+        load = _fasttext if model and Path(model).suffix in (".bin", ".ftz") else _py3langid
+        self.labels, self._classify = load(model)
 
     def identify(self, text):
         """(code, probability) of the likeliest language; ("und", 0.0) for a text without letters."""
@@ -59,7 +56,7 @@ def _inner(text):
     return text.partition(" ")[2].rpartition(" ")[0] or text
 
 
-def _py3langid(model, candidates):
+def _py3langid(model):
     from py3langid.langid import MODEL_FILE
     from py3langid.langid import LanguageIdentifier as Identifier
 
@@ -70,13 +67,10 @@ def _py3langid(model, candidates):
             f"{model}: no model to identify languages with ({_one_line(problem)}); give one of py3langid, "
             "or a .bin or .ftz of fastText"
         ) from None
-    if candidates:
-        _among(candidates, identifier.labels)
-        identifier.set_languages(candidates)
     return frozenset(identifier.labels), identifier.classify
 
 
-def _fasttext(model, candidates):
+def _fasttext(model):
     if not Path(model).is_file():
         raise InputError(f"{model}: no such file; no model is ever fetched")
     try:
@@ -88,27 +82,15 @@ def _fasttext(model, candidates):
         labels = {label.removeprefix(_PREFIX) for _, label in predict("a\n", -1, 0.0, "replace")}
     except (ValueError, RuntimeError, MemoryError) as problem:
         raise InputError(f"{model}: no model of fastText that knows languages ({_one_line(problem)})") from None
-    chosen = _among(candidates, labels) if candidates else None
 
     def classify(text):
-        found = predict(text.replace("\n", " ") + "\n", -1 if chosen else 1, 0.0, "replace")
-        found = [(label.removeprefix(_PREFIX), min(1.0, p)) for p, label in found]
-        if chosen:
-            found = [(label, p) for label, p in found if label in chosen]
-            total = sum(p for _, p in found)
-            found = [(label, p / total) for label, p in found] if total else []
-        return found[0] if found else ("und", 0.0)
+        found = predict(text.replace("\n", " ") + "\n", 1, 0.0, "replace")
+        return next(((label.removeprefix(_PREFIX), min(1.0, p)) for p, label in found), ("und", 0.0))
 
-    return chosen or frozenset(labels), classify
+    return frozenset(labels), classify
 
 
 _PREFIX = "__label__"
-
-
-def _among(candidates, labels):
-    if unknown := set(candidates) - set(labels):
-        raise InputError(f"language candidates: {', '.join(sorted(unknown))}: not among the identifier's {len(labels)}")
-    return frozenset(candidates)
 
 
 def _one_line(problem):

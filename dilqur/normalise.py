@@ -24,6 +24,11 @@ _SPACE_AT_LINE_END = re.compile(" \n ?|\n ")
 _EMPTY_LINES = re.compile(r"\n{3,}")
 _WORD = re.compile(r"[^\W\d_]+")
 
+# No language writes more than a few combining marks on a letter. NFC sorts those of a run in time that grows with its square,
+# so that a megabyte of them would take an hour; thirty are what Stream-Safe Text allows (UAX #15, section 13).
+MOST_MARKS = 30
+_MARKS = frozenset(filter(unicodedata.combining, map(chr, range(0x300, 0x1F000))))
+
 
 def normalise(text, dotted_i=False, replace=None):
     """NFC, no control or zero-width characters, LF line ends, single spaces, at most one empty line in a row.
@@ -31,13 +36,14 @@ def normalise(text, dotted_i=False, replace=None):
     dotted_i: i or ı with U+0307 becomes i, I with U+0307 becomes İ; the mark stays on every other letter.
     replace: {character: text}, as `checked_replacements` returns it. Where the two are letters of different scripts,
     only in words that have letters of the second one's, so that Cyrillic words keep their ә and bәli becomes bəli.
+    Of over 30 combining marks in a row the first 30 are kept.
     The result is a fixed point: normalising it again changes nothing.
     """
     if not text.replace("\n", " ").isprintable():  # false for every control, format and space character but " "
         text = _LINE_END.sub("\n", text).replace("\u2029", "\n\n")
         text = _INVISIBLE.sub("", text)
         text = _SPACES.sub(" ", text)
-    text = unicodedata.normalize("NFC", text)
+    text = _composed(text)
     if dotted_i or replace:
         text = _repair(text, dotted_i, replace or {})
     if "  " in text:
@@ -86,8 +92,35 @@ def _repair(text, dotted_i, replace):
             if character in text:
                 text = _replace(text, character, meant)
         if text is not before:
-            text = unicodedata.normalize("NFC", text)
+            text = _composed(text)
     return text
+
+
+def _composed(text):
+    """NFC, in time that grows with the length of the text."""
+    text = _bounded(text)
+    composed = unicodedata.normalize("NFC", text)
+    return text if composed is text else _bounded(composed)  # some marks are two in NFC
+
+
+def _bounded(text):
+    """`text` with no run of over MOST_MARKS combining marks."""
+    step = MOST_MARKS + 1  # a longer run has one of its marks in every such sample
+    if _MARKS.isdisjoint(text[::step]):
+        return text
+    parts, done = [], 0
+    for place in range(0, len(text), step):
+        if place < done or text[place] not in _MARKS:
+            continue
+        begin, end = place, place + 1
+        while begin > done and text[begin - 1] in _MARKS:
+            begin -= 1
+        while end < len(text) and text[end] in _MARKS:
+            end += 1
+        if end - begin > MOST_MARKS:
+            parts.append(text[done : begin + MOST_MARKS])
+            done = end
+    return "".join([*parts, text[done:]])
 
 
 def _replace(text, character, meant):

@@ -50,6 +50,10 @@ class ParallelSettings:
             raise InputError(
                 "--overwrite_output_dir with --shard: one part would remove the others; remove the folder by hand"
             )
+        if self.finish and self.overwrite_output_dir:
+            raise InputError(
+                "--overwrite_output_dir with --finish: it would remove what is to be put together; leave it out"
+            )
 
 
 def ordered_map(function, items, num_proc):

@@ -4,6 +4,7 @@ Each input file has a folder, `file.work`, with what the filters left of it: doc
 element of about.npy (DOCUMENT) and of signatures.npy (dilqur/near_duplicates.py).
 """
 
+import json
 import shutil
 from contextlib import ExitStack
 
@@ -13,49 +14,92 @@ import zstandard
 
 from dilqur.atomic import atomic_file
 from dilqur.corpus_report import EXAMPLES, length_bins
+from dilqur.document_filter import EXCERPT
 from dilqur.errors import InputError
 from dilqur.input_files import blocks
-from dilqur.near_duplicates import cluster
+from dilqur.near_duplicates import THRESHOLD, cluster
 from dilqur.parallel import ordered_map
 from dilqur.progress import Progress
 
 DOCUMENT = np.dtype([("bytes", "<u4"), ("chars", "<u4"), ("id", "<u8")])  # UTF-8 bytes, characters, hash of the id
 VERDICTS = ("train", "validation", "exact_duplicate", "near_duplicate", "duplicate_id")
 TRAIN, VALIDATION, *DROPPED = range(len(VERDICTS))
+_DOCUMENTS_AT_ONCE = 1 << 16
+
+
+def clusters_wanted(settings):
+    """Are near copies looked for: to be dropped, or to be held out together?"""
+    return settings.near_duplicate_threshold is not None or settings.validation_fraction > 0
 
 
 def judge(settings, files, work):
-    """One of VERDICTS (uint8) for every document that the filters left, in the order of the files."""
+    """One of VERDICTS (uint8) for every document that the filters left, in the order of the files.
+
+    A cluster of near copies is held out whole or not at all, as its first document says; all but that one are dropped only if
+    the settings have a threshold for it. Takes no more memory than `cluster` does, 48 bytes a document.
+    """
     paths = [file.work / "signatures.npy" for file in files]
     threshold = settings.near_duplicate_threshold
-    exact_first, cluster_first = cluster(paths, work, threshold, settings.memory_gb)
-    numbers = np.arange(len(exact_first))
-    verdicts = np.full(len(numbers), TRAIN, np.uint8)
+    searched = (threshold or THRESHOLD) if clusters_wanted(settings) else None
+    exact_first, cluster_first = cluster(paths, work, searched, settings.memory_gb)
+    verdicts = np.full(len(exact_first), TRAIN, np.uint8)
     if settings.validation_fraction:
-        letters = np.concatenate([np.load(path, mmap_mode="r")["letters"] for path in paths])
-        held_out = letters < np.uint64(min(2**64 - 1, int(settings.validation_fraction * 2**64)))
+        held_out = np.concatenate([_held_out(path, settings.validation_fraction) for path in paths])
         verdicts[held_out[cluster_first]] = VALIDATION
-    if not settings.unique_ids:
-        verdicts[cluster_first != numbers] = VERDICTS.index("near_duplicate")
-        verdicts[exact_first != numbers] = VERDICTS.index("exact_duplicate")
-        return verdicts
-    # One after the other: of each text and of each cluster that the step before has left something of, the first stays.
-    ids = np.concatenate([np.load(file.work / "about.npy", mmap_mode="r")["id"] for file in files])
-    _, first, place = np.unique(ids, return_index=True, return_inverse=True)
-    for groups, reason in (
-        (first[place], "duplicate_id"),
-        (exact_first, "exact_duplicate"),
-        (cluster_first, "near_duplicate"),
-    ):
-        left, stays = verdicts <= VALIDATION, np.full(len(numbers), len(numbers))
-        np.minimum.at(stays, groups[left], numbers[left])
-        verdicts[left & (numbers != stays[groups])] = VERDICTS.index(reason)
+    # One after the other: of each id, text and cluster that the step before has left something of, the first stays.
+    if settings.unique_ids:
+        ids = np.concatenate([np.load(file.work / "about.npy", mmap_mode="r")["id"] for file in files])
+        _drop_all_but_the_first(verdicts, first_with_the_same(ids), "duplicate_id")
+    _drop_all_but_the_first(verdicts, exact_first, "exact_duplicate")
+    if threshold:
+        _drop_all_but_the_first(verdicts, cluster_first, "near_duplicate")
     return verdicts
+
+
+def _held_out(signatures, fraction):
+    """bool (documents,): which would be held out, had none of them a near copy."""
+    return np.load(signatures, mmap_mode="r")["letters"] < np.uint64(min(2**64 - 1, int(fraction * 2**64)))
+
+
+def first_with_the_same(ids):
+    """int64 (documents,): the place of the first of the same `ids` (uint64). Takes 33 bytes a document beside them."""
+    order = np.argsort(ids, kind="stable")  # equal ones stay in their order
+    ordered = ids[order]
+    begins = np.ones(len(ids), bool)
+    begins[1:] = ordered[1:] != ordered[:-1]
+    del ordered
+    at = np.arange(len(ids))
+    at[~begins] = 0
+    np.maximum.accumulate(at, out=at)
+    first = np.empty(len(ids), np.int64)
+    first[order] = order[at]
+    return first
+
+
+def _drop_all_but_the_first(verdicts, groups, reason):
+    """Of the documents with the same number in `groups` that are still to be kept, only the first is kept."""
+    stays = np.full(len(verdicts), len(verdicts))
+    parts = [slice(i, i + _DOCUMENTS_AT_ONCE) for i in range(0, len(verdicts), _DOCUMENTS_AT_ONCE)]
+    for part in parts:
+        left = np.flatnonzero(verdicts[part] <= VALIDATION) + part.start
+        np.minimum.at(stays, groups[left], left)
+    for part in parts:
+        left = np.flatnonzero(verdicts[part] <= VALIDATION) + part.start
+        verdicts[left[stays[groups[left]] != left]] = VERDICTS.index(reason)
 
 
 def frame_of(lines):
     """Lines as a zstd frame. Frames one after the other are a .zst file: what workers have compressed is just put together."""
     return zstandard.compress(b"\n".join([*lines, b""])) if lines else b""
+
+
+def loads(line):
+    """The record of a line of JSON, its id with all its digits: of an integer of over 64 bits orjson makes a float, or nothing."""
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return json.loads(line)
+    return json.loads(line) if isinstance(record["id"], float) and abs(record["id"]) >= 2**63 else record
 
 
 class BlockWriter:
@@ -71,17 +115,15 @@ class BlockWriter:
         lines, examples = block.data.split(b"\n")[:-1], {}
         for verdict in DROPPED:
             for index in np.flatnonzero(verdicts == verdict)[:EXAMPLES]:
-                record = orjson.loads(lines[index])
-                examples.setdefault(VERDICTS[verdict], []).append((str(record["id"]), record["text"][:200]))
+                record = loads(lines[index])
+                examples.setdefault(VERDICTS[verdict], []).append((str(record["id"]), record["text"][:EXCERPT]))
         parts = {}
         for split in (TRAIN, VALIDATION):
             if chosen := [lines[index] for index in np.flatnonzero(verdicts == split)]:
                 parts[split] = self._encoded(chosen)
         if self.write_dropped:
-            records = [
-                (VERDICTS[v], orjson.loads(line)) for v, line in zip(verdicts, lines, strict=True) if v > VALIDATION
-            ]
-            parts["dropped"] = frame_of([orjson.dumps({"reason": reason, **record}) for reason, record in records])
+            gone = [(VERDICTS[v].encode(), line) for v, line in zip(verdicts, lines, strict=True) if v > VALIDATION]
+            parts["dropped"] = frame_of([b'{"reason":"%s",%s' % (reason, line[1:]) for reason, line in gone])
         return block.share, parts, examples
 
     def _encoded(self, lines):
@@ -89,7 +131,7 @@ class BlockWriter:
             return frame_of(lines)
         import pyarrow
 
-        records = [orjson.loads(line) for line in lines]
+        records = list(map(loads, lines))
         columns = {key: [r.get(key) for r in records] for key in ("text", "id", "source", "license", "url")}
         columns = {key: [v if v is None else str(v) for v in values] for key, values in columns.items()}
         return pyarrow.table(columns, schema=pyarrow.schema([(key, pyarrow.string()) for key in columns]))
@@ -99,7 +141,8 @@ def write_files(files, verdicts, folder, settings, num_proc):
     """Write the kept documents of every file below `folder`, train/ and validation/. Returns [what was written of each]."""
     lengths = [len(np.load(file.work / "about.npy", mmap_mode="r")) for file in files]
     starts = np.cumsum([0, *lengths]).tolist()
-    progress = Progress("write", len(files))
+    before = np.cumsum([0, *((file.work / "documents.jsonl.zst").stat().st_size for file in files)]).tolist()
+    progress = Progress("write", before[-1])
 
     def blocks_with_verdicts():
         for file, start in zip(files, starts, strict=False):
@@ -131,7 +174,7 @@ def write_files(files, verdicts, folder, settings, num_proc):
                     outputs[split](part)
                 for reason, found in some.items():
                     examples[reason] = (examples.get(reason, []) + found)[:EXAMPLES]
-                progress.at(file.number + share)
+                progress.at(before[file.number] + share * (before[file.number + 1] - before[file.number]))
         about, of_file = np.load(file.work / "about.npy", mmap_mode="r"), verdicts[start:stop]
         counts = {f"kept_{VERDICTS[split]}": int((of_file == split).sum()) for split in (TRAIN, VALIDATION)}
         counts |= {VERDICTS[split]: int((of_file == split).sum()) for split in DROPPED}

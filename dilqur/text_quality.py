@@ -5,7 +5,9 @@ They are the ones of Gopher (Rae et al. 2021, arXiv:2112.11446, appendix A.1.1, 
 tokenizer for English. What is too much of each is for the recipe to say.
 """
 
+import bisect
 import functools
+import itertools
 import sys
 import unicodedata
 from pathlib import Path
@@ -52,11 +54,10 @@ def repeated_ngram_share(text, n=5):
 
 
 class CharacterShares(NamedTuple):
-    """What the characters of a text are. The first four are shares of those that are not white space."""
+    """What the characters of a text are. The first three are shares of those that are not white space."""
 
     letters: float
     digits: float  # of any script, also Roman numerals and fractions that are one character
-    punctuation: float
     symbols: float  # currency, mathematics, emoji, arrows
     upper_case: float  # share of the letters that have a case
     script: float  # share of the letters, those that belong to all scripts left out, that are in the script asked for
@@ -65,7 +66,7 @@ class CharacterShares(NamedTuple):
 
 
 # Kinds of character, in an order in which what makes a word comes last, and letters last of all.
-_SPACE, _OTHER, _PUNCTUATION, _SYMBOL, _DIGIT, _MARK, _UNCASED, _UPPER, _LOWER = range(9)
+_SPACE, _OTHER, _SYMBOL, _DIGIT, _MARK, _UNCASED, _UPPER, _LOWER = range(8)
 _OF_SCRIPT, _FOREIGN = 16, 32  # added to the kind of a letter
 
 
@@ -100,7 +101,6 @@ class CharacterCounter:
         shares = CharacterShares(
             letters=per_kind[_UNCASED:].sum() / characters,
             digits=per_kind[_DIGIT] / characters,
-            punctuation=per_kind[_PUNCTUATION] / characters,
             symbols=per_kind[_SYMBOL] / characters,
             upper_case=upper / max(1, upper + lower),
             script=of_script / max(1, of_script + foreign),
@@ -114,7 +114,7 @@ class CharacterCounter:
 def _kinds():
     """uint8[0x110000]: the kind of each character, by its Unicode category."""
     by_category = {"Ll": _LOWER, "Lu": _UPPER, "Lt": _UPPER, "L": _UNCASED, "M": _MARK, "N": _DIGIT}
-    by_category |= {"P": _PUNCTUATION, "S": _SYMBOL, "Z": _SPACE}
+    by_category |= {"S": _SYMBOL, "Z": _SPACE}
     kinds = np.full(sys.maxunicode + 1, _OTHER, np.uint8)
     for code in range(sys.maxunicode + 1):
         category = unicodedata.category(chr(code))
@@ -179,11 +179,13 @@ class BoilerplateLines:
     """Takes lines that say nothing of a document out of it: menus, cookie notices, "share this".
 
     patterns: regular expressions (of the package `regex`), looked for anywhere in the text, ^ and $ being the ends of
-    a line; every line that a match touches goes. files: text files with such lines in full, one a line.
+    a line; a line goes if a match has a character of it, for which the line feed at its end does not count, or is empty
+    and stands in it. files: text files with such lines in full, one a line. normaliser: what the documents have gone
+    through; these lines do, too, and so does what is left of a document.
     Raises InputError for a pattern that is not one or matches the empty string, or a file that is not there.
     """
 
-    def __init__(self, patterns=(), files=(), where="boilerplate_patterns"):
+    def __init__(self, patterns=(), files=(), where="boilerplate_patterns", normaliser=normalise):
         self._patterns = [compiled_pattern(pattern, where) for pattern in patterns]
         self._lines = set()
         for file in files:
@@ -193,18 +195,24 @@ class BoilerplateLines:
                 raise InputError(
                     f"{file}: boilerplate lines: {getattr(problem, 'strerror', None) or problem}"
                 ) from None
-            self._lines.update(filter(None, map(normalise, lines)))
-        self._where = where
+            self._lines.update(filter(None, map(normaliser, lines)))
+        self._where, self._normaliser = where, normaliser
 
     def apply(self, text):
-        """(the text without those lines, how many they were). text: as `normalise` leaves it."""
+        """(the text without those lines, how many they were). text: as the normaliser leaves it."""
         lines = text.split("\n")
         drop = {number for number, line in enumerate(lines) if line in self._lines} if self._lines else set()
-        for pattern in self._patterns:
-            for match in timed_matches(pattern, text, self._where):
-                touched = match[0].strip("\n")
-                first = text.count("\n", 0, match.start() + match[0].find(touched))
-                drop.update(range(first, first + touched.count("\n") + 1))
+        matches = [match for pattern in self._patterns for match in timed_matches(pattern, text, self._where)]
+        starts = list(itertools.accumulate((len(line) + 1 for line in lines), initial=0)) if matches else []
+        for match in matches:
+            begin, end = match.span()
+            if found := match[0]:
+                begin += len(found) - len(found.lstrip("\n"))
+                end -= len(found) - len(found.rstrip("\n"))
+                if begin >= end:  # a match of line feeds alone has nothing of the lines it stands between
+                    continue
+            drop.update(range(bisect.bisect(starts, begin) - 1, bisect.bisect(starts, max(begin, end - 1))))
         if not drop:
             return text, 0
-        return normalise("\n".join(line for number, line in enumerate(lines) if number not in drop)), len(drop)
+        left = "\n".join(line for number, line in enumerate(lines) if number not in drop)
+        return self._normaliser(left), len(drop)

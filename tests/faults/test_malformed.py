@@ -83,7 +83,7 @@ def program(made, tmp_path):
 
 def documents_in(folder):
     result = read_manifest(folder)["result"]
-    return result["documents"] if "documents" in result else result["read"]
+    return result["documents"] if "documents" in result else result["read"] - result["dropped"].get("bad_record", 0)
 
 
 def no_result(folder):

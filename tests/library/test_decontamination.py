@@ -1,7 +1,9 @@
 """decontamination: a document that quotes a benchmark is found and its item named; one that does not is left alone."""
 
+import functools
 import gzip
 import json
+import unicodedata
 
 import pytest
 from hypothesis import given
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from dilqur.decontamination import NgramIndex
 from dilqur.errors import InputError
+from dilqur.normalise import normalise
 
 QUESTION = (
     "Azərbaycanın paytaxtı olan Bakı şəhəri hansı dənizin sahilində yerləşir və əhalisi nə qədərdir, bilirsinizmi?"
@@ -79,8 +82,16 @@ def test_every_string_of_a_json_file_and_every_line_of_a_text_is_an_item(tmp_pat
     assert index.match("bir iki üç dörd beş altı") == f"{files[0]}:1 question.text"
     assert index.match("on min beş yüz altı il") == f"{files[0]}:1 choices.1"
     assert index.match(QUESTION) == f"{files[1]}:3"
-    chosen = NgramIndex.from_files(files, fields=["choices"])
-    assert chosen.match("bir iki üç dörd beş altı") is None and chosen.match(QUESTION)
+
+
+def test_a_benchmark_written_with_other_code_points_is_found_all_the_same(tmp_path):
+    """Decomposed letters, soft hyphens, and a dot left over from a capital: the documents have lost them."""
+    raw = unicodedata.normalize("NFD", QUESTION).replace("dəniz", "də\u00adniz").replace("hansı", "\u200bhansı")
+    (tmp_path / "a.txt").write_text(raw, encoding="utf-8")
+    assert NgramIndex.from_files([tmp_path / "a.txt"]).match(AROUND.format(QUESTION))
+    (tmp_path / "b.txt").write_text(QUESTION.replace("ə", "ǝ"), encoding="utf-8")
+    as_here = functools.partial(normalise, replace={"ǝ": "ə"})
+    assert NgramIndex.from_files([tmp_path / "b.txt"], normaliser=as_here).match(QUESTION)
 
 
 def test_files_that_cannot_be_used_are_named(tmp_path):

@@ -132,12 +132,6 @@ def test_a_sentence_cut_to_thirty_characters_mostly_still_is(identifier):
     assert sum(table[language].get("az", 0) for language in ("tr", "uz", "tk")) <= 2  # of 66
 
 
-def test_the_choice_can_be_narrowed(identifier):
-    assert LanguageIdentifier(candidates=["az", "en"]).identify(SENTENCES["tr"][0])[0] == "az"
-    with pytest.raises(InputError, match="language candidates: aze, xx: not among the identifier's 140"):
-        LanguageIdentifier(candidates=["az", "aze", "xx"])
-
-
 def test_probabilities_are_some(identifier):
     code, probability = identifier.identify(SENTENCES["az"][0])
     assert code == "az" and 0.5 < probability <= 1
@@ -207,5 +201,3 @@ def test_labels_of_fasttext_lose_their_prefix(tmp_path, monkeypatch):
     assert identifier.identify("bir\niki") == ("azj_Latn", 0.6)
     with pytest.raises(InputError, match="did you mean azj_Latn"):
         identifier.check("aze_Latn")
-    narrowed = LanguageIdentifier(str(tmp_path / "glotlid.bin"), candidates=["tur_Latn", "eng_Latn"])
-    assert narrowed.identify("bir iki") == ("tur_Latn", pytest.approx(0.75))

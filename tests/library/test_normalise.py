@@ -1,5 +1,6 @@
 """normalise: every way to write a text becomes one, and the result stays as it is."""
 
+import time
 import unicodedata
 
 import pytest
@@ -82,11 +83,27 @@ def test_a_replacement_may_be_longer_or_a_sign():
 @example("ş\u0327", False, {"ş": "ș"})
 @example(" k k ", False, {"k": ""})
 @example("\nk\nk\n", False, {"k": ""})
+@example("a" + "\u0344" * 30, False, {})
+@example("a" + ("\u0301" * 20 + "k") * 3, False, {"k": ""})
+@example("a" + "\u0323\u0301" * 40 + "b" + "\u0301" * 30 + "c" * 9, True, {})
 def test_normalising_twice_is_normalising_once(text, dotted_i, replace):
     once = normalise(text, dotted_i, checked_replacements(replace))
     assert normalise(once, dotted_i, replace) == once
     assert unicodedata.is_normalized("NFC", once)
     assert "  " not in once and "\r" not in once and "\n\n\n" not in once and once == once.strip()
+
+
+def test_a_letter_under_a_heap_of_marks_takes_no_longer_than_other_text():
+    started = time.perf_counter()
+    assert normalise("a" + "\u0301\u0323" * 500_000 + " b") == normalise("a" + "\u0301\u0323" * 15) + " b"
+    assert time.perf_counter() - started < 10  # NFC of all of them would take hours
+
+
+def test_marks_that_a_language_writes_are_all_kept():
+    for text in ("שָׁלוֹם עֲלֵיכֶם " * 40, "مُحَمَّدٌ " * 40, "ที่นี่ " * 40, "ệ" * 90):
+        assert normalise(unicodedata.normalize("NFD", text)) == unicodedata.normalize("NFC", text).strip()
+    pile = unicodedata.normalize("NFC", "x" + "\u0316\u0301" * 15)  # thirty
+    assert normalise(f"{pile} " * 9) == " ".join([pile] * 9)
 
 
 @given(ODD)

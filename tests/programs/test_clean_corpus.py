@@ -1,8 +1,11 @@
 """clean_corpus: every document is kept, clean, or dropped for a reason that is counted."""
 
+import fcntl
+import hashlib
 import json
 
 import pytest
+import zstandard
 from conftest import CORPUS
 
 from dilqur.documents import read
@@ -170,9 +173,9 @@ sources:
     }
     masked, plain = found["train/web/web.jsonl.zst"]
     assert "anar@mail.az" not in masked["text"] and masked["text"].startswith(GOOD)
-    assert {k: masked[k] for k in masked if k != "text"} == {"id": "web.jsonl:1", "source": "web", "license": "MIT"}
-    assert plain == {"text": GOOD, "id": "web.jsonl:2", "source": "web", "license": "CC0"}
-    assert found["train/law/law.jsonl.zst"] == [{"text": GOOD[:60], "id": "law.jsonl:1", "source": "law"}]
+    assert {k: masked[k] for k in masked if k != "text"} == {"id": "web/web:1", "source": "web", "license": "MIT"}
+    assert plain == {"text": GOOD, "id": "web/web:2", "source": "web", "license": "CC0"}
+    assert found["train/law/law.jsonl.zst"] == [{"text": GOOD[:60], "id": "law/law:1", "source": "law"}]
     report = (tmp_path / "out" / "report.md").read_text()
     assert "| documents read | 2 | 1 | 3 |" in report and "pii_email 1" in report
 
@@ -199,7 +202,7 @@ def test_the_first_of_near_copies_is_kept_and_the_report_shows_the_others(run, t
 
 def test_near_copies_that_are_kept_are_held_out_together(run, tmp_path):
     """Copies in case and punctuation: kept where only exact ones are dropped, and never in both splits."""
-    texts = [f"{GOOD} {i}" for i in range(60)]
+    texts = [" ".join(f"{word}{'abcdefghij'[i % 10]}{'klmnop'[i // 10]}" for word in GOOD.split()) for i in range(60)]
     both = [variant for text in texts for variant in (text, text.upper() + "!")]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in both))
     run(PROGRAM, "--input", tmp_path / "in.jsonl", "--validation_fraction", 0.3, "--output_dir", tmp_path / "out")
@@ -207,6 +210,20 @@ def test_near_copies_that_are_kept_are_held_out_together(run, tmp_path):
     assert len(train) + len(held_out) == 120 and held_out
     for text in texts:
         assert (text in train) == (text.upper() + "!" in train)
+
+
+def test_reworded_copies_of_a_text_stand_on_one_side_though_only_exact_ones_are_dropped(run, tmp_path):
+    words = [f"{word}{i}" for i, word in enumerate("əbcçdefgğhxıijkqlmnoöprsştuüvyz" * 4)]
+    families = []
+    for family in range(40):
+        base = [f"{word}{'abcdefgh'[family % 8]}{'klmno'[family // 8]}" for word in words]
+        families.append([" ".join([*base[:at], "dəyişdi", *base[at + 1 :]]) for at in (5, 60, 110)])
+    lines = [json.dumps({"text": text}) + "\n" for family in families for text in family]
+    (tmp_path / "in.jsonl").write_text("".join(lines))
+    run(PROGRAM, "--input", tmp_path / "in.jsonl", "--validation_fraction", 0.3, "--output_dir", tmp_path / "out")
+    train, held_out = (set(kept(tmp_path / "out" / split)) for split in ("train", "validation"))
+    assert len(train) + len(held_out) == 120 and 3 < len(held_out) < 80
+    assert not [family for family in families if len(train & set(family)) not in (0, 3)]
 
 
 def test_documents_of_an_id_that_came_before_are_dropped_if_asked(run, tmp_path):
@@ -330,3 +347,164 @@ pii_patterns: {{fin: '\\b(?=\\w*\\d)(?=\\w*[A-Z])[0-9A-HJ-NP-Z]{{7}}\\b'}}
 def test_run_again_it_says_that_it_has_finished(run, made):
     flags = ["--language", "az", "--validation_fraction", 0.1, "--output_dir", made / "clean"]
     assert "nothing to do" in run(PROGRAM, "--input", CORPUS / "az", *flags).stdout
+
+
+# -- starting again ---------------------------------------------------------------------------------------------------
+
+
+def recipe(folder, **sources):
+    """clean.yaml in `folder`, of sources by name; returns its path."""
+    rows = [{"name": name, **settings} for name, settings in sources.items()]
+    (folder / "clean.yaml").write_text(json.dumps({"sources": rows}))  # JSON is YAML
+    return folder / "clean.yaml"
+
+
+def test_sources_that_change_places_after_a_kill_keep_their_own_rules_and_names(run, tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": f"{GOOD} {name}"}))
+    (tmp_path / "c.jsonl").write_text("broken")
+    web, law = {"min_chars": 20, "license": "CC0"}, {"min_chars": 400, "license": "MIT"}
+    a, b, c = ([str(tmp_path / f"{name}.jsonl")] for name in "abc")
+    flags = ["--output_dir", tmp_path / "out", "--num_proc", 1, "--config"]
+    first = recipe(tmp_path, web={**web, "input": a}, law={**law, "input": b}, rest={"input": c})
+    assert "c.jsonl:1: broken JSON" in run(PROGRAM, *flags, first, code=2).stderr
+    (tmp_path / "c.jsonl").write_text(json.dumps({"text": f"{GOOD} c"}))
+    run(PROGRAM, *flags, recipe(tmp_path, web={**web, "input": b}, law={**law, "input": a}, rest={"input": c}))
+    (document,) = read([str(tmp_path / "out" / "train" / "web" / "b.jsonl.zst")])
+    assert document.record == {"text": f"{GOOD} b", "id": "web/b:1", "source": "web", "license": "CC0"}
+    counts = {n: s["counts"] for n, s in json.loads((tmp_path / "out" / "report.json").read_text())["sources"].items()}
+    assert counts["law"]["too_short"] == 1 and "too_short" not in counts["web"]
+
+
+def test_a_source_that_changes_makes_no_work_for_the_others(run, tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": f"{GOOD} {name}"}))
+    a, b = ([str(tmp_path / f"{name}.jsonl")] for name in "ab")
+    flags = ["--output_dir", tmp_path / "out", "--shard", 0, "--of", 1, "--config"]
+    run(PROGRAM, *flags, recipe(tmp_path, web={"input": a}, law={"input": b}))
+    done = {json.loads(p.read_text())["path"]: p for p in (tmp_path / "out" / ".work").glob("*/filtered.json")}
+    before = {path: p.stat().st_mtime_ns for path, p in done.items()}
+    run(PROGRAM, *flags, recipe(tmp_path, web={"input": a}, law={"input": b, "min_chars": 20}))
+    assert {path for path, p in done.items() if p.stat().st_mtime_ns != before[path]} == set(b)
+
+
+@pytest.mark.parametrize("lock", [".lock", ".work/part-00000/.lock", ".work/0123456789abcdef.lock"])
+def test_what_another_process_is_working_on_is_not_overwritten(run, tmp_path, lock):
+    (tmp_path / "in.jsonl").write_text(json.dumps({"text": GOOD}))
+    work = tmp_path / "out" / ".work" / "0123456789abcdef"
+    work.mkdir(parents=True)
+    (tmp_path / "out" / lock).parent.mkdir(exist_ok=True)
+    flags = ["--input", tmp_path / "in.jsonl", "--output_dir", tmp_path / "out", "--overwrite_output_dir", "true"]
+    with (tmp_path / "out" / lock).open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        line = run(PROGRAM, *flags, code=2).stderr
+    assert f"is at work in it ({lock}); wait for it, or end it" in line and line.count("\n") == 1
+    assert work.exists()
+    run(PROGRAM, *flags)
+    assert kept(tmp_path / "out" / "train") == [GOOD]
+
+
+def test_putting_parts_together_does_not_begin_by_removing_them(made, run):
+    flags = ["--input", CORPUS / "az", "--of", 2, "--finish", "true", "--overwrite_output_dir", "true"]
+    line = run(PROGRAM, *flags, "--output_dir", made / "clean", code=2).stderr
+    assert "--overwrite_output_dir with --finish: it would remove what is to be put together; leave it out" in line
+    assert (made / "clean" / "manifest.json").exists()
+
+
+# -- ids, counts and examples -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("output_format", ["jsonl.zst", "parquet"])
+def test_ids_are_kept_with_all_their_digits_whatever_kind_of_number_they_are(run, tmp_path, output_format):
+    numbers = [7, 7.5, -3, 18446744073709551616123, 1e300, int("1" * 400)]
+    written = [*map(str, numbers), '"ad"', "NaN", "null", "[1]", "true", "1e999"]
+    (tmp_path / "b").mkdir()
+    for name in ("a", "b/a"):
+        lines = [f'{{"id": {value}, "text": "{GOOD} {name} {i}"}}\n' for i, value in enumerate(written)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    flags = ["--input", tmp_path / "a.jsonl", tmp_path / "b", "--output_dir", tmp_path / "out", "--unique_ids", "true"]
+    run(PROGRAM, *flags, "--write_dropped", "true", "--output_format", output_format)
+
+    def ids(path):
+        if output_format == "parquet" and "dropped" not in str(path):
+            return [d.record["id"] for d in read([str(path)])]
+        data = zstandard.ZstdDecompressor().stream_reader(path.read_bytes(), read_across_frames=True).read()
+        return [json.loads(line)["id"] for line in data.splitlines()]
+
+    expected = [*numbers, "ad", *(f"a:{line}" for line in range(8, 13))]  # without an id: the file and the line
+    assert ids(tmp_path / "out" / "train" / f"a.{output_format}") == (
+        expected if output_format == "jsonl.zst" else list(map(str, expected))
+    )
+    assert ids(tmp_path / "out" / "dropped" / "a-2.jsonl.zst") == [*numbers, "ad"]
+    assert ids(tmp_path / "out" / "train" / f"a-2.{output_format}") == [f"a-2:{line}" for line in range(8, 13)]
+
+
+def test_bad_records_are_read_and_dropped_and_the_report_says_what_was_wrong_with_them(run, tmp_path):
+    good = [json.dumps({"text": f"{GOOD} {i}"}) for i in range(3)]
+    (tmp_path / "in.jsonl").write_text("\n".join([*good, *["broken"] * 7, '{"body": "x"}']))
+    flags = ["--input", tmp_path / "in.jsonl", "--on_error", "skip", "--output_dir", tmp_path / "out"]
+    assert "11 documents read, 3 to train/" in run(PROGRAM, *flags).stdout
+    result = read_manifest(tmp_path / "out")["result"]
+    assert (result["read"], result["kept_train"], result["dropped"]) == (11, 3, {"bad_record": 8})
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    examples = report["sources"]["input"]["examples"]["bad_record"]
+    assert len(examples) == 5 and examples[0][0] == f"{tmp_path}/in.jsonl:4"
+    assert examples[0][1].startswith("broken JSON") and "--on_error" not in examples[0][1]
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "27.3% of the documents" in text and "## bad_record" in text
+
+
+def test_the_report_shows_nothing_that_was_to_be_hidden(run, tmp_path):
+    texts = ["Yazın: anar@mail.az", "Zəng: +994 50 123 45 67", "gizli", f"{GOOD} anar@mail.az", f"{GOOD} anar@mail.az"]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "hashes.txt").write_text(hashlib.sha256(b"gizli").hexdigest())
+    settings = {
+        "input": [str(tmp_path / "in.jsonl")],
+        "pii": {"email": "mask", "phone": "drop"},
+        "blocked_hashes": [str(tmp_path / "hashes.txt")],
+    }
+    (tmp_path / "clean.yaml").write_text(json.dumps(settings))
+    run(PROGRAM, "--config", tmp_path / "clean.yaml", "--output_dir", tmp_path / "out")
+    for name in ("report.md", "report.json"):
+        text = (tmp_path / "out" / name).read_text()
+        assert "too_short" in text and "Yazın: email@example.com" in text and "Zəng: +000" in text
+        assert "blocked_text" in text and "exact_duplicate" in text
+        assert not any(hidden in text for hidden in ("anar@", "123 45 67", "gizli"))
+
+
+# -- mistakes in one line ---------------------------------------------------------------------------------------------
+
+
+def test_an_input_whose_result_could_have_no_name_is_refused_before_the_work(run, tmp_path):
+    path = tmp_path / f"{'ə' * 122}.txt"
+    path.write_text(GOOD)
+    line = run(PROGRAM, "--input", path, "--output_dir", tmp_path / "out", code=2).stderr
+    assert f"{path}: too long a name" in line and "shorten it" in line and not (tmp_path / "out").exists()
+    path.rename(tmp_path / f"{'ə' * 119}.txt")
+    run(PROGRAM, "--input", tmp_path, "--output_dir", tmp_path.parent / f"{tmp_path.name}-out")
+
+
+@pytest.mark.parametrize("name", ["a$b^^$", "a/b", ".a", "a|b", "", "n" * 300])
+def test_a_source_with_a_name_that_is_none_for_a_folder_is_refused(run, tmp_path, name):
+    (tmp_path / "in.jsonl").write_text(json.dumps({"text": GOOD}))
+    made = recipe(tmp_path, **{name: {"input": [str(tmp_path / "in.jsonl")]}})
+    line = run(PROGRAM, "--config", made, "--output_dir", tmp_path / "out", "--check", "true", code=2).stderr
+    assert f"sources: the name {name!r} must be a plain folder name" in line and line.count("\n") == 1
+
+
+def test_a_file_is_not_in_two_sources_by_way_of_a_link(run, tmp_path):
+    for name in ("web", "law"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "web" / "a.jsonl").write_text(json.dumps({"text": GOOD}))
+    (tmp_path / "law" / "b.jsonl").symlink_to(tmp_path / "web" / "a.jsonl")
+    made = recipe(tmp_path, **{name: {"input": [str(tmp_path / name)]} for name in ("web", "law")})
+    line = run(PROGRAM, "--config", made, "--output_dir", tmp_path / "out", code=2).stderr
+    link, file = tmp_path / "law" / "b.jsonl", tmp_path / "web" / "a.jsonl"
+    assert f"sources: {link}, which is {file}, is in web and in law; take it out of one of them" in line
+
+
+def test_a_corpus_that_is_held_out_whole_says_so(run, tmp_path):
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": f"{GOOD} {i}"}) + "\n" for i in range(8)))
+    flags = ["--input", tmp_path / "in.jsonl", "--validation_fraction", "1.0", "--output_dir", tmp_path / "out"]
+    line = run(PROGRAM, *flags, code=2).stderr
+    assert "all 8 documents that are left are held out, none is for training; lower validation_fraction (1)" in line
