@@ -1,4 +1,4 @@
-"""Measures dilqur/near_duplicates.py on a made corpus with known near-duplicate copies.
+"""Measures dilqur/cleaning/near_duplicates.py on a made corpus with known near-duplicate copies.
 
     python benchmarks/near_duplicates.py --mb 200
     python benchmarks/near_duplicates.py --mb 5000 --processes 2 --output benchmarks/near_duplicates.json
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dilqur import near_duplicates
+from dilqur.cleaning import near_duplicates
 from dilqur.stage import hardware
 
 ROOT = Path(__file__).parent.parent

@@ -3,7 +3,7 @@
     python data_tools/clean_corpus.py --input recipes/quickstart/corpus/az --language az --output_dir runs/try/clean
     python data_tools/clean_corpus.py --config recipes/quickstart/clean.yaml --check
 
-First every document by itself (dilqur/document_filter.py has the steps, --help their settings), then all of them together:
+First every document by itself (dilqur/cleaning/document_filter.py has the steps, --help their settings), then all of them together:
 exact copies, near copies (MinHash) and, if asked, documents of the same id are dropped but for the first one. What is left
 goes to OUTPUT_DIR/train/FILE.jsonl.zst, and the share `validation_fraction`, chosen by a hash of the text of the first
 document of each cluster of near copies, to OUTPUT_DIR/validation/FILE.jsonl.zst; FILE is the input file's name. Near copies
@@ -26,13 +26,8 @@ report.md and report.json say what was kept, why the rest was not, with examples
 """
 
 import collections
-import contextlib
 import copy
-import decimal
 import fcntl
-import functools
-import json
-import math
 import os
 import re
 import shutil
@@ -45,22 +40,18 @@ from typing import Annotated, ClassVar, Literal, Required
 import numpy as np
 import orjson
 import xxhash
-import zstandard
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from dilqur.atomic import atomic_file, write_json
-from dilqur.corpus_report import EXAMPLES, length_bins, write_report
-from dilqur.document_filter import DocumentFilter, FilterSettings
-from dilqur.documents import ReadingSettings, Skipped, documents
+from dilqur.cleaning.corpus_report import EXAMPLES, length_bins, write_report
+from dilqur.cleaning.document_filter import FilterSettings
+from dilqur.cleaning.filter_corpus import BlockFilter, InputFile, filter_files, is_done
+from dilqur.cleaning.split_corpus import judge, write_files
+from dilqur.documents import ReadingSettings
 from dilqur.errors import InputError, program
-from dilqur.input_files import COMPRESSIONS, FORMATS, blocks, expand, identity_of, warn_of_left_out
-from dilqur.near_duplicates import signatures
-from dilqur.npy_stream import npy_stream
-from dilqur.parallel import ParallelSettings, cores, ordered_map, part_of
-from dilqur.progress import Progress
+from dilqur.input_files import COMPRESSIONS, FORMATS, expand, warn_of_left_out
+from dilqur.parallel import ParallelSettings, cores, part_of
 from dilqur.recipe import parse, to_dict
-from dilqur.split_corpus import DOCUMENT, clusters_wanted, frame_of, judge, write_files
 from dilqur.stage import Documents, Stage, StageSettings, file_identity
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -107,33 +98,6 @@ LONGEST_NAME = 255  # bytes of a file's name, on the file systems of Linux
 VERSION = 2  # of what lies in .work: a file that another version has filtered is filtered again
 
 
-@dataclass
-class File:
-    """One input file: its number over all, its source, the name of its output without suffix, and where its work lies."""
-
-    number: int
-    path: str
-    source: int
-    output: str
-    work: Path
-
-    @property
-    def done(self):
-        return self.work / "filtered.json"
-
-    def lock(self):
-        """Hold it while filtering: two jobs on one file would write into each other's work. Returns the open lock file."""
-        self.work.parent.mkdir(parents=True, exist_ok=True)
-        file = self.work.with_suffix(".lock").open("a")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{self.path}: another process is cleaning it; wait for that one") from None
-        except OSError:  # a file system without locks: as in Stage.open
-            pass
-        return file
-
-
 def list_files(settings, work):
     """(the sources as settings of their own, every input File). A file is in one source only."""
     if bool(settings.input) == bool(settings.sources):
@@ -171,190 +135,11 @@ def list_files(settings, work):
                 raise InputError(
                     f"{path}: too long a name: that of its result would have over {LONGEST_NAME} bytes; shorten it"
                 )
-            files.append(File(len(files), path, len(sources), output, work / xxhash.xxh3_64_hexdigest(path.encode())))
+            files.append(
+                InputFile(len(files), path, len(sources), output, work / xxhash.xxh3_64_hexdigest(path.encode()))
+            )
         sources.append(source)
     return sources, files
-
-
-# -- each document by itself ------------------------------------------------------------------------------------------
-
-
-@dataclass
-class FilteredBlock:
-    """What the filters left of a block. frame: its records as compressed jsonl, dropped: the
-    others if they are wanted; about: DOCUMENT (n,)."""
-
-    share: float
-    frame: bytes
-    dropped: bytes
-    about: np.ndarray
-    signatures: np.ndarray
-    counts: collections.Counter
-    examples: dict
-    read: np.ndarray  # how many documents were read of each length
-    bad: list
-
-
-class BlockFilter:
-    """What a worker process does first: parse a block, filter its documents, sign what is left."""
-
-    def __init__(self, settings, sources, files):
-        self.settings, self.sources, self.files = settings, sources, files
-        self.filters = [DocumentFilter(source) for source in sources]
-
-    def prepare(self):
-        """Build the tables that the filters keep, once, before there are worker processes that would each build theirs."""
-        for filter_ in self.filters:
-            filter_.prepare()
-        signatures(["ə 1."])
-
-    def __call__(self, numbered):
-        number, block = numbered
-        if block is None:  # the end of a file
-            return None
-        file, settings = self.files[number], self.settings
-        source, filter_ = self.sources[file.source], self.filters[file.source]
-        counts, examples, bad = collections.Counter(), collections.defaultdict(list), []
-        lines, texts, ids, lengths, dropped = [], [], [], [], []
-        on_error = bad.append if source.on_error == "skip" else None
-        raw_lines = functools.cache(lambda: block.data.split(b"\n"))
-        for document in documents(block, source.text_field, source.sample_by, on_error):
-            record = document.record
-            text, reason, done = filter_.apply(document.text, record.get(settings.url_field))
-            counts["read"] += 1
-            counts.update({f"done_{name}": n for name, n in done.items()})
-            lengths.append(len(text))
-            name = own_id(record, settings.id_field, raw_lines, document.line - block.line)
-            name = f"{file.output}:{document.line}" if name is None else name
-            if reason:
-                counts[reason] += 1
-                if len(examples[reason]) < EXAMPLES:
-                    examples[reason].append((document.where, filter_.excerpt(text, reason)))
-                if settings.write_dropped:
-                    dropped.append(as_line({"reason": reason, "id": name, "text": text}))
-                continue
-            kept = {
-                "text": text,
-                "id": name,
-                "source": record.get("source") or source.name or None,
-                "license": record.get("license") or source.license,
-                "url": record.get(settings.url_field),
-            }
-            lines.append(as_line({key: value for key, value in kept.items() if value is not None}))
-            texts.append(text)
-            ids.append(xxhash.xxh3_64_intdigest(str(name).encode()))
-        counts.update({"read": len(bad), "bad_record": len(bad)})
-        for message in bad[:EXAMPLES]:
-            where, _, what = message.partition(": ")
-            examples["bad_record"].append((where, what.partition("; --on_error")[0]))
-        about = np.empty(len(texts), DOCUMENT)
-        about["bytes"], about["chars"], about["id"] = [len(t.encode()) for t in texts], list(map(len, texts)), ids
-        return FilteredBlock(
-            share=block.share,
-            frame=frame_of(lines),
-            dropped=frame_of(dropped),
-            about=about,
-            signatures=signatures(texts, near=clusters_wanted(settings)),
-            counts=counts,
-            examples=dict(examples),
-            read=length_bins(lengths),
-            bad=bad,
-        )
-
-
-def filter_files(files, block_filter, specs, num_proc):
-    """Filter those of `files` that are not done: FILE.work/documents.jsonl.zst, signatures.npy, about.npy, filtered.json.
-
-    specs: of all files, as `specs_of` returns them.
-    """
-    left = [file for file in files if not is_done(file, specs)]
-    before = np.cumsum([0, *(identity_of(file.path)["bytes"] for file in left)]).tolist()
-    at = {file.number: index for index, file in enumerate(left)}
-    settings, sources = block_filter.settings, block_filter.sources
-    progress, skipped = Progress("filter", before[-1]), Skipped()
-    identities = {}
-
-    def numbered_blocks():
-        for file in left:
-            source, identity = sources[file.source], identities.setdefault(file.number, {})
-            columns = [source.text_field, settings.id_field, settings.url_field, "source", "license"]
-            for block in blocks(file.path, source.sample_by, source.on_error == "skip", columns, identity):
-                yield file.number, block
-            yield file.number, None
-
-    block_filter.prepare()
-    filtered = ordered_map(block_filter, numbered_blocks(), num_proc)
-    for file in left:
-        lock = file.lock()
-        counts, examples, read = collections.Counter(), {}, length_bins([])
-        shutil.rmtree(file.work, ignore_errors=True)
-        with (
-            atomic_file(file.work / "documents.jsonl.zst") as frames,
-            atomic_file(file.work / "dropped.jsonl.zst") as dropped,
-            npy_stream(file.work / "signatures.npy", signatures([]).dtype) as sign,
-            npy_stream(file.work / "about.npy", DOCUMENT) as describe,
-        ):
-            while (part := next(filtered)) is not None:
-                frames.write(part.frame)
-                dropped.write(part.dropped)
-                sign(part.signatures)
-                describe(part.about)
-                counts.update(part.counts)
-                read += part.read
-                for reason, some in part.examples.items():
-                    examples[reason] = (examples.get(reason, []) + some)[:EXAMPLES]
-                for message in part.bad:
-                    skipped(message)
-                index = at[file.number]
-                progress.at(before[index] + part.share * (before[index + 1] - before[index]))
-            frames.write(zstandard.compress(b""))  # a file of nothing would be no .zst
-        write_json(
-            file.done,
-            {
-                "spec": specs[file.number],
-                "counts": counts,
-                "examples": examples,
-                "read": read.tolist(),
-                "identity": identities[file.number],
-                "path": file.path,
-            },
-        )
-        lock.close()
-    progress.close()
-
-
-def own_id(record, key, raw_lines, index):
-    """The id that a record came with, a text or a number; None if it has none.
-
-    raw_lines: a function that returns the lines of JSON, of which the record's is number `index`: orjson makes a float of an
-    integer of over 64 bits, and its last digits are in the line alone.
-    """
-    value = record.get(key)
-    if isinstance(value, float) and abs(value) >= 2**63:
-        # parquet has no lines; a number may have more digits than Python reads, and a record be nested too deeply for it
-        with contextlib.suppress(AttributeError, ValueError, RecursionError):
-            value = json.loads(raw_lines()[index])[key]
-    if isinstance(value, float) and not math.isfinite(value):  # NaN: what pandas writes where there is none
-        return None
-    return value if isinstance(value, str | int | float | decimal.Decimal) and not isinstance(value, bool) else None
-
-
-def as_line(record):
-    """`record` as a line of JSON."""
-    try:
-        return orjson.dumps(record, default=str)
-    except TypeError:  # an integer of over 64 bits
-        return json.dumps(record, ensure_ascii=False, default=str).encode("utf-8")
-
-
-def is_done(file, specs):
-    """Were this file's documents filtered as they would be now?"""
-    try:
-        done = orjson.loads(file.done.read_bytes())
-    except (FileNotFoundError, orjson.JSONDecodeError):
-        return False
-    same = done["identity"].items() >= identity_of(file.path).items()
-    return same and done["spec"] == specs[file.number] and done["path"] == file.path
 
 
 # -- the program ------------------------------------------------------------------------------------------------------

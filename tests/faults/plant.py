@@ -163,11 +163,11 @@ def found_by_filters(records, benchmark, boilerplate_file):
 
     A datum or a line counts as found only where nothing of it is left in the text.
     """
-    from dilqur.decontamination import NgramIndex
-    from dilqur.language_id import LanguageIdentifier
-    from dilqur.normalise import checked_replacements, normalise
-    from dilqur.pii import PiiFilter
-    from dilqur.text_quality import BoilerplateLines, repeated_line_share, repeated_ngram_share
+    from dilqur.cleaning.decontamination import NgramIndex
+    from dilqur.cleaning.language_id import LanguageIdentifier
+    from dilqur.cleaning.normalise import checked_replacements, normalise
+    from dilqur.cleaning.pii import PiiFilter
+    from dilqur.cleaning.text_quality import BoilerplateLines, repeated_line_share, repeated_ngram_share
 
     table = checked_replacements(REPLACEMENTS)
     identifier, index = LanguageIdentifier(), NgramIndex(enumerate(benchmark))

@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from dilqur.blocklist import Blocklist
+from dilqur.cleaning.blocklist import Blocklist
 from dilqur.errors import InputError
 
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dilqur.decontamination import NgramIndex
+from dilqur.cleaning.decontamination import NgramIndex
+from dilqur.cleaning.normalise import normalise
 from dilqur.errors import InputError
-from dilqur.normalise import normalise
 
 QUESTION = (
     "Azərbaycanın paytaxtı olan Bakı şəhəri hansı dənizin sahilində yerləşir və əhalisi nə qədərdir, bilirsinizmi?"

@@ -5,9 +5,9 @@ import unicodedata
 
 import pytest
 
-from dilqur.document_filter import DocumentFilter, FilterSettings
-from dilqur.text_quality import _sentence_ends
-from dilqur.word_hashes import _character_values
+from dilqur.cleaning.document_filter import DocumentFilter, FilterSettings
+from dilqur.cleaning.text_quality import _sentence_ends
+from dilqur.cleaning.word_hashes import _character_values
 
 GOOD = "Bakı Xəzər dənizinin sahilində yerləşən qədim və gözəl bir şəhərdir."
 QUESTION = "Azərbaycan Xalq Cümhuriyyəti hansı ildə və hansı şəhərdə elan olunmuşdur?"

@@ -6,8 +6,8 @@ import types
 
 import pytest
 
+from dilqur.cleaning.language_id import LanguageIdentifier, spread
 from dilqur.errors import InputError
-from dilqur.language_id import LanguageIdentifier, spread
 
 # Sentences of everyday life, written for this test: those of one language are no translations of another's.
 SENTENCES = {

@@ -15,11 +15,11 @@ import pytest
 import xxhash
 from conftest import CORPUS, ROOT, SHARED
 
-from dilqur import near_duplicates
+from dilqur.cleaning import near_duplicates
+from dilqur.cleaning.near_duplicates import PERMUTATIONS, SIGNATURE, THRESHOLD, cluster, rows_and_bands, signatures
 from dilqur.documents import fold, is_validation, read
 from dilqur.errors import InputError
 from dilqur.input_files import expand
-from dilqur.near_duplicates import PERMUTATIONS, SIGNATURE, THRESHOLD, cluster, rows_and_bands, signatures
 
 REAL = SHARED / "data" / "az"
 real_text = pytest.mark.skipif(not REAL.exists(), reason="the real text of shared/data/az is not here")

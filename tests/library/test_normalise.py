@@ -7,8 +7,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from dilqur.cleaning.normalise import checked_replacements, normalise
 from dilqur.errors import InputError
-from dilqur.normalise import checked_replacements, normalise
 
 SCHWAS = {"ǝ": "ə", "Ǝ": "Ə", "ә": "ə", "Ә": "Ə"}  # the Latin turned e, and the Cyrillic schwa
 

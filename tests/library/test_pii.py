@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dilqur.cleaning.pii import PiiFilter
 from dilqur.errors import InputError
-from dilqur.pii import PiiFilter
 
 FIN = r"\b(?=[A-Z]*\d)(?=\d*[A-Z])[0-9A-HJ-NP-Z]{7}\b"  # seven digits and capitals, of each at least one, no I and no O
 EVERYTHING = dict.fromkeys(("email", "ipv4", "iban", "card", "phone"), "mask")

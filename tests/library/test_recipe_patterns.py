@@ -2,8 +2,8 @@
 
 import pytest
 
+from dilqur.cleaning.recipe_patterns import compiled_pattern, timed_matches
 from dilqur.errors import InputError
-from dilqur.recipe_patterns import compiled_pattern, timed_matches
 
 
 def test_line_ends_are_where_a_line_ends():
@@ -28,7 +28,7 @@ def test_a_pattern_that_could_not_work_is_refused(pattern, words):
 
 
 def test_a_pattern_that_never_ends_is_named(monkeypatch):
-    monkeypatch.setattr("dilqur.recipe_patterns.SECONDS", 0.2)  # a sound pattern needs microseconds here
+    monkeypatch.setattr("dilqur.cleaning.recipe_patterns.SECONDS", 0.2)  # a sound pattern needs microseconds here
     pattern = compiled_pattern(r"(\w+\s?)+!$", "patterns")
     with pytest.raises(InputError, match=r"patterns: .* takes over 0[.]2 s on one text of 10,003 characters"):
         timed_matches(pattern, "ab cd efg " * 1000 + "! a", "patterns")

@@ -9,8 +9,8 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dilqur import split_corpus
-from dilqur.split_corpus import first_with_the_same
+from dilqur.cleaning import split_corpus
+from dilqur.cleaning.split_corpus import first_with_the_same
 
 
 @given(st.lists(st.integers(0, 5)))

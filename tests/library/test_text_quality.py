@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dilqur.errors import InputError
-from dilqur.text_quality import (
+from dilqur.cleaning.text_quality import (
     BoilerplateLines,
     CharacterCounter,
     line_shares,
     repeated_line_share,
     repeated_ngram_share,
 )
+from dilqur.errors import InputError
 
 WORDS = st.lists(st.sampled_from(["bir", "iki", "üç", "dörd", "ə", "I", "ı"]), max_size=40).map(" ".join)
 

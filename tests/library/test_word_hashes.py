@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dilqur.word_hashes import ngram_hashes, word_hashes
+from dilqur.cleaning.word_hashes import ngram_hashes, word_hashes
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,6 @@ def test_a_text_longer_than_the_table_of_powers_is_hashed_like_a_short_one():
 
 
 def test_another_process_computes_the_same_numbers():
-    code = "from dilqur.word_hashes import *; print(ngram_hashes(word_hashes('Bir, iki, üç'), 2).tolist())"
+    code = "from dilqur.cleaning.word_hashes import *; print(ngram_hashes(word_hashes('Bir, iki, üç'), 2).tolist())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(ngram_hashes(word_hashes("Bir, iki, üç"), 2).tolist())

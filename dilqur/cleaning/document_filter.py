@@ -4,7 +4,7 @@
     characters and script → lines and repetition → language → benchmark quotations → personal data → blocked text with masks
 
 Lengths and repetition have limits by default; every other step happens if its setting is given. Thresholds named after a paper
-are that paper's (see dilqur/text_quality.py).
+are that paper's (see dilqur/cleaning/text_quality.py).
 """
 
 import functools
@@ -13,21 +13,21 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dilqur.blocklist import Blocklist
-from dilqur.decontamination import NgramIndex
-from dilqur.errors import InputError
-from dilqur.input_files import expand
-from dilqur.language_id import LanguageIdentifier
-from dilqur.normalise import checked_replacements, normalise
-from dilqur.pii import PiiFilter
-from dilqur.stage import Documents, FilePath
-from dilqur.text_quality import (
+from dilqur.cleaning.blocklist import Blocklist
+from dilqur.cleaning.decontamination import NgramIndex
+from dilqur.cleaning.language_id import LanguageIdentifier
+from dilqur.cleaning.normalise import checked_replacements, normalise
+from dilqur.cleaning.pii import PiiFilter
+from dilqur.cleaning.text_quality import (
     BoilerplateLines,
     CharacterCounter,
     line_shares,
     repeated_line_share,
     repeated_ngram_share,
 )  # fmt: skip
+from dilqur.errors import InputError
+from dilqur.input_files import expand
+from dilqur.stage import Documents, FilePath
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]

@@ -11,8 +11,8 @@ import re
 
 import phonenumbers
 
+from dilqur.cleaning.recipe_patterns import compiled_pattern, timed_matches
 from dilqur.errors import InputError
-from dilqur.recipe_patterns import compiled_pattern, timed_matches
 
 ACTIONS = ("mask", "drop", "count")
 

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import numpy as np
 import regex
 
+from dilqur.cleaning.normalise import normalise
+from dilqur.cleaning.recipe_patterns import compiled_pattern, timed_matches
+from dilqur.cleaning.word_hashes import ngram_hashes, word_hashes
 from dilqur.errors import InputError
-from dilqur.normalise import normalise
-from dilqur.recipe_patterns import compiled_pattern, timed_matches
-from dilqur.word_hashes import ngram_hashes, word_hashes
 
 # -- repetition -------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,6 @@
 """The second half of cleaning: what of the filtered documents is kept, and in which split, once all of them are known.
 
-Each input file has a folder, `file.work`, with what the filters left of it: documents.jsonl.zst, and for each document of it an
-element of about.npy (DOCUMENT) and of signatures.npy (dilqur/near_duplicates.py).
+What the filters left of each input file lies in its `file.work` (dilqur/cleaning/filter_corpus.py).
 """
 
 import json
@@ -13,23 +12,18 @@ import orjson
 import zstandard
 
 from dilqur.atomic import atomic_file
-from dilqur.corpus_report import EXAMPLES, length_bins
-from dilqur.document_filter import EXCERPT
+from dilqur.cleaning.corpus_report import EXAMPLES, length_bins
+from dilqur.cleaning.document_filter import EXCERPT
+from dilqur.cleaning.filter_corpus import clusters_wanted, frame_of
+from dilqur.cleaning.near_duplicates import THRESHOLD, cluster
 from dilqur.errors import InputError
 from dilqur.input_files import blocks
-from dilqur.near_duplicates import THRESHOLD, cluster
 from dilqur.parallel import ordered_map
 from dilqur.progress import Progress
 
-DOCUMENT = np.dtype([("bytes", "<u4"), ("chars", "<u4"), ("id", "<u8")])  # UTF-8 bytes, characters, hash of the id
 VERDICTS = ("train", "validation", "exact_duplicate", "near_duplicate", "duplicate_id")
 TRAIN, VALIDATION, *DROPPED = range(len(VERDICTS))
 _DOCUMENTS_AT_ONCE = 1 << 16
-
-
-def clusters_wanted(settings):
-    """Are near copies looked for: to be dropped, or to be held out together?"""
-    return settings.near_duplicate_threshold is not None or settings.validation_fraction > 0
 
 
 def judge(settings, files, work):
@@ -86,11 +80,6 @@ def _drop_all_but_the_first(verdicts, groups, reason):
     for part in parts:
         left = np.flatnonzero(verdicts[part] <= VALIDATION) + part.start
         verdicts[left[stays[groups[left]] != left]] = VERDICTS.index(reason)
-
-
-def frame_of(lines):
-    """Lines as a zstd frame. Frames one after the other are a .zst file: what workers have compressed is just put together."""
-    return zstandard.compress(b"\n".join([*lines, b""])) if lines else b""
 
 
 def loads(line):

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from dilqur.cleaning.normalise import normalise
+from dilqur.cleaning.word_hashes import ngram_hashes, word_hashes
 from dilqur.documents import read, read_jsonl
 from dilqur.errors import InputError
-from dilqur.normalise import normalise
-from dilqur.word_hashes import ngram_hashes, word_hashes
 
 SHORTEST = 5  # words; fewer are too common for their coming together to say anything
 

@@ -1,0 +1,1 @@
+"""What clean_corpus does to documents: each by itself, then all of them together."""
