@@ -99,7 +99,7 @@ VERSION = 2  # of what lies in .work: a file that another version has filtered i
 
 
 def list_files(settings, work):
-    """(the sources as settings of their own, every input File). A file is in one source only."""
+    """(the sources as settings of their own, every InputFile). A file is in one source only."""
     if bool(settings.input) == bool(settings.sources):
         raise InputError("give either --input or, in a recipe, sources (a list of {name, input, …})")
     sources, files, taken, outputs = [], [], {}, set()
