@@ -190,10 +190,13 @@ def _phone_groups(text, groups, digits, at, region):
     for count in range(len(whole), 0, -1):
         if len(whole[count - 1]) not in _PHONE_DIGITS:
             continue
-        if not (international or _possible_phone(region).fullmatch(whole[count - 1])):
+        stop, end = at + count, groups[at + count - 1][1]
+        if stop < len(groups) and not _may_part(text[end : groups[stop][0] + 1]):
             continue
-        end, after = groups[at + count - 1][1], groups[at + count][0] if at + count < len(groups) else None
-        if (after is None or _may_part(text[end : after + 1])) and _is_phone(text, start, end, international, region):
+        alone = stop - len(groups) == at == 0
+        if not (international or alone or _is_grouped(digits[at:stop], region)):
+            continue
+        if _is_phone(text, start, end, international, region):
             return count
     return 0
 
@@ -213,6 +216,23 @@ def _is_phone(text, start, end, international, region):
         if offset + found.start <= start + 2 and offset + found.end >= end:  # 2: it may leave out a bracket
             return True
     return False
+
+
+def _is_grouped(digits, region):
+    """Whether groups of digits are a number of the region's, grouped as it is written there, groups together or not. What
+    the library does, less other ways to write it, but a table of figures has it done for every figure."""
+    if not _possible_phone(region).fullmatch("".join(digits)):
+        return False
+    try:
+        number = phonenumbers.parse("".join(digits), region)
+    except phonenumbers.NumberParseException:
+        return False
+    if not phonenumbers.is_valid_number(number):
+        return False
+    written = re.findall(r"\d+", phonenumbers.format_number(number, phonenumbers.PhoneNumberFormat.NATIONAL))
+    ends, allowed = (set(itertools.accumulate(map(len, reversed(groups)))) for groups in (digits, written))
+    significant = len(phonenumbers.national_significant_number(number))
+    return {end for end in ends if end < significant} <= allowed
 
 
 @functools.cache
