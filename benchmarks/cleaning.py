@@ -21,6 +21,7 @@ from pathlib import Path
 
 from dilqur.documents import read
 from dilqur.errors import program
+from dilqur.input_files import expand
 from dilqur.recipe import parse
 from dilqur.stage import _git, hardware, read_manifest
 
@@ -133,7 +134,7 @@ def main():
         cpu = clean(scratch / "real.yaml", scratch / "real")
         report = json.loads((scratch / "real" / "report.json").read_text(encoding="utf-8"))
         markdown = (scratch / "real" / "report.md").read_text(encoding="utf-8")
-    size = sum(len(d.text.encode()) for d in read([str(p) for i in settings.input for p in sorted(Path(i).glob("*"))]))
+    size = sum(len(d.text.encode()) for d in read(expand(settings.input)))
     out = {
         "planted": {"documents": documents, "seed": settings.seed, "scores": found},
         "real": {
