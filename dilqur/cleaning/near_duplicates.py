@@ -6,7 +6,9 @@
 A document is the set of its *shingles*, runs of `WORDS` words with letters casefolded and every digit made 0; what it
 shares with another is the Jaccard index of the two sets. MinHash (Broder 1997, "On the resemblance and containment of
 documents") estimates it from `PERMUTATIONS` numbers, and banding (Leskovec, Rajaraman, Ullman, "Mining of Massive
-Datasets", 3.4) finds the pairs worth comparing: each is compared, nothing is merged because one band agrees.
+Datasets", 3.4) finds the pairs worth comparing: nothing is merged because one band agrees. Of the documents that agree in
+a band each is compared with the first and with the NEIGHBOURS before it: with all, where no more than that agree. Pages of
+one template agree by the million in bands that hold nothing but the template; those alike beyond it meet in other bands.
 
 A word is a run of letters and digits; in scripts without spaces (Han, kana, Thai, Lao, Khmer, Burmese) every letter is one.
 
@@ -32,9 +34,11 @@ VERSION = 1  # of the signatures: those of different versions cannot be compared
 
 SIGNATURE = np.dtype([("exact", "<u8", 2), ("letters", "<u8"), ("minhash", "<u2", PERMUTATIONS)])
 
+NEIGHBOURS = 256  # of a document in a band, at most, that it is compared with; a tenth of a microsecond each
+
 _CHARS_AT_ONCE = 1 << 17  # what is computed from so many characters stays in a core's cache
 _DOCUMENTS_AT_ONCE = 1 << 16
-_PAIRS_AT_ONCE = 1 << 16
+_PAIRS_AT_ONCE = 1 << 9  # more take memory that the system has to clear first: eight times as long
 _OVERHEAD_GB = 0.4  # interpreter, numpy, and the pieces worked on at a time
 
 
@@ -184,8 +188,10 @@ def cluster(files, work_folder, threshold=THRESHOLD, memory_gb=4.0):
     Both are int64 arrays of shape (documents,), memory-mapped from `work_folder`/exact_first.npy and cluster_first.npy. A
     document's number is its place over all files, in order. exact_first[i]: the smallest number with the same text.
     cluster_first[i]: the smallest of its cluster; i for a document that has no earlier copy. Two documents are in one
-    cluster if a chain of pairs joins them whose estimated Jaccard index is `threshold` or more. With threshold None only
-    exact copies are looked for, and cluster_first is exact_first.
+    cluster if a chain of pairs joins them that were compared and whose estimated Jaccard index is `threshold` or more.
+    Compared is, in each band, every document with the first that agrees with it and with the last NEIGHBOURS before it that
+    do, of each text the first copy alone. With threshold None only exact copies are looked for, and cluster_first is
+    exact_first.
 
     The result depends on nothing but the signatures, their order and the threshold. Raises InputError for a file that holds
     no signatures, and where the memory is too small.
@@ -203,10 +209,12 @@ def cluster(files, work_folder, threshold=THRESHOLD, memory_gb=4.0):
         exact = np.load(work_folder / "exact_first.npy", mmap_mode="r")
         return exact, exact
     parents = exact  # copies are united from the start; one array less
-    keys = np.empty((min(bands, int(room / 8) - 1), source.documents), np.uint64)
+    exact = np.load(work_folder / "exact_first.npy", mmap_mode="r")
+    distinct = sum(int(_is_first(exact, start, len(part)).sum()) for start, part in source.parts())
+    keys = np.empty((min(bands, int(room / 8) - 1), distinct), np.uint64)
     for first in range(0, bands, len(keys)):
         some = keys[: bands - first]
-        _fill_band_keys(some, source, rows, first)
+        _fill_band_keys(some, source, exact, rows, first)
         for band in some:
             band.sort()
             _unite_similar(parents, band, source, threshold)
@@ -214,7 +222,7 @@ def cluster(files, work_folder, threshold=THRESHOLD, memory_gb=4.0):
         part = slice(begin, begin + _DOCUMENTS_AT_ONCE)
         parents[part] = _roots(parents, parents[part])
     save_npy(work_folder / "cluster_first.npy", parents)
-    return tuple(np.load(work_folder / f"{name}_first.npy", mmap_mode="r") for name in ("exact", "cluster"))
+    return exact, np.load(work_folder / "cluster_first.npy", mmap_mode="r")
 
 
 def rows_and_bands(threshold):
@@ -291,22 +299,29 @@ def _first_of_run(numbers, same, carried):
     return first, first[-1]
 
 
-def _fill_band_keys(keys, source, rows, first):
-    """keys: (bands, documents) uint64. For the bands from `first` on, a document's band hashed in the high bits and its
-    number in the low ones.
+def _is_first(exact, start, n):
+    """bool (n,): which of the n documents from `start` on are the first of their text."""
+    return exact[start : start + n] == np.arange(start, start + n)
+
+
+def _fill_band_keys(keys, source, exact, rows, first):
+    """keys: (bands, distinct texts) uint64. For the bands from `first` on, a document's band hashed in the high bits and its
+    number in the low ones; of an exact copy none, as it would only take the place of a neighbour.
 
     Sorted as plain numbers, documents that agree stand together and in order. With 50 million of them 38 bits are left for
     the hash: some thousand pairs too many to compare in a band, no pair too few.
     """
-    low = _low_bits(source.documents)
+    low, filled = _low_bits(source.documents), 0
     for start, part in source.parts():
-        numbers = np.arange(start, start + len(part), dtype=np.uint64)
+        chosen = np.flatnonzero(_is_first(exact, start, len(part)))
+        numbers, part = (chosen + start).astype(np.uint64), part[chosen]
         minhash = part["minhash"][:, first * rows : (first + len(keys)) * rows].T.astype(np.uint64)
         for row, band in zip(keys, minhash.reshape(len(keys), rows, -1), strict=True):
             mixed = sum(h * c for h, c in zip(band, _COEFFICIENTS, strict=False))
             mixed ^= mixed >> np.uint64(32)
             mixed *= _COEFFICIENTS[-1]
-            row[start : start + len(part)] = mixed & ~low | numbers
+            row[filled : filled + len(part)] = mixed & ~low | numbers
+        filled += len(part)
 
 
 def _low_bits(documents):
@@ -314,37 +329,55 @@ def _low_bits(documents):
 
 
 def _unite_similar(parents, keys, source, threshold):
-    """Compare each document with the first of its band's run, and if they differ with the one before it; unite."""
-    low, carried, waiting, waited = _low_bits(source.documents), None, [], 0
+    """Unite what is similar among the documents that agree in a band; `keys`: (distinct texts,) its sorted keys."""
+    low, known, waiting, waited = _low_bits(source.documents), keys[:0], [], 0
     for begin in range(0, len(keys), _DOCUMENTS_AT_ONCE):
-        here = keys[begin : begin + _DOCUMENTS_AT_ONCE]
-        last = keys[begin - 1 : begin - 1 + len(here)] if begin else np.concatenate([here[:1], here[:-1]])
-        same = (here ^ last) <= low
-        same[0] &= begin > 0
-        numbers, before = ((k & low).astype(np.int64) for k in (here, last))
-        first, carried = _first_of_run(numbers, same, carried)
-        same[same] = _roots(parents, first[same]) != _roots(parents, numbers[same])
-        waiting.append(np.stack([first[same], before[same], numbers[same]]))
-        waited += waiting[-1].shape[1]
-        if waited >= _PAIRS_AT_ONCE or begin + len(here) == len(keys):  # many at a time: fewer looks into the files
-            first, before, numbers = np.concatenate(waiting, axis=1)
-            left = ~_unite(parents, first, numbers, source, threshold) & (before != first)
-            _unite(parents, before[left], numbers[left], source, threshold)
+        wide = keys[max(0, begin - 1) : begin + _DOCUMENTS_AT_ONCE + 1]
+        same = (wide[1:] ^ wide[:-1]) <= low
+        agree = np.append(same, False) | np.append(False, same)
+        here = slice(int(begin > 0), int(begin > 0) + _DOCUMENTS_AT_ONCE)
+        waiting.append(wide[here][agree[here]])
+        waited += len(waiting[-1])
+        if waited >= _DOCUMENTS_AT_ONCE or begin + _DOCUMENTS_AT_ONCE >= len(keys):  # many: fewer looks into the files
+            known = _compare(parents, np.concatenate([known, *waiting]), len(known), source, threshold)
             waiting, waited = [], 0
 
 
-def _unite(parents, a, b, source, threshold):
-    """Unite the pairs (a, b) that are similar enough. Returns which pairs are in one cluster now."""
-    together = _roots(parents, a) == _roots(parents, b)
-    asked = np.flatnonzero(~together)
-    if len(asked):
-        numbers, places = np.unique(np.concatenate([a[asked], b[asked]]), return_inverse=True)
-        minhash = source.minhash(numbers)
-        left, right = places.reshape(2, -1)
-        similar = (minhash[left] == minhash[right]).sum(axis=1) >= threshold * PERMUTATIONS
-        together[asked] = similar
-        _join(parents, a[asked[similar]], b[asked[similar]])
-    return together
+def _compare(parents, keys, known, source, threshold):
+    """Compare each of `keys` but the first `known`, which were compared before, with the first of its run and with those
+    before it. Returns the keys that may have neighbours to come."""
+    low = _low_bits(source.documents)
+    numbers, index = (keys & low).astype(np.int64), np.arange(len(keys))
+    first = np.maximum.accumulate(np.where(np.append(False, (keys[1:] ^ keys[:-1]) <= low)[: len(keys)], 0, index))
+    roots = _roots(parents, numbers)
+    mixed = np.zeros(len(keys), bool)
+    mixed[first[roots != roots[first]]] = True
+    used = np.flatnonzero(mixed[first])  # a run that is one cluster has nothing to compare
+    by_number, row = used[np.argsort(numbers[used])], np.empty(len(keys), np.int64)
+    row[by_number], minhash = np.arange(len(used)), source.minhash(numbers[by_number])
+
+    later = used[used >= known]
+    for distance in range(NEIGHBOURS + 1):  # 0: the first of the run, however far
+        later = later[later - first[later] > distance]
+        earlier = later - distance if distance else first[later]
+        apart = _roots(parents, numbers[earlier]) != _roots(parents, numbers[later])
+        a, b = earlier[apart], later[apart]
+        similar = _similar(minhash, row[a], row[b], threshold)
+        _join(parents, numbers[a[similar]], numbers[b[similar]])
+        if not len(later):
+            break
+    start = int(first[-1]) if len(keys) else 0
+    return np.concatenate([keys[start : start + 1], keys[max(start + 1, len(keys) - NEIGHBOURS) :]])
+
+
+def _similar(minhash, a, b, threshold):
+    """bool (n,): whether rows a[i] and b[i] of minhash agree in `threshold` of the permutations."""
+    out = np.empty(len(a), bool)
+    for begin in range(0, len(a), _PAIRS_AT_ONCE):
+        part = slice(begin, begin + _PAIRS_AT_ONCE)
+        agree = minhash.take(a[part], axis=0) == minhash.take(b[part], axis=0)
+        out[part] = agree.sum(axis=1, dtype=np.uint8) >= threshold * PERMUTATIONS
+    return out
 
 
 def _roots(parents, numbers):

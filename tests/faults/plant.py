@@ -77,13 +77,64 @@ PII = ("email", "phone", "fin", "card", "iban", "ipv4")
 LABELS = ("exact_duplicate", "near_duplicate", "digits_changed", "other_language", "boilerplate", "benchmark")
 LABELS += ("repetition", *PII)
 
-_SENTENCES = {  # one that holds the datum, as it stands in an advertisement, a form or a forum
-    "email": "Suallarınızı {} ünvanına göndərə bilərsiniz.",
-    "phone": "Əlaqə nömrəsi: {}, hər gün saat 9-dan 18-dək.",
-    "fin": "Şəxsiyyət vəsiqəsinin FİN kodu {} olan vətəndaş müraciət edib.",
-    "card": "Ödənişi {} nömrəli karta köçürün.",
-    "iban": "Hesab nömrəsi: {}.",
-    "ipv4": "Müraciət {} ünvanından daxil olub.",
+_SENTENCES = {  # that hold the datum as it stands in an advertisement, a form, a forum or a log; beside what may hide it
+    "email": [
+        "Suallarınızı {} ünvanına göndərə bilərsiniz.",
+        "Yazın: {}.",
+        "E-poçt:{}; telefonla qəbul yoxdur",
+        "Aysel <{}> 2024-05-01 10:22 yazıb:",
+        "Redaksiya ({}) məktubları geri qaytarmır.",
+        "mailto:{}",
+        "{}, {}",
+    ],
+    "phone": [
+        "Əlaqə nömrəsi: {}, hər gün saat 9-dan 18-dək.",
+        "Mağaza 10:00-18:00 {} hər gün açıqdır.",
+        "Qəbul 2024 {}",
+        "Elan verilib: 01.02.2024 {} Bakı",
+        "{} 2024-cü ildən işləyir.",
+        "Zəng edin {} 2024",
+        "Nizami küçəsi 24 ({}).",
+        "Tel.: {} / {}",
+        "{} {} hər gün",
+        "QİYMƏT 500 AZN {} WHATSAPP",
+    ],
+    "fin": [
+        "Şəxsiyyət vəsiqəsinin FİN kodu {} olan vətəndaş müraciət edib.",
+        "FİN: {}.",
+        "Vəsiqə AZE 12345678 {} 2024",
+        "Vətəndaş (FİN {}) ərizə verib.",
+        "AA1234567/{}",
+        "{} {}",
+    ],
+    "card": [
+        "Ödənişi {} nömrəli karta köçürün.",
+        "Kart: {}.",
+        "Yardım 2024 {}",
+        "10:00 {} 05/27 CVV 123",
+        "{} 2027 KAPİTAL BANK",
+        "Karta ({}) köçürün, 20 AZN.",
+        "{} {}",
+    ],
+    "iban": [
+        "Hesab nömrəsi: {}.",
+        "{} AZN",
+        "Hesab {} USD üçündür.",
+        "IBAN {} SWIFT: AIIBAZ2X",
+        "H/h {} KOD 505004 VÖEN 1400057421",
+        "VÖEN 1400057421 {} 2024",
+        "Rekvizitlər ({}) dəyişib.",
+        "{} {}",
+    ],
+    "ipv4": [
+        "Müraciət {} ünvanından daxil olub.",
+        "{} - - [01/May/2024:10:22:31] GET /index.html 200 5120",
+        "2024-05-01 10:22:31 {} 443",
+        "http://{}:8080/giris",
+        "Server ({}) cavab vermir.",
+        "IP {}.",
+        "{} {}",
+    ],
 }
 
 
@@ -249,8 +300,9 @@ def _joined(lines):
 
 
 def _sentence_with(kind, chance):
-    value = _DATA[kind](chance)
-    return _SENTENCES[kind].format(value), [value]
+    sentence = chance.choice(_SENTENCES[kind])
+    values = [_DATA[kind](chance) for _ in range(sentence.count("{}"))]
+    return sentence.format(*values), values
 
 
 def _repetitive(text, chance):

@@ -215,6 +215,72 @@ def test_a_boilerplate_band_does_not_hide_a_copy(find):
     assert find(signed)[1] == [*range(20), 19, *range(21, 30)]
 
 
+@pytest.fixture(scope="module")
+def pages():
+    """Signatures of 800 pages of one template: 150 words of it in each, then 60 of the page's own, a copy here and there."""
+    rng = random.Random(9)
+    words = ["".join(rng.choices("abcdefgh", k=7)) for _ in range(50_000)]
+    template = " ".join(words[:150])
+    items = [f"{template} {' '.join(rng.choices(words, k=60))}" for _ in range(760)]
+    items += [damaged(page, 0.08, rng, words) for page in rng.sample(items, 20)] + rng.choices(items, k=20)
+    rng.shuffle(items)
+    return signatures(items)
+
+
+def pairs_that_agree(signed, threshold=THRESHOLD):
+    """[(i, j)] of all that agree in a band and in `threshold` of the permutations, i < j."""
+    (rows, bands), minhash, found = rows_and_bands(threshold), signed["minhash"], []
+    for j in range(len(signed)):
+        agree = minhash[:j] == minhash[j]
+        in_band = agree[:, : rows * bands].reshape(j, bands, rows).all(2).any(1)
+        found += [(int(i), j) for i in np.flatnonzero(in_band & (agree.mean(1) >= threshold))]
+    return found
+
+
+def test_alike_pages_of_one_template_are_found(find, pages):
+    """They agree by the hundred in the bands that the template fills, and the alike among them are not neighbours there."""
+    pairs = pairs_that_agree(pages)
+    near = find(pages)[1]
+    recall = np.mean([near[i] == near[j] for i, j in pairs])
+    assert len(pairs) > 100 and len({near[i] for i in range(len(pages))}) > 500
+    assert recall >= 0.95, f"{recall:.3f} of {len(pairs)} pairs"
+
+
+@pytest.mark.parametrize("neighbours", [1, 20])
+def test_what_is_compared_is_what_is_said(find, pages, monkeypatch, neighbours):
+    """In each band with the first that agrees and the last NEIGHBOURS before; however the work is cut into pieces."""
+    rows, bands = rows_and_bands(THRESHOLD)
+    exact, minhash = find(pages)[0], pages["minhash"]
+    parents = list(exact)
+    for band in range(bands):
+        runs = {}
+        for number in sorted(set(exact)):
+            runs.setdefault(minhash[number, band * rows : (band + 1) * rows].tobytes(), []).append(number)
+        for run in runs.values():
+            for place, j in enumerate(run):
+                for i in {run[0], *run[max(0, place - neighbours) : place]} - {j}:
+                    if parents[i] != parents[j] and (minhash[i] == minhash[j]).mean() >= THRESHOLD:
+                        low, high = sorted((parents[i], parents[j]))
+                        parents = [low if p == high else p for p in parents]
+    monkeypatch.setattr(near_duplicates, "NEIGHBOURS", neighbours)
+    assert find(pages)[1] == parents
+    monkeypatch.setattr(near_duplicates, "_PAIRS_AT_ONCE", 7)
+    monkeypatch.setattr(near_duplicates, "_DOCUMENTS_AT_ONCE", 11)
+    assert find(pages, pieces=3)[1] == parents
+
+
+def test_copies_of_one_page_do_not_come_between_others(find, monkeypatch):
+    monkeypatch.setattr(near_duplicates, "NEIGHBOURS", 2)
+    rng = np.random.default_rng(10)
+    signed = np.zeros(12, SIGNATURE)
+    signed["exact"] = rng.integers(0, 2**63, (12, 2))
+    signed["minhash"] = rng.integers(0, 2**16, (12, PERMUTATIONS))
+    signed["minhash"][:, :5] = 7
+    signed["minhash"][11, :100] = signed["minhash"][1, :100]
+    signed[3:11] = signed[2]
+    assert find(signed)[1] == [0, 1, *[2] * 9, 1]
+
+
 @real_text
 def test_planted_copies_of_real_text_are_found_and_what_is_only_alike_is_left(law, find):
     """Recall: copies with 2 to 5 % of the words and all digits changed. Precision: of all that was merged, planted or not, the

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dilqur.cleaning import split_corpus
+from dilqur.cleaning.filter_corpus import DOCUMENT
 from dilqur.cleaning.split_corpus import first_with_the_same
 
 
@@ -51,7 +52,7 @@ def test_the_progress_of_writing_is_told_in_bytes(tmp_path, monkeypatch):
         work = tmp_path / str(number)
         work.mkdir()
         (work / "documents.jsonl.zst").write_bytes(zstandard.compress(b'{"text":"a","id":1}\n' * (number + 1)))
-        np.save(work / "about.npy", np.zeros(number + 1, split_corpus.DOCUMENT))
+        np.save(work / "about.npy", np.zeros(number + 1, DOCUMENT))
         sizes.append((work / "documents.jsonl.zst").stat().st_size)
         files.append(type("File", (), {"number": number, "work": work, "output": str(number)}))
     split_corpus.write_files(files, np.zeros(3, np.uint8), tmp_path / "out", Settings(), 1)
