@@ -1,7 +1,7 @@
 """Measures dilqur/cleaning/near_duplicates.py on a made corpus with known near-duplicate copies.
 
-    python benchmarks/near_duplicates.py --mb 200
-    python benchmarks/near_duplicates.py --mb 5000 --processes 2 --output benchmarks/near_duplicates.json
+    python benchmarks/near_duplicates.py --corpus data/az --mb 200
+    python benchmarks/near_duplicates.py --corpus data/az --mb 5000 --processes 2 --output benchmarks/near_duplicates.json
 
 A document is some sentences of real text in random order, 2 kB in the mean; one in ten is a copy of an earlier one
 with 2 to 5 % of the words and every digit changed. Each is a function of its number, so nothing but signatures is stored, and
@@ -135,7 +135,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mb", type=float, default=200, help="text to make, in MB")
     parser.add_argument("--processes", type=int, default=1, help="that sign")
-    parser.add_argument("--corpus", default=str(ROOT.parent / "shared" / "data" / "az"), help="*.jsonl.gz with a text")
+    parser.add_argument("--corpus", required=True, help="folder of *.jsonl.gz: documents are made of its sentences")
     parser.add_argument("--memory_gb", type=float, default=4.0, help="for clustering")
     parser.add_argument("--output", help="write the result as JSON to this file, too")
     settings = parser.parse_args()

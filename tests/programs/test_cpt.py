@@ -256,7 +256,7 @@ def test_token_ids_without_a_row_are_refused(cpt, tiny_model, tmp_path):
 
 @pytest.mark.parametrize("flags", [("--seed", 7), ("--max_length", 32)])
 def test_continuing_in_other_data_is_refused(cpt, flags):
-    refused(check(cpt, "--continue_data", "true", *flags), "continue_data", "other shards, weights, max_length or seed")
+    refused(check(cpt, "--continue_data", "true", *flags), "continue_data", "other shards, max_length, packing or seed")
 
 
 def test_continuing_where_nothing_was_trained_is_refused(cpt, tiny_model, tmp_path):
