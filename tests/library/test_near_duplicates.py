@@ -366,7 +366,14 @@ def test_rows_and_bands_find_95_percent_at_the_threshold():
 
 @real_text
 def test_the_benchmark_runs_and_its_figures_are_plausible(tmp_path):
-    command = [sys.executable, ROOT / "benchmarks" / "near_duplicates.py", "--corpus", SHARED / "data" / "az", "--mb", 4]
+    command = [
+        sys.executable,
+        ROOT / "benchmarks" / "near_duplicates.py",
+        "--corpus",
+        SHARED / "data" / "az",
+        "--mb",
+        4,
+    ]
     command += ["--output", tmp_path / "r.json"]
     subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=300)
     result = json.loads((tmp_path / "r.json").read_text())["result"]
