@@ -155,7 +155,7 @@ def main():
         "hardware": hardware(),
         "packages": {name: metadata.version(name) for name in ("numpy", "xxhash")},
         "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--", "dilqur", "benchmarks")),
+        "dirty": bool(git("status", "--porcelain", "--", "dilqur", "benchmarks/near_duplicates.py")),
     }
     text = json.dumps(whole, indent=1)
     print(text)
