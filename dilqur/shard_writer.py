@@ -1,6 +1,6 @@
 """Writes token shards: documents in, `tokens-00000.npy`, `offsets-00000.npy`, … out, each whole or not there.
 
-Tokens go to the disk as they come, so that memory stays flat whatever the shard size. A document never crosses a shard; one
+Tokens and offsets go to the disk as they come, so that memory stays flat whatever the shard size. A document never crosses a shard; one
 that is longer than a shard gets one of its own.
 """
 
@@ -111,15 +111,17 @@ class _OpenShard:
     """One shard on its way to the disk."""
 
     def __init__(self, folder, number, has_names):
-        self.folder, self.number, self.tokens = folder, number, 0
-        self._lengths, self._counts = [], {}
+        self.folder, self.number, self.documents, self.tokens, self._counts = folder, number, 0, 0, {}
         self.stack = ExitStack()
-        self._append = self.stack.enter_context(npy_stream(self._path("tokens"), np.int32))
+        self._append_tokens = self.stack.enter_context(npy_stream(self._path("tokens"), np.int32))
+        self._append_offsets = self.stack.enter_context(npy_stream(self._path("offsets"), np.int64))
+        self._append_offsets([0])
         self._names = self.stack.enter_context(atomic_file(self._path("ids"))) if has_names else None
 
     def write(self, ids, lengths, counts, names):
-        self._append(ids)
-        self._lengths.append(lengths)
+        self._append_tokens(ids)
+        self._append_offsets(self.tokens + np.cumsum(lengths))
+        self.documents += len(lengths)
         self.tokens += len(ids)
         for name, value in counts.items():
             self._counts[name] = self._counts.get(name, 0) + value
@@ -128,12 +130,10 @@ class _OpenShard:
 
     def finish(self):
         """Put the files under their names. Returns the shard's record for the manifest."""
-        lengths = np.concatenate(self._lengths)
-        with self.stack, npy_stream(self._path("offsets"), np.int64) as append:
-            append(np.concatenate([[0], np.cumsum(lengths)]))
+        self.stack.close()
         paths = [self._path(kind) for kind in ("tokens", "offsets", *(["ids"] if self._names else []))]
         files = {path.name: {"bytes": path.stat().st_size, "xxh3": checksum(path)} for path in paths}
-        return {"documents": len(lengths), "tokens": self.tokens, **self._counts, "files": files}
+        return {"documents": self.documents, "tokens": self.tokens, **self._counts, "files": files}
 
     def _path(self, kind):
         return self.folder / f"{kind}-{self.number:05d}.{'jsonl' if kind == 'ids' else 'npy'}"
