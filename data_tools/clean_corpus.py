@@ -95,7 +95,7 @@ class CleanSettings(StageSettings, ReadingSettings, FilterSettings, ParallelSett
 
 RESULTS = ("train", "validation", "dropped", "report.json", "report.md", "lengths.png")
 LONGEST_NAME = 255  # bytes of a file's name, on the file systems of Linux
-VERSION = 2  # of what lies in .work: a file that another version has filtered is filtered again
+VERSION = 1  # of what lies in .work: a file that another version has filtered is filtered again
 
 
 def list_files(settings, work):

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from dilqur.cleaning.word_hashes import polynomials
 from dilqur.documents import fold
 from dilqur.errors import InputError
 from dilqur.npy_stream import save_npy
@@ -82,7 +83,7 @@ def _sign(texts, out, near):
     # A word begins at a letter after what is none, or at one that is a word by itself or follows such a one.
     before = np.concatenate([np.zeros(1, kinds.dtype), kinds[:-1]])
     words = np.flatnonzero((kinds > 0) & ((before != 1) | (kinds == 2)))
-    hashes = _word_hashes(value[codes], words)
+    hashes = polynomials(value[codes], words)
     first = np.searchsorted(words, starts)
     counts = np.searchsorted(words, ends) - first
 
@@ -134,26 +135,6 @@ def _odd(name, n, dtype):
 
 _MULTIPLIERS = _odd("permutation", PERMUTATIONS, np.uint32)
 _COEFFICIENTS = _odd("coefficient", 16, np.uint64)
-_BASE = int(_odd("base", 1, np.uint64)[0])
-
-
-@functools.lru_cache(maxsize=2)
-def _powers(n):
-    """(n,) uint64 powers of _BASE and of its inverse, modulo 2⁶⁴."""
-    grown = [np.full(n, base, np.uint64) for base in (_BASE, pow(_BASE, -1, 1 << 64))]
-    for array in grown:
-        array[0] = 1
-        np.multiply.accumulate(array, out=array)
-    return grown
-
-
-def _word_hashes(values, words):
-    """uint64 hash of each word: Σ value(letter k) · baseᵏ. `words`: where they start. What is no letter has the value 0, so
-    a sum may run on to the next word; the power of where the word stands is divided out again."""
-    if not len(words):
-        return np.empty(0, np.uint64)
-    power, inverse = _powers(max(_CHARS_AT_ONCE, 1 << len(values).bit_length()))
-    return np.add.reduceat(values * power[: len(values)], words) * inverse[words]
 
 
 def _combine(hashes):

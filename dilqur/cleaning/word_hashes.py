@@ -1,4 +1,5 @@
-"""A text's words as 64-bit numbers, computed for all of them at once: what n-grams of words are counted and found with.
+"""A text's words as 64-bit numbers, computed for all of them at once: what n-grams of words are counted and found with, and
+near copies too.
 
 A word's hash is a polynomial in its characters, each first turned into a random-looking number, modulo 2**64:
 h(w) = sum of value(w[i]) * B**i. With prefix products of B that is one pass of NumPy over the text; a Python loop over
@@ -37,11 +38,19 @@ def word_hashes(text, folded=True):
     starts = edges[int(inside[0]) :: 2]  # into a word, out of it, into the next
     if inside[0]:
         starts = np.concatenate((_ZERO, starts))
+    return scrambled(polynomials(values, starts))
+
+
+def polynomials(values, starts):
+    """uint64 (len(starts),): from each of `starts` to the next one, the sum of values[start + i] * B**i. `values` is used up.
+
+    values: uint64, one for each character, 0 for those that part words: a sum that runs on to the next word adds nothing.
+    """
     if not len(starts):
         return np.empty(0, np.uint64)
     powers, inverses = _powers(1 << max(20, len(values).bit_length()))
     values *= powers[: len(values)]
-    return scrambled(np.add.reduceat(values, starts) * inverses[starts])
+    return np.add.reduceat(values, starts) * inverses[starts]
 
 
 def ngram_hashes(words, n):

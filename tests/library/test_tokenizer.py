@@ -22,13 +22,13 @@ def tokenizer(made):
     return TextTokenizer(made / "tokenizer")
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(text=ANY_TEXT)
 def test_any_text_comes_back_as_it_was(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(text=WITH_CONTROL_TOKENS)
 def test_a_control_token_that_a_text_spells_stays_text(tokenizer, text):
     ids = tokenizer.encode(text)
@@ -36,13 +36,13 @@ def test_a_control_token_that_a_text_spells_stays_text(tokenizer, text):
     assert tokenizer.decode(ids) == text
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(texts=st.lists(WITH_CONTROL_TOKENS, max_size=5))
 def test_many_texts_at_once_give_the_same_ids_as_one_by_one(tokenizer, texts):
     assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(content=WITH_CONTROL_TOKENS)
 def test_only_the_template_makes_control_tokens_in_a_conversation(tokenizer, content):
     turns = [{"role": role, "content": content} for role in ("user", "assistant")]
