@@ -19,6 +19,19 @@ def tokenizer_file(path, key="--tokenizer"):
     raise InputError(f"{key}: {path}: no tokenizer.json there")
 
 
+def tokenizer_paths(path, key="--tokenizer"):
+    """[path] of a tokenizer; of a folder without one, its sub-folders that are tokenizers (a sweep of sizes), the shortest name
+    first: 8k, 64k, 100k. Raises InputError if there is none."""
+    try:
+        tokenizer_file(path, key)
+        return [str(path)]
+    except InputError as problem:
+        folders = [file.parent for file in Path(path).glob("*/tokenizer.json") if not file.parent.name.startswith(".")]
+        if not folders:
+            raise InputError(f"{problem}, nor in a folder in it") from None
+        return [str(folder) for folder in sorted(folders, key=lambda folder: (len(folder.name), folder.name))]
+
+
 class TextTokenizer:
     """A `tokenizers` tokenizer that never makes a control token out of text and adds none by itself.
 
