@@ -1,7 +1,7 @@
 """Measures tokenizers on sets of documents: tokens a word by three rules, bytes a token, use of the vocabulary, parity.
 
     python data_tools/eval_tokenizer.py --tokenizer runs/quickstart/tokenizer --input recipes/quickstart/corpus/az
-    python data_tools/eval_tokenizer.py --tokenizer runs/quickstart/tokenizer* --input recipes/quickstart/corpus/*
+    python data_tools/eval_tokenizer.py --tokenizer runs/quickstart/tokenizer* --input recipes/quickstart/corpus/az/*
     python data_tools/eval_tokenizer.py --config recipes/quickstart/fertility.yaml --check
 
 Any file of the `tokenizers` library will do: byte-level BPE, WordPiece, Unigram; a folder of several (a sweep of vocabulary sizes)
@@ -41,9 +41,10 @@ from dilqur.tokenizer_table import table
 from dilqur.vocabulary_sweep import knee, nested_families
 from dilqur.word_splits import CANDIDATES, WordCounts, WordSplitter, choose_words, costly_words
 
-BATCH, BATCH_CHARACTERS = 256, 1 << 20  # handed to a tokenizer at a time; `tokenizers` takes a hundred times a text's memory
+# documents, and characters, handed to a tokenizer at a time: `tokenizers` takes a hundred times the memory of a text
+BATCH, BATCH_CHARACTERS = 256, 1 << 20
 TIMED_CHARACTERS, ROUNDS = 1 << 18, 5
-ENDING = re.compile(rf"({'|'.join(map(re.escape, FORMATS))})?({'|'.join(map(re.escape, COMPRESSIONS))})?$", re.IGNORECASE)
+ENDING = re.compile(rf"(?i)({'|'.join(map(re.escape, FORMATS))})?({'|'.join(map(re.escape, COMPRESSIONS))})?$")
 
 
 class DocumentSet(TypedDict, total=False):
@@ -83,6 +84,8 @@ class EvalTokenizerSettings(StageSettings, ReadingSettings):
 def names_of(stated, names):
     """{name: path} of all tokenizers. By default the name of the folder, or of the file (gpt2.tokenizer.json.gz) up to the dot."""
     paths = [path for item in stated for path in tokenizer_paths(item)]
+    if not paths:
+        raise InputError("tokenizer: an empty list: nothing to measure")
     if names is None:
         shown = display_names([str(Path(p).parent) if Path(p).name == "tokenizer.json" else p for p in paths])
         names = [re.sub(r"(\.tokenizer)?\.json(\.gz)?$", "", name) for name in shown]
@@ -97,9 +100,9 @@ def sets_of(settings):
         raise InputError("give either --input or, in a recipe, document_sets (a list of {name, input})")
     stated = [(s["name"], s["input"]) for s in settings.document_sets or []]
     if settings.input:
-        shown = {path if set("*?[") & set(path) else name: path for name, path in display_names(settings.input).items()}
-        short = [ENDING.sub("", name) or name for name in shown]
-        stated = zip(short if len(set(short)) == len(short) else shown, ([path] for path in shown.values()), strict=True)
+        whole = {path if set("*?[") & set(path) else name: path for name, path in display_names(settings.input).items()}
+        short = {ENDING.sub("", name) or name: path for name, path in whole.items()}
+        stated = [(name, [path]) for name, path in (short if len(short) == len(whole) else whole).items()]
     sets, owners = {}, {}
     for name, paths in stated:
         if not name.strip() or name in sets:
@@ -123,7 +126,9 @@ def pairs_of(parallel, text_field):
         )
     for a, b in zip(mine, other, strict=True):
         if a.line != b.line:
-            raise InputError(f"parallel: {name}: {a.where} would translate {b.where}: an empty line in one of them only")
+            raise InputError(
+                f"parallel: {name}: {a.where} would translate {b.where}: a line before is empty in one only"
+            )
     return [d.text for d in mine], [d.text for d in other]
 
 
@@ -203,7 +208,7 @@ def encode_speed(sets, settings, counters):
         for name, counter in counters.items():
             started = time.perf_counter()
             for text in texts:  # one at a time: a batch would take all cores
-                counter.backend.encode_batch_fast([text], add_special_tokens=False)
+                counter.lengths([text])
             seconds[name].append(time.perf_counter() - started)
     size = sum(len(text.encode("utf-8")) for text in texts) / 1e6
     return {name: round(size / float(np.median(taken)), 3) for name, taken in seconds.items()}
@@ -237,10 +242,7 @@ def main():
 
     measured = pooled.figures(settings.seed)
     for name, counter in counters.items():
-        measured[name] |= {
-            "tokenizer": str(counter.tokenizer.path),
-            "tokenizer_sha256": counter.tokenizer.hash,
-        }
+        measured[name] |= {"tokenizer": str(counter.tokenizer.path), "tokenizer_sha256": counter.tokenizer.hash}
     frequent = words.most_frequent(CANDIDATES)
     splitters = {name: WordSplitter(counter.tokenizer, counter.unknown) for name, counter in counters.items()}
     shown = settings.sample_words or choose_words(frequent)

@@ -12,8 +12,7 @@ import numpy as np
 import regex
 
 from dilqur.bootstrap import divide, interval, resampled_sums
-from dilqur.errors import InputError
-from dilqur.tokenizer import TextTokenizer
+from dilqur.tokenizer import TextTokenizer, encoding_with
 from dilqur.whole_words import words_kept_whole
 
 WINDOW = 131_072  # tokens: the context of Llama 3.1 and later
@@ -79,12 +78,10 @@ class Counter:
 
     def count(self, batch):
         """int64 (n, 4): the columns of TOKEN_SUMS for the texts of `batch`."""
-        try:
+        with encoding_with(self.tokenizer):
             encodings = self.backend.encode_batch(batch.texts, add_special_tokens=False)
-            stripped = self.lengths([" ".join(words) for words in batch.stripped])
-            self._encode_alone(batch.words)
-        except Exception as problem:  # `tokenizers` raises plain Exception
-            raise InputError(f"{self.tokenizer.path}: this tokenizer cannot encode the text ({problem})") from None
+        stripped = self.lengths([" ".join(words) for words in batch.stripped])
+        self._encode_alone(batch.words)
         total = sum(map(len, encodings))
         ids = np.fromiter(itertools.chain.from_iterable(e.ids for e in encodings), np.int64, total)
         self.occurs += np.bincount(ids, minlength=len(self.occurs))
@@ -94,7 +91,9 @@ class Counter:
         return np.array([list(map(len, encodings)), stripped, alone, whole], np.int64).T
 
     def lengths(self, texts):
-        return [len(e) for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        """list[int]: how many tokens each text becomes."""
+        with encoding_with(self.tokenizer):
+            return [len(e) for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _encode_alone(self, words):
         if len(self._tokens_alone) > CACHED_WORDS:
@@ -172,9 +171,7 @@ class SetCounts:
                 results[name]["differences"] = {
                     figure: {
                         "difference": rounded(ratio(total, name, figure) - ratio(total, first, figure)),
-                        "interval": rounded(
-                            interval(ratio(resampled, name, figure) - ratio(resampled, first, figure))
-                        ),
+                        "interval": rounded(interval(ratio(resampled, name, figure) - ratio(resampled, first, figure))),
                     }
                     for figure in RATIOS
                 }

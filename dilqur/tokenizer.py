@@ -1,5 +1,6 @@
 """Text ↔ token ids, where control tokens in text are text; and a tokenizer's hash, which shards and models carry."""
 
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -49,6 +50,8 @@ class TextTokenizer:
             self.backend = Tokenizer.from_str(self.content.decode("utf-8"))
         except Exception as problem:  # `tokenizers` raises plain Exception
             raise InputError(f"{self.path}: not a tokenizer ({problem})") from None
+        if not self.backend.get_vocab_size(with_added_tokens=True):
+            raise InputError(f"{self.path}: not a tokenizer (its vocabulary is empty)")
         self.backend.encode_special_tokens = True  # "<|eot_id|>" in a text is eight characters and more, not one id
         self.backend.no_padding()
         self.backend.no_truncation()
@@ -116,6 +119,17 @@ class TextTokenizer:
                 raise InputError(
                     f"{self.path}: the text {content!r} becomes the control token {i}; a user could write it"
                 )
+
+
+@contextlib.contextmanager
+def encoding_with(tokenizer):
+    """Inside it, a text that `tokenizer`, a TextTokenizer, has no tokens for (nor an unknown token) is an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as problem:  # `tokenizers` raises plain Exception
+        raise InputError(f"{tokenizer.path}: this tokenizer cannot encode the text ({problem})") from None
 
 
 def byte_characters():

@@ -1,5 +1,7 @@
 """The results of eval_tokenizer as Markdown: one table of the tokenizers, then one for each further question."""
 
+import itertools
+
 from dilqur.bootstrap import FEWEST, LEVEL, RESAMPLES
 from dilqur.fertility import RULES, WINDOW
 from dilqur.word_splits import BETWEEN, CANDIDATES
@@ -38,7 +40,8 @@ def tokenizers(results):
     first, rows = results["differences_to"], []
     several = len(results["tokenizers"]) > 1
     heads = ["tokenizer", "fertility", "95 %", *([f"less {first}"] if several else []), "stripped", "word by word"]
-    heads += ["bytes a token", "words kept whole", f"words in {WINDOW:,} tokens", "vocabulary", "of it occurs", "of it rare"]
+    heads += ["bytes a token", "words kept whole", f"words in {WINDOW:,} tokens"]
+    heads += ["vocabulary", "of it occurs", "of it rare"]
     for name, r in results["tokenizers"].items():
         row = [name, number(r["fertility"]), between(r["intervals"]["fertility"])]
         if several:
@@ -80,12 +83,13 @@ def parallel(results, names):
 
 
 def costly_words(words, complete):
-    rows = []
-    for rank in range(max(map(len, words.values()))):
-        of_rank = [found[rank] if rank < len(found) else None for found in words.values()]
-        rows.append([str(rank + 1), *(w and f"{code(w['split'])} {w['count']:,} × {w['tokens']}" or "" for w in of_rank)])
-    said = f"The words of letters that cost the most, as occurrences × tokens, by occurrences × (tokens − 1), of the {CANDIDATES:,} most frequent words"
-    said += "" if complete else " (the text has more different words than were kept: counts are lower bounds)"
+    cells = [[f"{code(w['split'])} {w['count']:,} × {w['tokens']}" for w in found] for found in words.values()]
+    ranks = itertools.zip_longest(*cells, fillvalue="")
+    rows = [[str(rank), *of_rank] for rank, of_rank in enumerate(ranks, 1)]
+    said = f"The words that cost the most: occurrences × tokens, by occurrences × (tokens − 1), of the {CANDIDATES:,} most "
+    said += "frequent words of letters" + (
+        "" if complete else "; rare words were forgotten, so counts are lower bounds"
+    )
     return f"{said}:\n\n" + markdown(["", *words], rows)
 
 

@@ -7,7 +7,7 @@ import re
 
 import regex
 
-from dilqur.tokenizer import byte_characters
+from dilqur.tokenizer import byte_characters, encoding_with
 
 KEPT_WORDS = 1 << 19  # different words counted at a time: some 60 MB
 CANDIDATES = 20_000  # the most frequent words, among which the costly ones are looked for
@@ -56,14 +56,15 @@ class WordSplitter:
     character is shown as ‹C9›, an unknown token by its name ([UNK]); other tokens as the text they stand for."""
 
     def __init__(self, tokenizer, unknown=None):
-        self.backend, self.unknown = tokenizer.backend, unknown
+        self.tokenizer, self.backend, self.unknown = tokenizer, tokenizer.backend, unknown
         self._to_byte = {}
         if "ByteLevel" in str(self.backend.pre_tokenizer) + str(self.backend.decoder):
             self._to_byte = {character: byte for byte, character in enumerate(byte_characters())}
 
     def __call__(self, word):
         text, shown = f" {word}", []
-        encoding = self.backend.encode(text, add_special_tokens=False)
+        with encoding_with(self.tokenizer):
+            encoding = self.backend.encode(text, add_special_tokens=False)
         for i, token, (start, stop) in zip(encoding.ids, encoding.tokens, encoding.offsets, strict=True):
             byte = re.fullmatch("<0x([0-9A-F]{2})>", token)  # of SentencePiece's byte_fallback
             if i == self.unknown:
