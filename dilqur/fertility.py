@@ -17,7 +17,7 @@ from dilqur.whole_words import words_kept_whole
 
 WINDOW = 131_072  # tokens: the context of Llama 3.1 and later
 RARE = 5  # an id that occurs less often than this is learned from next to nothing
-CACHED_WORDS = 1 << 19
+CACHED_WORDS = 1 << 17  # a tokenizer; of most texts nearly all words as they come
 TEXT_SUMS = ("words", "stripped_words", "utf8_bytes")
 TOKEN_SUMS = ("tokens", "stripped_tokens", "word_by_word_tokens", "whole_words")
 RATIOS = {  # figure: what is summed above the line, and below it
@@ -32,7 +32,7 @@ RULES = {
     "fertility_stripped": "the same with the punctuation (Unicode category P) at both ends of every word taken off, and the words "
     "joined by single spaces; what was punctuation alone is no word",
     "fertility_word_by_word": "mean over the whitespace-separated words of their tokens when each is encoded by itself without a "
-    "space before it, as a loop over text.split() does; highest for tokenizers that have words only with their space",
+    "space before it, as a loop over text.split() does: white space costs nothing, a word known only with its space costs more",
     "bytes_per_token": "UTF-8 bytes of the text, white space included / tokens without special tokens",
     "words_kept_whole": "share of the whitespace-separated words that are one token where they stand in the text, "
     "with or without the space before",
