@@ -89,7 +89,7 @@ def names_of(stated, names):
     if names is None:
         shown = display_names([str(Path(p).parent) if Path(p).name == "tokenizer.json" else p for p in paths])
         names = [re.sub(r"(\.tokenizer)?\.json(\.gz)?$", "", name) for name in shown]
-    if not len(set(names)) == len(names) == len(paths):
+    if not len(set(names)) == len(names) == len(paths) or "" in names:
         raise InputError(f"--names: {', '.join(names)} for {len(paths)} tokenizers: give each one, all different")
     return dict(zip(names, paths, strict=True))
 

@@ -126,8 +126,6 @@ def encoding_with(tokenizer):
     """Inside it, a text that `tokenizer`, a TextTokenizer, has no tokens for (nor an unknown token) is an InputError."""
     try:
         yield
-    except InputError:
-        raise
     except Exception as problem:  # `tokenizers` raises plain Exception
         raise InputError(f"{tokenizer.path}: this tokenizer cannot encode the text ({problem})") from None
 

@@ -21,8 +21,9 @@ def table(results):
     if any(results["costly_words"].values()):
         sections.append(costly_words(results["costly_words"], results["word_counts_complete"]))
     for sweep in results["sweeps"]:
-        found = f"{sweep['knee']}, {sweep['knee_depth']:.2f} below the straight line (of 1)"
-        knee = found if sweep["knee"] else "none, the curve does not flatten out"
+        knee = "none, the curve does not flatten out"
+        if sweep["knee"]:
+            knee = f"{sweep['knee']}, {sweep['knee_depth']:.2f} below the straight line (of 1)"
         sections.append(f"One training cut at several sizes ({', '.join(sweep['names'])}), knee: {knee}.")
     speeds = ", ".join(f"{name} {speed:.1f}" for name, speed in results["speed_here"].items())
     sections.append(
@@ -66,18 +67,11 @@ def document_sets(sets):
 
 
 def parallel(results, names):
-    rows = [
-        [
-            name,
-            f"{r['pairs']:,}",
-            number(r["byte_premium"], ".2f"),
-            *(
-                f"{number(r['tokenizers'][n]['premium'], '.2f')} {between(r['tokenizers'][n]['interval'], '.2f')}"
-                for n in names
-            ),
-        ]
-        for name, r in results.items()
-    ]
+    rows = []
+    for name, r in results.items():
+        figures = [r["tokenizers"][n] for n in names]
+        cells = [f"{number(f['premium'], '.2f')} {between(f['interval'], '.2f')}" for f in figures]
+        rows.append([name, f"{r['pairs']:,}", number(r["byte_premium"], ".2f"), *cells])
     said = "Premium: tokens / tokens of the reference, for the same content (1 is parity); bytes likewise:"
     return f"{said}\n\n" + markdown(["parallel text", "pairs", "bytes", *names], rows)
 
@@ -87,9 +81,8 @@ def costly_words(words, complete):
     ranks = itertools.zip_longest(*cells, fillvalue="")
     rows = [[str(rank), *of_rank] for rank, of_rank in enumerate(ranks, 1)]
     said = f"The words that cost the most: occurrences × tokens, by occurrences × (tokens − 1), of the {CANDIDATES:,} most "
-    said += "frequent words of letters" + (
-        "" if complete else "; rare words were forgotten, so counts are lower bounds"
-    )
+    said += "frequent words of letters"
+    said += "" if complete else "; rare words were forgotten, so counts are lower bounds"
     return f"{said}:\n\n" + markdown(["", *words], rows)
 
 

@@ -75,8 +75,8 @@ class WordSplitter:
                 piece = bytes(self._to_byte[character] for character in token).decode("utf-8", "dilqur-show-bytes")
             else:
                 piece = text[start:stop]
-            shown.append(piece.strip() if not shown else piece)
-            shown = [piece for piece in shown if piece]  # the space before the word can be a token by itself
+            if piece := piece if shown else piece.strip():  # the space before the word can be a token by itself
+                shown.append(piece)
         return shown
 
 

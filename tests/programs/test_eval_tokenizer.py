@@ -125,6 +125,7 @@ def test_the_names_are_the_folders_and_the_files_before_the_dot(run, text, wordp
     assert names(wordpiece / "tokenizer.json", tmp_path / "az-4.tokenizer.json.gz") == ["wordpiece", "az-4"]
     assert "give each one, all different" in names(wordpiece, wordpiece, code=2)
     assert "give each one, all different" in names(wordpiece, flags=["--names", "a", "b"], code=2)
+    assert "give each one, all different" in names(wordpiece, flags=["--names", ""], code=2)
 
 
 # -- document sets ----------------------------------------------------------------------------------------------------
@@ -231,6 +232,12 @@ def test_a_folder_of_sizes_is_measured_as_a_curve(run, made, sweep, wordpiece, t
     assert f"(300, 400, 600, 1024), knee: {curve['knee']}" in done.stdout and curve["knee"] in ("400", "600")
     assert (tmp_path / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert "nothing to do" in run(PROGRAM, *command).stdout
+
+
+def test_a_curve_that_is_straight_has_no_knee(run, sweep, tmp_path):
+    (tmp_path / "digits.txt").write_text("7 5 3\n")  # three tokens and two spaces, whatever the size
+    done = run(PROGRAM, "--tokenizer", sweep, "--input", tmp_path / "digits.txt")
+    assert "(300, 400, 600, 1024), knee: none, the curve does not flatten out." in done.stdout
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------------
