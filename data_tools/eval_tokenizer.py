@@ -1,132 +1,220 @@
-"""Measures tokenizers on a text: fertility, bytes a token, words kept whole, and how much of each vocabulary occurs.
+"""Measures tokenizers on sets of documents: tokens a word by three rules, bytes a token, use of the vocabulary, parity.
 
     python data_tools/eval_tokenizer.py --tokenizer runs/quickstart/tokenizer --input recipes/quickstart/corpus/az
-    python data_tools/eval_tokenizer.py --tokenizer runs/quickstart/tokenizer* --input recipes/quickstart/corpus/az
+    python data_tools/eval_tokenizer.py --tokenizer runs/quickstart/tokenizer* --input recipes/quickstart/corpus/az/*
     python data_tools/eval_tokenizer.py --config recipes/quickstart/fertility.yaml --check
 
-Any file of the `tokenizers` library will do: byte-level BPE, WordPiece, Unigram. The figures are pooled over all
-documents and printed with the rules they were counted by: fertility moves by 0.2 to 0.3 with the rule alone. With a
-recipe or --output_dir its folder gets table.md, results.json and tokenizers.png; with neither they are only printed.
+Any file of the `tokenizers` library will do: byte-level BPE, WordPiece, Unigram; a folder of several (a sweep of vocabulary sizes)
+stands for all of them. Every item of --input is a document set; a recipe may name them instead, and give translations, to
+measure what the language costs beside another:
+
+    document_sets: [{name: law, input: [data/law]}, {name: web, input: [data/web]}]
+    parallel: [{name: flores, input: flores/az.txt, reference: flores/en.txt}]     # line n is the translation of line n
+
+All figures are given for each set and pooled over all documents, with 95 % intervals, and the rules they were counted by. With
+a recipe or --output_dir its folder gets table.md, results.json, tokenizers.png, splits.png (how words split) and, of three or more
+sizes of one training, sweep.png; with neither they are only printed.
 """
 
 import itertools
 import json
 import re
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Required
 
 import numpy as np
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 from dilqur.atomic import atomic_files, write_json
-from dilqur.documents import ReadingSettings, read_input
+from dilqur.bootstrap import divide, interval, resampled_ratios
+from dilqur.documents import ReadingSettings, Skipped, read
 from dilqur.errors import InputError, program
+from dilqur.fertility import RULES, Batch, Counter, SetCounts, rounded
+from dilqur.input_files import COMPRESSIONS, FORMATS, expand
 from dilqur.recipe import parse
-from dilqur.stage import Documents, Stage, StageSettings, TokenizerPath, display_names
-from dilqur.tokenizer import TextTokenizer
-from dilqur.whole_words import words_kept_whole
+from dilqur.stage import Documents, Stage, StageSettings, TokenizersPath, display_names
+from dilqur.tokenizer import tokenizer_paths
+from dilqur.tokenizer_table import table
+from dilqur.vocabulary_sweep import knee, nested_families
+from dilqur.word_splits import CANDIDATES, WordCounts, WordSplitter, choose_words, costly_words
 
-BATCH = 256  # documents handed to a tokenizer at a time
-RULES = {
-    "fertility": "tokens without special tokens / whitespace-separated words, punctuation left on the words",
-    "bytes_per_token": "UTF-8 bytes of the text, white space included / tokens without special tokens",
-    "words_kept_whole": "share of the whitespace-separated words that are one token where they stand in the text, "
-    "with or without the space before",
-    "vocab_size": "number of ids, special tokens included",
-    "vocab_share_used": "share of those ids that occur in this text",
-}
+# documents, and characters, handed to a tokenizer at a time: `tokenizers` takes a hundred times the memory of a text
+BATCH, BATCH_CHARACTERS = 256, 1 << 20
+TIMED_CHARACTERS, ROUNDS = 1 << 18, 5
+ENDING = re.compile(rf"(?i)({'|'.join(map(re.escape, FORMATS))})?({'|'.join(map(re.escape, COMPRESSIONS))})?$")
+
+
+class DocumentSet(TypedDict, total=False):
+    __pydantic_config__ = {"extra": "forbid"}
+    name: Required[str]
+    input: Required[list[Documents]]
+
+
+class Parallel(TypedDict, total=False):
+    __pydantic_config__ = {"extra": "forbid"}
+    name: Required[str]
+    input: Required[Documents]
+    reference: Required[Documents]
 
 
 @dataclass(kw_only=True)
 class EvalTokenizerSettings(StageSettings, ReadingSettings):
-    tokenizer: list[TokenizerPath] = field(metadata={"help": "folders with a tokenizer.json, or such files"})
+    tokenizer: list[TokenizersPath] = field(metadata={"help": "folders with a tokenizer.json, such files, or sweeps"})
     names: list[str] | None = field(default=None, metadata={"help": "what to call them; none: their folders' names"})
-    input: list[Documents] = field(metadata={"help": "files, folders or globs: text that no tokenizer was trained on"})
+    input: list[Documents] | None = field(
+        default=None, metadata={"help": "text no tokenizer was trained on; each file, folder or glob is a document set"}
+    )
+    document_sets: list[DocumentSet] | None = field(default=None, metadata={"help": "instead: {name: …, input: […]}"})
+    parallel: list[Parallel] | None = field(
+        default=None, metadata={"help": "{name: …, input: …, reference: …}: files whose lines translate each other"}
+    )
+    sample_words: list[str] | None = field(
+        default=None, metadata={"help": "words to show split; none: frequent ones of the text, short and long"}
+    )
+    seed: int = field(default=42, metadata={"help": "of the draws that the intervals come from"})
     json: bool = field(default=False, metadata={"help": "one JSON object on standard output"})
 
 
-# -- one tokenizer ----------------------------------------------------------------------------------------------------
+# -- what is measured, on what ----------------------------------------------------------------------------------------
 
 
-class Counter:
-    """The sums for one tokenizer."""
-
-    def __init__(self, path):
-        self.tokenizer = TextTokenizer(path)
-        self.backend = self.tokenizer.backend
-        model = json.loads(self.backend.to_str())["model"]
-        self.unknown = model.get("unk_id", self.backend.token_to_id(model.get("unk_token") or ""))
-        self.tokens = self.unknown_tokens = self.whole = 0
-        self.occurs = np.zeros(self.tokenizer.size, bool)
-
-    def add(self, texts):
-        for text, encoding in zip(texts, self.backend.encode_batch(texts, add_special_tokens=False), strict=True):
-            self.tokens += len(encoding.ids)
-            self.unknown_tokens += encoding.ids.count(self.unknown)
-            self.whole += words_kept_whole(encoding, text, self.unknown)
-            self.occurs[encoding.ids] = True
-
-    def result(self, words, utf8_bytes):
-        return {
-            "fertility": round(self.tokens / words, 4),
-            "bytes_per_token": round(utf8_bytes / self.tokens, 4),
-            "words_kept_whole": round(self.whole / words, 4),
-            "vocab_size": self.tokenizer.size,
-            "vocab_share_used": round(float(self.occurs.mean()), 4),
-            "tokens": self.tokens,
-            "unknown_tokens": self.unknown_tokens,
-            "tokenizer": str(self.tokenizer.path),
-            "tokenizer_sha256": self.tokenizer.hash,
-        }
-
-
-# -- all of them ------------------------------------------------------------------------------------------------------
-
-
-def names_of(paths, names):
-    """{name: path}. By default the name of the folder, or of the file (gpt2.tokenizer.json.gz) up to the dot."""
+def names_of(stated, names):
+    """{name: path} of all tokenizers. By default the name of the folder, or of the file (gpt2.tokenizer.json.gz) up to the dot."""
+    paths = [path for item in stated for path in tokenizer_paths(item)]
+    if not paths:
+        raise InputError("tokenizer: an empty list: nothing to measure")
     if names is None:
         shown = display_names([str(Path(p).parent) if Path(p).name == "tokenizer.json" else p for p in paths])
         names = [re.sub(r"(\.tokenizer)?\.json(\.gz)?$", "", name) for name in shown]
-    if not len(set(names)) == len(names) == len(paths):
+    if not len(set(names)) == len(names) == len(paths) or "" in names:
         raise InputError(f"--names: {', '.join(names)} for {len(paths)} tokenizers: give each one, all different")
     return dict(zip(names, paths, strict=True))
 
 
-def table(results):
-    """The results as Markdown, with the rules they were counted by."""
-    lines = [
-        "| tokenizer | fertility | bytes a token | words kept whole | vocabulary | of it occurs |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for name, r in results["tokenizers"].items():
-        lines.append(
-            f"| {name} | {r['fertility']:.3f} | {r['bytes_per_token']:.3f} | {r['words_kept_whole']:.1%} "
-            f"| {r['vocab_size']:,} | {r['vocab_share_used']:.1%} |"
+def sets_of(settings):
+    """{name: files} of the document sets. InputError where a name or a file is in two of them."""
+    if bool(settings.input) == bool(settings.document_sets):
+        raise InputError("give either --input or, in a recipe, document_sets (a list of {name, input})")
+    stated = [(s["name"], s["input"]) for s in settings.document_sets or []]
+    if settings.input:
+        whole = {path if set("*?[") & set(path) else name: path for name, path in display_names(settings.input).items()}
+        short = {ENDING.sub("", name) or name: path for name, path in whole.items()}
+        stated = [(name, [path]) for name, path in (short if len(short) == len(whole) else whole).items()]
+    sets, owners = {}, {}
+    for name, paths in stated:
+        if not name.strip() or name in sets:
+            raise InputError(f"document_sets: the name {name!r} must not be empty, and must be there only once")
+        if not paths:
+            raise InputError(f"document_sets: {name}: its input is an empty list")
+        sets[name] = expand(paths)
+        for file in sets[name]:
+            if (owner := owners.setdefault(Path(file).resolve(), name)) != name:
+                raise InputError(f"{file}: is in two document sets, {owner} and {name}: take it out of one of them")
+    return sets
+
+
+def pairs_of(parallel, text_field):
+    """(texts, reference texts), which translate each other line by line. InputError where they do not stand side by side."""
+    name, stated = parallel["name"], [parallel["input"], parallel["reference"]]
+    mine, other = (list(read(expand([path]), text_field)) for path in stated)
+    if not mine or len(mine) != len(other):
+        raise InputError(
+            f"parallel: {name}: {len(mine)} lines in {stated[0]}, {len(other)} in {stated[1]}: every line needs its translation"
         )
-    size = f"{results['documents']:,} documents, {results['words']:,} words, {results['utf8_bytes']:,} bytes of UTF-8."
-    return "\n".join([*lines, "", size, "", *(f"- {name}: {rule}" for name, rule in RULES.items()), ""])
+    for a, b in zip(mine, other, strict=True):
+        if a.line != b.line:
+            raise InputError(
+                f"parallel: {name}: {a.where} would translate {b.where}: a line before is empty in one only"
+            )
+    return [d.text for d in mine], [d.text for d in other]
 
 
-def plot(measured, path):
-    """Fertility and bytes a token as bars, one a tokenizer, in a PNG."""
-    import matplotlib
+def check(settings):
+    """InputError for settings that do not fit together."""
+    names = [p["name"] for p in settings.parallel or []]
+    if len(set(names)) < len(names):
+        raise InputError(f"parallel: the names {', '.join(names)} must be distinct")
+    if settings.sample_words is not None and not settings.sample_words:
+        raise InputError("sample_words: an empty list; leave the key out, and words of the text are shown")
+    if wrong := [word for word in settings.sample_words or [] if len(word.split()) != 1 or word.strip() != word]:
+        raise InputError(f"sample_words: {wrong[0]!r} is not a word: one without white space is")
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    shown = {"fertility": "tokens a word (fewer is better)", "bytes_per_token": "bytes a token (more is better)"}
-    height = 1.2 + 0.5 * len(measured)
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, height), layout="constrained", sharey=True)
-    for axis, (key, title) in zip(axes, shown.items(), strict=True):
-        bars = axis.barh(list(measured), [r[key] for r in measured.values()], color="#2a6f97")
-        axis.bar_label(bars, fmt="%.2f", padding=3)
-        axis.set_title(title)
-        axis.margins(x=0.15)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].invert_yaxis()  # the first one on top
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+def batches(files, settings, skipped, words, bar):
+    """Yield the documents of `files` as Batches, counting their words."""
+    on_error = skipped if settings.on_error == "skip" else None
+    texts = (document.text for document in read(files, settings.text_field, settings.sample_by, on_error))
+    while True:
+        some, size = [], 0
+        while size < BATCH_CHARACTERS and len(some) < BATCH and (text := next(texts, None)) is not None:
+            some.append(text)
+            size += len(text)
+        if not some:
+            return
+        yield (batch := Batch(some))
+        words.add(itertools.chain.from_iterable(batch.stripped))
+        bar.update(int(batch.sums[:, -1].sum()))
+
+
+def parity(texts, reference, counters, seed):
+    """Tokens of the language / tokens of the reference for the same content, pooled over the pairs: the premium (Petrov et al.
+    2023, "Language model tokenizers introduce unfairness between languages", arXiv 2305.15425), and the same of UTF-8 bytes."""
+    both = [np.array([[len(text.encode("utf-8")) for text in side]]) for side in (texts, reference)]
+    for counter in counters.values():
+        for i, side in enumerate((texts, reference)):
+            both[i] = np.vstack([both[i], counter.lengths(side)])
+    (mine, other), (sums, reference_sums) = both, (side.sum(1) for side in both)
+    draws = resampled_ratios(mine.T, other.T, seed)
+    figures = {
+        name: {
+            "premium": rounded(divide(sums[i], reference_sums[i])),
+            "interval": rounded(interval(draws[:, i])),
+            "tokens": int(sums[i]),
+            "reference_tokens": int(reference_sums[i]),
+        }
+        for i, name in enumerate(counters, 1)
+    }
+    return {"pairs": len(texts), "byte_premium": rounded(divide(sums[0], reference_sums[0])), "tokenizers": figures}
+
+
+def sweep_of(family, counters, measured):
+    """The curve of one training cut at several sizes, {"names", "vocab_sizes", "fertility", "intervals"}, with its "knee", a name or
+    None, and "knee_depth"."""
+    curve = {
+        "names": family,
+        "vocab_sizes": [counters[name].backend.get_vocab_size(with_added_tokens=False) for name in family],
+        "fertility": [measured[name]["fertility"] for name in family],
+        "intervals": [measured[name]["intervals"]["fertility"] for name in family],
+    }
+    at, depth = knee(curve["vocab_sizes"], curve["fertility"]) or (None, None)
+    return {**curve, "knee": None if at is None else family[at], "knee_depth": depth and round(depth, 4)}
+
+
+def encode_speed(sets, settings, counters):
+    """{name: MB of UTF-8 a second of one thread} on the beginning of every set: the median of ROUNDS, in each of which every
+    tokenizer has its turn."""
+    texts, seconds = [], {name: [] for name in counters}
+    for files in sets.values():
+        room = TIMED_CHARACTERS // len(sets)
+        for document in read(files, settings.text_field, settings.sample_by, on_error=lambda message: None):
+            texts.append(document.text[:room])
+            room -= len(texts[-1])
+            if not room:
+                break
+    for _ in range(ROUNDS):
+        for name, counter in counters.items():
+            started = time.perf_counter()
+            for text in texts:  # one at a time: a batch would take all cores
+                counter.lengths([text])
+            seconds[name].append(time.perf_counter() - started)
+    size = sum(len(text.encode("utf-8")) for text in texts) / 1e6
+    return {name: round(size / float(np.median(taken)), 3) for name, taken in seconds.items()}
+
+
+# -- the program ------------------------------------------------------------------------------------------------------
 
 
 @program
@@ -134,33 +222,57 @@ def main():
     settings = parse(EvalTokenizerSettings, __doc__)
     stage = Stage(settings, __file__, prints_only_without_folder=True)
     stage.refuse_finished()
+    check(settings)
+    sets = sets_of(settings)
+    pairs = {p["name"]: pairs_of(p, settings.text_field) for p in settings.parallel or []}
     counters = {name: Counter(path) for name, path in names_of(settings.tokenizer, settings.names).items()}
     if settings.check:
         return print(f"{stage.name}: ok")
     stage.open()
 
-    count = {"documents": 0, "words": 0, "utf8_bytes": 0}
-    documents, skipped = read_input(settings)
+    skipped, words, pooled, by_set = Skipped(), WordCounts(), None, {}
     with tqdm(desc=stage.name, unit="B", unit_scale=True, disable=None) as bar:
-        while texts := [d.text for d in itertools.islice(documents, BATCH)]:
-            size = sum(len(text.encode("utf-8")) for text in texts)
-            count["documents"] += len(texts)
-            count["words"] += sum(len(text.split()) for text in texts)
-            count["utf8_bytes"] += size
-            for counter in counters.values():
-                counter.add(texts)
-            bar.update(size)
-    if not count["words"]:
-        raise InputError(f"{' '.join(settings.input)}: no word in there: nothing to measure")
+        for name, files in sets.items():
+            counted = SetCounts.of(batches(files, settings, skipped, words, bar), counters)
+            if not counted.text["words"]:
+                where = " ".join(files if len(files) < 4 else [*files[:3], "…"])
+                raise InputError(f"{where}: no word in there: nothing to measure")
+            by_set[name] = {**counted.text, "tokenizers": counted.figures(settings.seed)}
+            pooled = pooled + counted if pooled else counted
 
-    measured = {name: counter.result(count["words"], count["utf8_bytes"]) for name, counter in counters.items()}
-    results = {**count, "bad_records": skipped.count, "rules": RULES, "tokenizers": measured}
+    measured = pooled.figures(settings.seed)
+    for name, counter in counters.items():
+        measured[name] |= {"tokenizer": str(counter.tokenizer.path), "tokenizer_sha256": counter.tokenizer.hash}
+    frequent = words.most_frequent(CANDIDATES)
+    splitters = {name: WordSplitter(counter.tokenizer, counter.unknown) for name, counter in counters.items()}
+    shown = settings.sample_words or choose_words(frequent)
+    families = nested_families({name: counter.tokenizer for name, counter in counters.items()})
+    results = {
+        **pooled.text,
+        "bad_records": skipped.count,
+        "rules": RULES,
+        "differences_to": next(iter(counters)),
+        "tokenizers": measured,
+        "document_sets": by_set,
+        "parallel": {name: parity(*texts, counters, settings.seed) for name, texts in pairs.items()},
+        "sweeps": [sweep_of(family, counters, measured) for family in families],
+        "splits": {word: {name: splitter(word) for name, splitter in splitters.items()} for word in shown},
+        "costly_words": {name: costly_words(frequent, splitter) for name, splitter in splitters.items()},
+        "word_counts_complete": words.complete,
+        "speed_here": encode_speed(sets, settings, counters),
+    }
     if stage.folder:
+        from dilqur.tokenizer_plots import plot_bars, plot_splits, plot_sweeps
+
         with atomic_files(stage.folder) as part:
             write_json(part / "results.json", results)
             (part / "table.md").write_text(table(results), encoding="utf-8")
-            plot(measured, part / "tokenizers.png")
-    stage.finish({"tokenizers": measured})
+            plot_bars(measured, part / "tokenizers.png")
+            if results["splits"]:
+                plot_splits(results["splits"], part / "splits.png")
+            if results["sweeps"]:
+                plot_sweeps(results["sweeps"], part / "sweep.png")
+    stage.finish({"tokenizers": measured, **{key: results[key] for key in ("parallel", "sweeps", "splits")}})
     print(json.dumps(results, ensure_ascii=False) if settings.json else table(results))
     return None
 

@@ -33,6 +33,7 @@ from dilqur.atomic import write_json
 from dilqur.errors import AlreadyFinished, InputError
 from dilqur.input_files import expand, identity_of, matches
 from dilqur.recipe import to_dict
+from dilqur.tokenizer import tokenizer_file, tokenizer_paths
 
 PACKAGES = ("torch", "accelerate", "transformers", "tokenizers", "deepspeed", "liger-kernel", "peft", "trl", "numpy")
 
@@ -40,13 +41,15 @@ PACKAGES = ("torch", "accelerate", "transformers", "tokenizers", "deepspeed", "l
 @dataclass(frozen=True)
 class Input:
     """Marks a settings field as something this stage reads. kind: "documents" (files, folders, globs), "tokenizer",
-    "shards", "model" (a Hugging Face folder, or a stage that wrote one under `model/`), "run" (a run folder), "file"."""
+    "tokenizers" (one, or a folder of several), "shards", "model" (a Hugging Face folder, or a stage that wrote one under
+    `model/`), "run" (a run folder), "file"."""
 
     kind: str
 
 
 Documents = Annotated[str, Input("documents")]
 TokenizerPath = Annotated[str, Input("tokenizer")]
+TokenizersPath = Annotated[str, Input("tokenizers")]
 ShardsPath = Annotated[str, Input("shards")]
 ModelPath = Annotated[str, Input("model")]
 FilePath = Annotated[str, Input("file")]
@@ -133,9 +136,9 @@ class Stage:
         elif kind == "shards" and not (path / "manifest.json").exists():
             raise InputError(f"{key}: {value}: no manifest.json in {path}: not a folder of token shards")
         elif kind == "tokenizer":
-            from dilqur.tokenizer import tokenizer_file
-
             tokenizer_file(path, key)
+        elif kind == "tokenizers":
+            tokenizer_paths(path, key)
         elif kind == "documents":
             if self.folder and path.is_dir() and self.folder.resolve().is_relative_to(path.resolve()):
                 raise InputError(
@@ -358,6 +361,8 @@ def _files(path, kind):
     for folder in (path, path.parent if path.name == "model" else path):
         if (folder / "manifest.json").exists():
             return [folder / "manifest.json"]
+    if kind == "tokenizers":
+        return [tokenizer_file(folder) for folder in tokenizer_paths(path)]
     return sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
 
 

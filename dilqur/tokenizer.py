@@ -1,5 +1,6 @@
 """Text ↔ token ids, where control tokens in text are text; and a tokenizer's hash, which shards and models carry."""
 
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -19,6 +20,19 @@ def tokenizer_file(path, key="--tokenizer"):
     raise InputError(f"{key}: {path}: no tokenizer.json there")
 
 
+def tokenizer_paths(path, key="--tokenizer"):
+    """[path] of a tokenizer; of a folder without one, its sub-folders that are tokenizers (a sweep of sizes), the shortest name
+    first: 8k, 64k, 100k. Raises InputError if there is none."""
+    try:
+        tokenizer_file(path, key)
+        return [str(path)]
+    except InputError as problem:
+        folders = [file.parent for file in Path(path).glob("*/tokenizer.json") if not file.parent.name.startswith(".")]
+        if not folders:
+            raise InputError(f"{problem}, nor in a folder in it") from None
+        return [str(folder) for folder in sorted(folders, key=lambda folder: (len(folder.name), folder.name))]
+
+
 class TextTokenizer:
     """A `tokenizers` tokenizer that never makes a control token out of text and adds none by itself.
 
@@ -36,6 +50,8 @@ class TextTokenizer:
             self.backend = Tokenizer.from_str(self.content.decode("utf-8"))
         except Exception as problem:  # `tokenizers` raises plain Exception
             raise InputError(f"{self.path}: not a tokenizer ({problem})") from None
+        if not self.backend.get_vocab_size(with_added_tokens=True):
+            raise InputError(f"{self.path}: not a tokenizer (its vocabulary is empty)")
         self.backend.encode_special_tokens = True  # "<|eot_id|>" in a text is eight characters and more, not one id
         self.backend.no_padding()
         self.backend.no_truncation()
@@ -103,6 +119,15 @@ class TextTokenizer:
                 raise InputError(
                     f"{self.path}: the text {content!r} becomes the control token {i}; a user could write it"
                 )
+
+
+@contextlib.contextmanager
+def encoding_with(tokenizer):
+    """Inside it, a text that `tokenizer`, a TextTokenizer, has no tokens for (nor an unknown token) is an InputError."""
+    try:
+        yield
+    except Exception as problem:  # `tokenizers` raises plain Exception
+        raise InputError(f"{tokenizer.path}: this tokenizer cannot encode the text ({problem})") from None
 
 
 def byte_characters():

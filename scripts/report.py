@@ -239,21 +239,50 @@ def summary(found, run_dir, fertility, bpb):
 def tokenizers(found):
     html = ""
     for _, manifest in by_program(found, "eval_tokenizer.py").values():
+        result, stated = manifest["result"], manifest["arguments"]
         columns = {
             "tokens a word": "{fertility:.3f}",
             "": BAR,
+            "95 % interval": "{intervals[fertility][0]:.3f} to {intervals[fertility][1]:.3f}",
             "bytes a token": "{bytes_per_token:.3f}",
             "words kept whole": "{words_kept_whole:.1%}",
             "vocabulary": "{vocab_size:,}",
             "of it occurs": "{vocab_share_used:.1%}",
             "tokens": "{tokens:,}",
         }
-        html += table("tokenizer", with_bars(manifest["result"]["tokenizers"], "fertility"), columns)
-        html += (
-            f"<p>Measured on {escape(', '.join(manifest['arguments']['input']))}. Tokens a word (fertility): tokens "
-        )
-        html += "without special tokens / whitespace-separated words.</p>"
+        rows = with_bars(result["tokenizers"], "fertility")
+        for number, (pair, translated) in enumerate(result.get("parallel", {}).items()):
+            columns[f"{escape(pair)}: premium"] = f"{{premium{number}:.2f}}"
+            for name, figures in translated["tokenizers"].items():
+                rows[name][f"premium{number}"] = figures["premium"]
+        html += table("tokenizer", rows, columns)
+        read = stated["input"] or [path for documents in stated["document_sets"] for path in documents["input"]]
+        html += f"<p>Measured on {escape(', '.join(read))}. Tokens a word (fertility): tokens "
+        html += "without special tokens / whitespace-separated words."
+        if result.get("parallel"):
+            html += " Premium: tokens / tokens of the same content in the other language."
+        html += f"</p>{splits(result.get('splits'))}"
+        for sweep in result.get("sweeps", []):
+            line = {"fertility": list(zip(sweep["vocab_sizes"], sweep["fertility"], strict=True))}
+            html += chart(f"Tokens a word; knee: {escape(str(sweep['knee']))}", "vocabulary", "", [*line], line, line)
     return html
+
+
+def splits(words):
+    """{word: {tokenizer: its pieces}} as a table with a coloured box for every token."""
+    if not words:
+        return ""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("word", *next(iter(words.values()))))
+    body = ""
+    for word, by_tokenizer in words.items():
+        body += f'<tr><th scope="row">{escape(word)}</th>'
+        for pieces in by_tokenizer.values():
+            boxes = "".join(f'<b class="c{n % 8}">{escape(piece)}</b>' for n, piece in enumerate(pieces))
+            body += f'<td class="split">{boxes}</td>'
+        body += "</tr>\n"
+    return (
+        f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+    )
 
 
 def training(found, run_dir):
@@ -402,6 +431,8 @@ header p, section > p, .note { color: var(--soft); font-size: .9rem; } .yes, .no
 th, td { text-align: left; padding: .35rem 1rem .35rem 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
 thead th { color: var(--soft); font-size: .8rem; font-weight: normal; } .number { text-align: right; }
 .bar { display: block; height: .8rem; min-width: 1px; background: var(--c0); border-radius: 2px; }
+.split b { font: .85rem ui-monospace, monospace; padding: .15rem .3rem; margin-right: 2px; border-radius: 3px;
+  background: color-mix(in srgb, var(--c) 25%, transparent); }
 .cards { display: grid; gap: .75rem; grid-template-columns: repeat(auto-fit, minmax(min(14rem, 100%), 1fr)); }
 .card { background: var(--card); border-radius: 6px; padding: .9rem 1rem; } .card h3 { margin: 0; }
 .card p { margin: .25rem 0; font-size: .9rem; } .card .figure { font-size: 1.5rem; font-weight: 600; }

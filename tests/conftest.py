@@ -1,5 +1,6 @@
 """Fixtures: real programs run as a user would run them, on the project's own corpus, with models made on the spot."""
 
+import json
 import os
 import subprocess
 import sys
@@ -79,6 +80,20 @@ def made(tmp_path_factory):
             "--output_dir",
             folder / name,
         )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sweep(made):
+    """A folder of tokenizers, 300, 400, 600 and 1024: that of `made`, with only as many bytes and merges as their name says."""
+    folder, whole = made / "sweep", json.loads((made / "tokenizer" / "tokenizer.json").read_text())
+    for size in (300, 400, 600, 1024):
+        vocab = {token: i for token, i in whole["model"]["vocab"].items() if i < size}
+        model = {**whole["model"], "vocab": vocab, "merges": whole["model"]["merges"][: size - 256]}
+        added = [{**token, "id": token["id"] - 1024 + size} for token in whole["added_tokens"]]
+        (folder / str(size)).mkdir(parents=True)
+        cut = {**whole, "model": model, "added_tokens": added, "post_processor": None}
+        (folder / str(size) / "tokenizer.json").write_text(json.dumps(cut))
     return folder
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dilqur.errors import InputError
 from dilqur.llama3 import SPECIAL_TOKENS, encode_chat
-from dilqur.tokenizer import TextTokenizer, tokenizer_file
+from dilqur.tokenizer import TextTokenizer, tokenizer_file, tokenizer_paths
 
 LEARNED = 1024  # ids below are bytes and merges, the 256 from here on are control tokens
 ANY_TEXT = st.text()  # every Unicode character but lone surrogates, which no UTF-8 file can hold
@@ -135,3 +135,13 @@ def test_a_tokenizer_whose_control_tokens_a_user_could_write_is_refused(made, tm
 
     with pytest.raises(InputError, match=r"becomes the control token \d+; a user could write it"):
         changed(made, tmp_path, change)
+
+
+def test_a_folder_of_sizes_stands_for_its_tokenizers_in_their_order(made, tmp_path):
+    for name in ("100k", "8k", "64k", ".32k.part"):
+        shutil.copytree(made / "tokenizer", tmp_path / name)
+    (tmp_path / "notes").mkdir()
+    assert tokenizer_paths(tmp_path) == [str(tmp_path / name) for name in ("8k", "64k", "100k")]
+    assert tokenizer_paths(tmp_path / "8k") == [str(tmp_path / "8k")]
+    shutil.copy(made / "tokenizer" / "tokenizer.json", tmp_path)
+    assert tokenizer_paths(tmp_path) == [str(tmp_path)], "a folder that is a tokenizer is one"

@@ -22,7 +22,9 @@ def finished(run, made, tiny_model, tmp_path_factory):
     run("data_tools/train_tokenizer.py", *tokenizer)
     held_out = ["--input", made / "clean" / "validation"]
     both = ["--tokenizer", folder / "tokenizer", folder / "small"]
-    run("data_tools/eval_tokenizer.py", *both, *held_out, "--output_dir", folder / "fertility")
+    pair = f"{{name: az-en, input: {CORPUS}/parallel.az.txt, reference: {CORPUS}/parallel.en.txt}}"
+    more = ["--parallel", pair, "--sample_words", "kitablardan", "--output_dir", folder / "fertility"]
+    run("data_tools/eval_tokenizer.py", *both, *held_out, *more)
     data = ["--datasets", f"{{path: {made}/shards}}", "--eval_datasets", f"{{path: {made}/held_out}}"]
     steps = ["--max_length", 64, "--global_batch_size", 4, "--max_steps", 3, "--learning_rate", "1e-3"]
     run("scripts/cpt.py", "--model_name_or_path", folder / "base", *data, *steps, "--output_dir", folder / "longer")
@@ -83,8 +85,14 @@ def test_it_has_the_figures_of_the_manifests(run, finished, tmp_path):
         "what is not there is left out"
     )
     assert "A <b>title</b>" in reader.text, "as text, not as markup"
-    for figures in result(finished / "fertility")["tokenizers"].values():
+    fertility = result(finished / "fertility")
+    for name, figures in fertility["tokenizers"].items():
         assert f"{figures['fertility']:.3f}" in reader.text and f"{figures['words_kept_whole']:.1%}" in reader.text
+        low, high = figures["intervals"]["fertility"]
+        assert f"{low:.3f} to {high:.3f}" in reader.text
+        assert f"{fertility['parallel']['az-en']['tokenizers'][name]['premium']:.2f}" in reader.text
+        pieces = [f'<b class="c{n}">{piece}</b>' for n, piece in enumerate(fertility["splits"]["kitablardan"][name])]
+        assert "".join(pieces) in page, "a box for every token"
     for stage in ("base", "longer"):
         figures = result(finished / stage)
         assert f"{figures['loss']:.4f}" in reader.text and f"{figures['tokens_per_second']:,.0f} {stage}" in printed
