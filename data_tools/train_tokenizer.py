@@ -1,99 +1,158 @@
-"""Trains a byte-level BPE tokenizer with the Llama-3 configuration on the text of a language; only the size varies.
+"""Trains a byte-level BPE tokenizer with the Llama-3 configuration on the text of a language, or extends a base tokenizer.
 
     python data_tools/train_tokenizer.py --input recipes/quickstart/corpus/az --vocab_size 2048 --output_dir runs/try/tok
+    python data_tools/train_tokenizer.py --input data/az --vocab_sizes 32000 50048 64000 80000 100096 --output_dir runs/sweep/tok
+    python data_tools/train_tokenizer.py --input data/az --base_tokenizer models/base --new_tokens 30000 --output_dir runs/ext/tok
     python data_tools/train_tokenizer.py --config recipes/quickstart/tokenizer.yaml --check
 
-`vocab_size` counts what Llama 3 counts as its 128,000: the 256 bytes and the merges. The 256 special tokens follow. The
-folder loads with transformers.AutoTokenizer and with `tokenizers` alone.
+`vocab_size` counts what Llama 3 counts as its 128,000: the 256 bytes and the merges; the 256 special tokens follow. Of several sizes
+the largest is trained once and the others are cut from it, each in OUTPUT_DIR/SIZE. An extension keeps every id and merge of its base
+and appends `new_tokens`. The folders load with transformers.AutoTokenizer and with `tokenizers` alone.
+
+Two defaults differ from plain BPE training, and make tokens that other texts of the language need too (docs/vocabulary.md): rare words
+count for more (`count_exponent`), and words that were not seen but are likely from those that were count as well (`unseen_words`).
+`--count_exponent 1 --unseen_words 0` is plain training.
 """
 
+import re
+import sys
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, ClassVar, Literal, Required
 
+import regex
 from pydantic import Field
-from tqdm import tqdm
+from typing_extensions import TypedDict
 
 from dilqur.atomic import atomic_files
-from dilqur.documents import ReadingSettings, read_input
+from dilqur.bpe_training import Extension, cut_merges, learn_merges, llama3_tokenizer, whole_counts
+from dilqur.documents import ReadingSettings
 from dilqur.errors import InputError, program
-from dilqur.llama3 import BOS, CHAT_TEMPLATE, EOS, PAD, PATTERN, SPECIAL_TOKENS
+from dilqur.input_files import COMPRESSIONS, FORMATS, expand
+from dilqur.llama3 import BOS, CHAT_TEMPLATE, EOS, PAD, PATTERNS
+from dilqur.parallel import cores
 from dilqur.recipe import parse
-from dilqur.stage import Documents, Stage, StageSettings
+from dilqur.stage import Documents, Stage, StageSettings, TokenizerPath
 from dilqur.tokenizer import TextTokenizer
+from dilqur.word_counts import Source, count_words, refuse_other_scripts, word_weights
+
+# a file's source: its name without endings and without the number of a part: wiki-00003.jsonl.zst is wiki
+ENDINGS = re.compile(
+    rf"(?i)([-_.]\d+)?({'|'.join(map(re.escape, FORMATS))})({'|'.join(map(re.escape, COMPRESSIONS))})?$"
+)
+Size = Annotated[int, Field(ge=256, le=2**31 - 1)]
+
+
+class StatedSource(TypedDict, total=False):
+    __pydantic_config__ = {"extra": "forbid"}
+    name: Required[str]
+    input: Required[list[Documents]]
+    weight: Annotated[float, Field(gt=0)]
 
 
 @dataclass(kw_only=True)
 class TokenizerSettings(StageSettings, ReadingSettings):
-    input: list[Documents] = field(metadata={"help": "files, folders or globs to learn the merges from"})
-    vocab_size: Annotated[int, Field(ge=256, le=2**31 - 1)] = field(
-        metadata={"help": "bytes and merges, without the 256 special tokens"}
+    harmless: ClassVar = ("num_proc",)
+
+    input: list[Documents] | None = field(
+        default=None,
+        metadata={"help": "files, folders or globs to learn the merges from; files of one name are one source"},
+    )
+    sources: list[StatedSource] | None = field(
+        default=None,
+        metadata={"help": "instead: {name: …, input: […], weight: share of the words}; weight for all or none"},
+    )
+    source_temperature: Annotated[float, Field(ge=0, le=1)] = field(
+        default=1.0, metadata={"help": "without weights a source counts (its words) ** this: 1 as it is, 0 all alike"}
+    )
+    vocab_size: Size | None = field(default=None, metadata={"help": "bytes and merges, without the 256 special tokens"})
+    vocab_sizes: list[Size] | None = field(
+        default=None, metadata={"help": "several, each a multiple of 128: trained once, in OUTPUT_DIR/SIZE"}
+    )
+    base_tokenizer: TokenizerPath | None = field(default=None, metadata={"help": "extend this one: byte-level BPE"})
+    new_tokens: list[Annotated[int, Field(ge=1)]] | None = field(
+        default=None, metadata={"help": "tokens to add to base_tokenizer; several: each in OUTPUT_DIR/NUMBER"}
+    )
+    pre_tokenizer: Literal["llama3", "llama3_marks"] | None = field(
+        default=None,
+        metadata={
+            "help": "what cuts text into words; llama3_marks for scripts with combining vowels; none: llama3, or the base's"
+        },
     )
     min_frequency: Annotated[int, Field(ge=1)] = field(
-        default=2, metadata={"help": "a pair seen less often is not merged"}
+        default=1, metadata={"help": "a pair seen less often is not merged"}
+    )
+    count_exponent: Annotated[float, Field(gt=0, le=1)] = field(
+        default=0.75, metadata={"help": "a word seen n times counts n ** this"}
+    )
+    unseen_words: Annotated[float, Field(ge=0)] = field(
+        default=3.0, metadata={"help": "sightings that a certain word counts for, seen or not; 0: only what was seen"}
+    )
+    mixed_scripts: bool = field(default=False, metadata={"help": "sources may be in different scripts"})
+    sample_bytes: Annotated[int, Field(ge=1)] = field(
+        default=2_000_000_000,
+        metadata={"help": "on disk; of a larger corpus a sample is counted, an equal part of each source"},
+    )
+    num_proc: Annotated[int, Field(ge=1)] | None = field(
+        default=None, metadata={"help": "processes that count words; none: one a core"}
     )
     model_max_length: Annotated[int, Field(ge=1)] = field(
         default=131_072, metadata={"help": "noted in tokenizer_config.json"}
     )
 
 
-def train(texts, vocab_size, min_frequency):
-    """A `tokenizers.Tokenizer` trained on an iterator of str."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-    tokenizer = Tokenizer(models.BPE(ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            min_frequency=min_frequency,
-            show_progress=False,
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        ),
-    )
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-    begin = tokenizer.token_to_id(BOS)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[(BOS, begin)]
-    )
-    return tokenizer
-
-
-@program
-def main():
-    settings = parse(TokenizerSettings, __doc__)
-    stage = Stage(settings, __file__)
-    stage.refuse_finished()
-    if settings.check:
-        return print(f"{stage.name}: ok")
-    stage.open()
-    count = {"documents": 0, "utf8_bytes": 0}
-    documents, skipped = read_input(settings)
-
-    def texts():
-        for document in tqdm(documents, desc=stage.name, disable=None):
-            count["documents"] += 1
-            count["utf8_bytes"] += len(document.text.encode("utf-8"))
-            yield document.text
-
-    backend = train(texts(), settings.vocab_size, settings.min_frequency)
-    if not count["documents"]:
-        raise InputError(f"{' '.join(settings.input)}: no document in there: nothing to learn from")
-    learned = backend.get_vocab_size(with_added_tokens=False)
-    if learned < settings.vocab_size:
+def check(settings):
+    """InputError for settings that do not fit together."""
+    if bool(settings.input) == bool(settings.sources):
+        raise InputError("give either --input or, in a recipe, sources (a list of {name, input, weight})")
+    given = [key for key in ("vocab_size", "vocab_sizes", "new_tokens") if getattr(settings, key) is not None]
+    if len(given) != 1:
         raise InputError(
-            f"vocab_size {settings.vocab_size} cannot be reached: this text gives {learned:,} tokens with "
-            f"min_frequency {settings.min_frequency}; give a smaller vocab_size, or more text"
+            f"{' and '.join(given) or 'vocab_size'} {'exclude each other' if given else 'missing'}: give one of vocab_size "
+            f"(one tokenizer), vocab_sizes (a sweep), new_tokens (an extension of base_tokenizer)"
         )
+    if (settings.base_tokenizer is None) != (settings.new_tokens is None):
+        raise InputError("base_tokenizer and new_tokens belong together: what to extend, and by how many tokens")
+    if settings.base_tokenizer and settings.pre_tokenizer:
+        raise InputError("pre_tokenizer: an extension cuts text as its base does; leave the key out")
+    for key in ("vocab_sizes", "new_tokens"):
+        sizes = getattr(settings, key) or []
+        if len(set(sizes)) < len(sizes) or getattr(settings, key) == []:
+            raise InputError(f"{key}: {sizes}: give each size once, and at least one")
+    if wrong := [size for size in settings.vocab_sizes or [] if size % 128]:
+        raise InputError(
+            f"vocab_sizes: {wrong[0]} is no multiple of 128 (tensor cores); {-(-wrong[0] // 128) * 128} is"
+        )
+
+
+def sources_of(settings):
+    """[Source] of the settings. InputError where a file is in two of them, or only some have a weight."""
+    stated = settings.sources or []
+    if len({"weight" in source for source in stated}) > 1:
+        raise InputError("sources: a weight for each of them, or for none")
+    if settings.input:
+        found = {}
+        for file in expand(settings.input):
+            found.setdefault(ENDINGS.sub("", file), []).append(file)
+        short = [name.split("/")[-1] for name in found]
+        names = [s if short.count(s) == 1 else long for s, long in zip(short, found, strict=True)]
+        return [Source(name, files) for name, files in zip(names, found.values(), strict=True)]
+    sources, owners = [], {}
+    for source in stated:
+        name, files = source["name"], expand(source["input"])
+        if not name.strip() or name in [s.name for s in sources]:
+            raise InputError(f"sources: the name {name!r} must not be empty, and must be there only once")
+        for file in files:
+            if (owner := owners.setdefault(file, name)) != name:
+                raise InputError(f"sources: {file} is in {owner} and in {name}: take it out of one of them")
+        sources.append(Source(name, files, source.get("weight")))
+    return sources
+
+
+def save(backend, folder, settings):
+    """The files of a new tokenizer that AutoTokenizer reads."""
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = PreTrainedTokenizerFast(
+    PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=BOS,
         eos_token=EOS,
@@ -102,24 +161,96 @@ def main():
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
         chat_template=CHAT_TEMPLATE,
-    )
-    with atomic_files(stage.folder) as part:
-        tokenizer.save_pretrained(part)
+    ).save_pretrained(folder)
 
-    saved = TextTokenizer(stage.folder)
-    stage.finish(
-        {
-            **count,
-            "bad_records": skipped.count,
-            "vocab_size": learned,
-            "special_tokens": len(SPECIAL_TOKENS),
-            "size": saved.size,
-            "tokenizer_sha256": saved.hash,
-        }
+
+def save_extension(extension, merges, folder):
+    """The base's files, with a longer tokenizer.json."""
+    from dilqur.model_folder import copy_tokenizer
+
+    path = extension.base.path
+    copy_tokenizer(path.parent if path.name == "tokenizer.json" else path, folder)
+    (folder / "tokenizer.json").write_text(extension.tokenizer_json(merges), encoding="utf-8")
+
+
+def about(tokenizer, extension):
+    """What the manifest says of a saved TextTokenizer."""
+    ordinary = tokenizer.backend.get_vocab(with_added_tokens=False)
+    special = [t.content for t in tokenizer.backend.get_added_tokens_decoder().values() if t.special]
+    size = len(ordinary.keys() - special)
+    return {
+        "vocab_size": size,
+        **({"new_tokens": size - len(extension.vocabulary.keys() - special)} if extension else {}),
+        "special_tokens": len(special),
+        "size": tokenizer.size,
+        "tokenizer_sha256": tokenizer.hash,
+    }
+
+
+@program
+def main():
+    settings = parse(TokenizerSettings, __doc__)
+    stage = Stage(settings, __file__)
+    stage.refuse_finished()
+    check(settings)
+    sources = sources_of(settings)
+    extension = Extension(TextTokenizer(settings.base_tokenizer)) if settings.base_tokenizer else None
+    if settings.check:
+        return print(f"{stage.name}: ok")
+    stage.open()
+    pre_tokenizer = settings.pre_tokenizer or "llama3"
+    cut = extension.words if extension else regex.compile(PATTERNS[pre_tokenizer]).findall
+    num_proc = settings.num_proc or cores()
+    bad = count_words(sources, settings, cut, settings.sample_bytes, num_proc, f"{stage.name}: count")
+    if not settings.mixed_scripts:
+        refuse_other_scripts(sources)
+
+    sizes = sorted(settings.vocab_sizes or settings.new_tokens or [settings.vocab_size])
+    weights, plain, added = word_weights(
+        sources, sizes[-1], settings.source_temperature, settings.count_exponent, settings.unseen_words
     )
-    print(
-        f"{stage.folder}: {learned:,} tokens + {len(SPECIAL_TOKENS)} special tokens, from {count['utf8_bytes'] / 1e6:.2f} MB of text"
-    )
+    counts, factor = whole_counts(weights, plain)
+    if extension:
+        merges = extension.learn(counts, sizes[-1], settings.min_frequency)
+        reached = extension.new_tokens(merges)
+    else:
+        merges, reached = learn_merges(counts, sizes[-1], settings.min_frequency)
+    if reached < sizes[-1]:
+        what = "new tokens" if extension else "tokens"
+        print(
+            f"warning: {sizes[-1]:,} {what} were asked for, and this text gives {reached:,} with min_frequency "
+            f"{settings.min_frequency}: {stage.folder} has those; more text gives more",
+            file=sys.stderr,
+        )
+
+    made = {}
+    with atomic_files(stage.folder) as part:
+        for size in sizes:
+            folder = part if len(sizes) == 1 else part / str(size)
+            folder.mkdir(exist_ok=True)
+            if extension:
+                save_extension(extension, extension.cut(merges, size), folder)
+            else:
+                save(llama3_tokenizer(cut_merges(merges, size), pre_tokenizer), folder, settings)
+            made[size] = about(TextTokenizer(folder), extension)
+    result = {
+        "documents": sum(source.documents for source in sources),
+        "utf8_bytes": sum(source.utf8_bytes for source in sources),
+        "bad_records": bad,
+        "sources": {source.name: source.about() for source in sources},
+        "words": len(weights) - added,
+        "likely_words_added": added,
+        "weight_to_count": factor,
+        **(made[sizes[0]] if len(sizes) == 1 else {"sizes": made}),
+    }
+    stage.finish(result)
+    for fields in made.values():
+        grown = (
+            f"{fields['new_tokens']:,} new tokens after the base's" if extension else f"{fields['vocab_size']:,} tokens"
+        )
+        print(
+            f"{stage.folder}: {grown} + {fields['special_tokens']} special tokens, from {result['utf8_bytes'] / 1e6:.2f} MB of text"
+        )
     return None
 
 

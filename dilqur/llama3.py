@@ -6,6 +6,15 @@ Facts from Meta's published tokenizer and model card for Llama 3.1 and 3.2. Noth
 # Splits text before BPE: contractions, words with one leading character, numbers by three digits, punctuation, white space.
 PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
+# The same with combining marks, and the two joiners, as parts of a word. Llama 3's own pattern cuts before a vowel sign: in the
+# scripts of India, in Thai, Khmer or vocalised Arabic and Hebrew no merge could cross it, whatever the vocabulary.
+PATTERN_WITH_MARKS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}"
+    "\u200c\u200d"
+    r"]+|\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PATTERNS = {"llama3": PATTERN, "llama3_marks": PATTERN_WITH_MARKS}
+
 BOS, EOS, PAD, EOT = "<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<|eot_id|>"
 HEADER_START, HEADER_END = "<|start_header_id|>", "<|end_header_id|>"
 

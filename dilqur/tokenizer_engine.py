@@ -182,8 +182,9 @@ def _ranks(spec):
         if model.get(key):
             raise _CannotBeBuilt(f"its BPE has {key}")
     to_byte = {character: byte for byte, character in enumerate(byte_characters())}
+    added = {token["content"] for token in spec["added_tokens"]}  # some files list them in the vocabulary too
     try:
-        ranks = {bytes(to_byte[c] for c in token): id for token, id in model["vocab"].items()}
+        ranks = {bytes(to_byte[c] for c in token): id for token, id in model["vocab"].items() if token not in added}
     except KeyError as problem:
         raise _CannotBeBuilt(f"its vocabulary has {problem}, which stands for no byte") from None
     if any(bytes([b]) not in ranks for b in range(256)):
