@@ -53,7 +53,7 @@ def main():
     for held_out in sources:
         others = [source for source in sources if source is not held_out]
         for way in arguments.ways:
-            weights, plain, _ = word_weights(others, arguments.vocab_size, **WAYS[way])
+            weights, plain, _ = word_weights(others, **WAYS[way])
             merges, size = learn_merges(whole_counts(weights, plain)[0], arguments.vocab_size, 1)
             tokens[way][held_out.name] = tokens_of(llama3_tokenizer(merges, "llama3"), held_out)
             fertility = tokens[way][held_out.name] / words[held_out.name]

@@ -207,7 +207,7 @@ def main():
 
     sizes = sorted(settings.vocab_sizes or settings.new_tokens or [settings.vocab_size])
     weights, plain, added = word_weights(
-        sources, sizes[-1], settings.source_temperature, settings.count_exponent, settings.unseen_words
+        sources, settings.source_temperature, settings.count_exponent, settings.unseen_words
     )
     counts, factor = whole_counts(weights, plain)
     if extension:

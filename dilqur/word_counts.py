@@ -23,6 +23,7 @@ from dilqur.parallel import ordered_map
 from dilqur.progress import Progress
 from dilqur.unseen_words import pseudo_counts
 
+FEW_WORDS = 300_000
 SAME_SCRIPT = 0.5  # of a source's letters that have to be of the script that most letters of the corpus are of
 
 
@@ -158,19 +159,17 @@ def scripts(counts):
     return out
 
 
-def word_weights(sources, vocab_size, temperature=1.0, exponent=1.0, unseen=0.0):
+def word_weights(sources, temperature=1.0, exponent=1.0, unseen=0.0):
     """({word: float} for a trainer to count, are they plain counts?, how many words in it were not seen).
 
-    A word weighs (its weighted_counts) ** exponent + `unseen` times its likelihood (dilqur/unseen_words.py). Where the rarest token of a
-    vocabulary of vocab_size is seen more often than the likeliest word would weigh, likelihoods are left out: they would change
-    nothing.
+    A word weighs (its weighted_counts) ** exponent + `unseen` times its likelihood (dilqur/unseen_words.py). Likelihoods are left out for
+    a corpus of more than FEW_WORDS different words: a vocabulary has no room for more than those.
     """
     plain = temperature == exponent == 1 and all(s.probability == 1 and s.weight is None for s in sources)
     weights = weighted_counts(sources, temperature)
     if exponent != 1:
         weights = {word: weight**exponent for word, weight in weights.items()}
-    scarce = len(weights) < vocab_size or sorted(weights.values())[-vocab_size] < unseen
-    if not unseen or not scarce:
+    if not unseen or len(weights) > FEW_WORDS:
         return weights, plain, 0
     seen = len(weights)
     for word, weight in pseudo_counts(weights, unseen).items():

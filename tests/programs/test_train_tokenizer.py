@@ -1,4 +1,4 @@
-"""train_tokenizer: a byte-level BPE tokenizer with the Llama-3 configuration, of exactly the size asked for."""
+"""train_tokenizer: byte-level BPE tokenizers with the Llama-3 configuration: of one size, of several, and extensions of a base."""
 
 import json
 
@@ -66,12 +66,114 @@ def test_its_chat_template_gives_the_ids_that_fine_tuning_uses(hugging_face, tok
         assert rendered == encode_chat(tokenizer, messages, add_generation_prompt=generate)[0]
 
 
-def test_a_vocabulary_the_text_cannot_fill_is_refused_with_the_number_it_can(run, tmp_path):
+def test_a_vocabulary_larger_than_the_text_supports_stops_at_what_there_is_and_says_so(run, tmp_path):
     (tmp_path / "a.txt").write_text("salam salam dünya dünya\n")
-    done = run(PROGRAM, "--input", tmp_path / "a.txt", "--vocab_size", 500, "--output_dir", tmp_path / "out", code=2)
+    done = run(PROGRAM, "--input", tmp_path / "a.txt", "--vocab_size", 500, "--output_dir", tmp_path / "out")
     # 256 bytes and the merges of two words
-    assert "vocab_size 500 cannot be reached: this text gives 26" in done.stderr
+    assert "warning: 500 tokens were asked for, and this text gives 267" in done.stderr
+    assert read_manifest(tmp_path / "out")["result"]["vocab_size"] == 267
+    assert TextTokenizer(tmp_path / "out").size == 267 + 256
+
+
+def test_a_sweep_is_cut_from_one_training(run, made, tmp_path):
+    clean = made / "clean" / "train"
+    run(PROGRAM, "--input", clean, "--vocab_sizes", 2048, 512, 1024, "--output_dir", tmp_path / "sweep")
+    sizes = read_manifest(tmp_path / "sweep")["result"]["sizes"]
+    assert list(sizes) == ["512", "1024", "2048"]
+    for size, fields in sizes.items():
+        run(PROGRAM, "--input", clean, "--vocab_size", size, "--output_dir", tmp_path / size)
+        assert fields["tokenizer_sha256"] == TextTokenizer(tmp_path / "sweep" / size).hash
+        assert (tmp_path / "sweep" / size / "tokenizer.json").read_bytes() == (
+            tmp_path / size / "tokenizer.json"
+        ).read_bytes()
+        assert fields["size"] % 128 == 0
+    done = run(PROGRAM, "--input", clean, "--vocab_sizes", 1000, 512, "--output_dir", tmp_path / "odd", code=2)
+    assert done.stderr == "error: vocab_sizes: 1000 is no multiple of 128 (tensor cores); 1024 is\n"
+
+
+def test_plain_training_is_the_one_of_tokenizers(run, made, tmp_path):
+    plain = ("--count_exponent", 1, "--unseen_words", 0)
+    run(PROGRAM, "--input", made / "clean" / "train", "--vocab_size", 1024, *plain, "--output_dir", tmp_path)
+    result = read_manifest(tmp_path)["result"]
+    assert (result["weight_to_count"], result["likely_words_added"]) == (1, 0)  # and these merges: test_bpe_training.py
+
+
+def test_an_extension_loads_and_talks_like_its_base(run, made, tmp_path):
+    from transformers import AutoTokenizer
+
+    run(PROGRAM, "--input", CORPUS / "en", "--vocab_size", 700, "--output_dir", tmp_path / "base")
+    words = ("--input", made / "clean" / "train", "--base_tokenizer", tmp_path / "base", "--new_tokens", 300, 100)
+    run(PROGRAM, *words, "--output_dir", tmp_path / "extended")
+    base, extended = TextTokenizer(tmp_path / "base"), TextTokenizer(tmp_path / "extended" / "300")
+    assert (base.size, extended.size) == (956, 1256)
+    assert extended.encode(" və") != base.encode(" və")
+    fields = read_manifest(tmp_path / "extended")["result"]["sizes"]
+    assert [f["new_tokens"] for f in fields.values()] == [100, 300]
+    loaded, before = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("extended/300", "base"))
+    text = "Salam, dünya! The house is old.<|eot_id|>"
+    assert loaded.decode(extended.encode(text)) == text
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "chat_template"):
+        assert getattr(loaded, name) == getattr(before, name)
+    turns = [{"role": "user", "content": "Bakı haradadır?"}]
+    rendered = loaded.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    assert rendered == encode_chat(extended, turns, add_generation_prompt=True)[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ((), "vocab_size missing: give one of vocab_size"),
+        (("--vocab_size", 300, "--new_tokens", 5), "vocab_size and new_tokens exclude each other"),
+        (("--new_tokens", 5), "base_tokenizer and new_tokens belong together"),
+        (("--vocab_sizes", 512, 512), "vocab_sizes: [512, 512]: give each size once"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_in_one_line(run, tmp_path, words, problem):
+    out = tmp_path / "out"
+    done = run(PROGRAM, "--input", CORPUS / "az", *words, "--output_dir", out, "--check", "true", code=2)
+    assert problem in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not out.exists()
+
+
+def test_a_source_of_another_script_is_refused_unless_it_is_meant(run, tmp_path):
+    (tmp_path / "az.txt").write_text("salam dünya bu gün hava yaxşıdır\n" * 5)
+    (tmp_path / "ru.txt").write_text("привет\n")
+    words = ("--input", tmp_path / "az.txt", tmp_path / "ru.txt", "--vocab_size", 300, "--output_dir", tmp_path / "out")
+    done = run(PROGRAM, *words, code=2)
+    assert "ru: 100% of its letters are CYRILLIC, and most of the corpus is LATIN: leave it out" in done.stderr
     assert not (tmp_path / "out" / "tokenizer.json").exists()
+    run(PROGRAM, *words, "--mixed_scripts", "true")
+
+
+def test_sources_with_weights_come_from_a_recipe(run, tmp_path):
+    for name, text in (("a", "salam dünya"), ("b", "gözəl gün")):
+        (tmp_path / f"{name}.txt").write_text(f"{text}\n" * 3)
+    stated = [{"name": name, "input": [str(tmp_path / f"{name}.txt")], "weight": 1 + (name == "b")} for name in "ab"]
+    recipe = tmp_path / "tokenizer.yaml"
+
+    def train(sources, code=0):
+        recipe.write_text(json.dumps({"sources": sources, "vocab_size": 260}))
+        return run(PROGRAM, "--config", recipe, "--output_dir", tmp_path / "out", code=code)
+
+    assert (
+        "weight for each of them, or for none"
+        in train([stated[0], {"name": "b", "input": stated[1]["input"]}], 2).stderr
+    )
+    assert "is in a and in b: take it out" in train([stated[0], {**stated[1], "input": stated[0]["input"]}], 2).stderr
+    train(stated)
+    assert read_manifest(tmp_path / "out")["result"]["sources"]["b"]["weight"] == 2
+
+
+def test_files_of_one_name_are_one_source(run, tmp_path):
+    (tmp_path / "text").mkdir()
+    for name in ("wiki-00000.txt", "wiki-00001.txt", "docs_si50.txt"):
+        (tmp_path / "text" / name).write_text("salam dünya\n")
+    run(PROGRAM, "--input", tmp_path / "text", "--vocab_size", 260, "--output_dir", tmp_path / "out")
+    assert {k: v["files"] for k, v in read_manifest(tmp_path / "out")["result"]["sources"].items()} == {
+        "docs_si50": 1,
+        "wiki": 2,
+    }
 
 
 def test_fewer_than_the_256_bytes_are_refused(run, tmp_path):
