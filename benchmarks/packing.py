@@ -19,11 +19,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+
+from peak_memory import run_and_watch
 
 from dilqur.documents import read
 from dilqur.errors import program
@@ -233,52 +234,15 @@ def memory(settings, scratch):
                     file.write(data)
         row = pack_row(settings.tokenizer[0], "auto", settings.workers or 2)
         command = row.command(scratch / "packed", [str(folder)])
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        peak = [0]
-
-        def watch(pid=process.pid, peak=peak, process=process):
-            while process.poll() is None:
-                peak[0] = max(peak[0], sum(map(pss, family(pid))))
-                time.sleep(0.2)
-
-        watcher, started = threading.Thread(target=watch), time.perf_counter()
-        watcher.start()
-        _, err = process.communicate()
-        watcher.join()
-        if process.returncode:
-            raise SystemExit(err)
-        seconds = time.perf_counter() - started
+        peak, seconds = run_and_watch(command, ROOT)
         size = sum(p.stat().st_size for p in folder.iterdir())
         out.append(
-            {
-                "gb": round(size / 1e9, 2),
-                "peak_mb": round(peak[0] / 1e6),
-                "mb_per_second": round(size / 1e6 / seconds, 2),
-            }
+            {"gb": round(size / 1e9, 2), "peak_mb": round(peak / 1e6), "mb_per_second": round(size / 1e6 / seconds, 2)}
         )
         print(out[-1], file=sys.stderr, flush=True)
         shutil.rmtree(folder)
         shutil.rmtree(scratch / "packed")
     return {"memory": out, "workers": settings.workers or 2}
-
-
-def family(pid):
-    children = Path(f"/proc/{pid}/task/{pid}/children")
-    try:
-        return [pid, *(int(child) for child in children.read_text().split())]
-    except FileNotFoundError:
-        return []
-
-
-def pss(pid):
-    """Bytes, shared pages divided among those who share them; file-backed pages of the output do not count."""
-    try:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss_Anon:"):
-                return int(line.split()[1]) * 1024
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        pass
-    return 0
 
 
 def table(measured):
