@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 def run_and_watch(command, cwd):
-    """(peak bytes, seconds) of `command`: the largest sum of the proportional set sizes of the process and its children, looked at five times
-    a second. Exits with what it wrote to standard error if it fails."""
+    """(peak bytes, seconds) of `command`: the largest sum of the proportional set sizes of the process and its children, of five
+    looks a second. Exits with what it wrote to standard error if it fails."""
     process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     peak = [0]
 

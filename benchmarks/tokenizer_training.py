@@ -4,7 +4,8 @@
     python benchmarks/tokenizer_training.py --input data/az --gigabytes 1 10 --scratch /scratch/me
 
 The text is sentences of the input in random order; one word in fifty has a letter changed, so that different words become ever
-more, as they do in text from the web. Memory is the peak of the program and its workers together. Results go to benchmarks/tokenizer_training.json.
+more, as they do in text from the web. Memory is the peak of the program and its workers together. Results go to
+benchmarks/tokenizer_training.json.
 """
 
 import argparse
