@@ -40,6 +40,24 @@ def test_what_is_found_is_masked_in_its_own_shape(az, text, masked, kind):
 
 
 @pytest.mark.parametrize(
+    ("text", "masked", "kind"),
+    [
+        ("राम.कुमार@उदाहरण.भारत को लिखिए।", "email@example.com को लिखिए।", "email"),
+        ("ਗੁਰਪ੍ਰੀਤ@ਮਿਸਾਲ.ਭਾਰਤ", "email@example.com", "email"),
+        ("फ़ोन +९१ ९८७६५ ४३२१० पर", "फ़ोन +00 00000 00000 पर", "phone"),
+        ("०९८७६५ ४३२१० या ०९८७६५४३२१०", "000000 00000 या 00000000000", "phone"),
+        ("सन् १८५३ से १९४७, कुल १२,३४,५६७ लोग", "सन् १८५३ से १९४७, कुल १२,३४,५६७ लोग", None),
+        ("नाम: कविता, उम्र ३०", "नाम: XXXXX, उम्र ३०", "name"),
+    ],
+)
+def test_scripts_that_write_vowels_as_marks_and_have_their_own_digits_are_looked_through_too(text, masked, kind):
+    pii = PiiFilter({**EVERYTHING, "name": "mask"}, {"name": r"(?<=नाम: )\w+"}, region="IN")
+    result, reason, counts = pii.apply(text)
+    assert (result, reason, list(counts)) == (masked, None, [kind] if kind else [])
+    assert pii.apply(result) == (result, None, {})
+
+
+@pytest.mark.parametrize(
     "number",
     [
         "050 123 45 67",
