@@ -24,7 +24,8 @@ ACTIONS = ("mask", "drop", "count")
 
 # The part before the @ is taken whole or not at all: one attempt a word, however long. \w is that of the package `regex`: in
 # `re` it has no combining marks, without which few words of an Indic script are whole.
-_EMAIL = regex.compile(r"(?<![\w.%+'-])[\w.%+'-]++@(?:[\w-]+\.)+[^\W\d_]{2,24}(?!\w)")
+_EMAIL = regex.compile(r"(?<![\w.%+'-])[\w.%+'-]++(?=@([\w-]++(?:\.[\w-]++)++))")
+_TOP_LEVEL = regex.compile(r"[^\W\d_]{2,24}(?!\w)")
 _IPV4 = re.compile(r"(?<![\w.-])\d{1,3}(?:\.\d{1,3}){3}(?!\.?\w|-\w)")
 _IBAN_BEGIN = re.compile(r"[A-Z](?<!\w.)[A-Z](?:0[2-9]|[1-8][0-9]|9[0-8])")
 # At every place it can begin, whatever the one before covers: only the check digit says which it is. A card of the 2s is
@@ -116,7 +117,20 @@ class PiiFilter:
 
 
 def _emails(text, region):
-    return [match.span() for match in _EMAIL.finditer(text) if match[0] != _EXAMPLES["email"]] if "@" in text else []
+    """The host ends with the last of its labels that may be a top-level domain: found here, as going back for it in the pattern
+    takes the square of the host's length."""
+    spans = []
+    for match in _EMAIL.finditer(text) if "@" in text else ():
+        if spans and match.start() < spans[-1][1]:
+            continue
+        end = match.end(1)
+        for label in reversed(match[1].split(".")[1:]):
+            begin = end - len(label)
+            if found := _TOP_LEVEL.match(label):
+                spans.append((match.start(), begin + found.end()))
+                break
+            end = begin - 1
+    return [(begin, end) for begin, end in spans if text[begin:end] != _EXAMPLES["email"]]
 
 
 def _ipv4_addresses(text, region):

@@ -39,6 +39,15 @@ def test_what_is_found_is_masked_in_its_own_shape(az, text, masked, kind):
     assert (result, reason, list(counts)) == (masked, None, [kind] if kind else [])
 
 
+def test_a_host_is_as_long_as_its_last_top_level_domain_however_long_it_is(az):
+    assert (
+        az.apply("a@b.com.12x, a@b.az-2, a@b.az.")[0]
+        == "email@example.com.12x, email@example.com-2, email@example.com."
+    )
+    endless = "a@" + "a." * 500_000  # a pattern that goes back label by label takes the square of that, minutes
+    assert az.apply(endless) == (endless, None, {})
+
+
 @pytest.mark.parametrize(
     ("text", "masked", "kind"),
     [
