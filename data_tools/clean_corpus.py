@@ -39,6 +39,7 @@ from typing import Annotated, ClassVar, Literal, Required
 
 import numpy as np
 import orjson
+import regex
 import xxhash
 from pydantic import Field
 from typing_extensions import TypedDict
@@ -95,7 +96,7 @@ class CleanSettings(StageSettings, ReadingSettings, FilterSettings, ParallelSett
 
 RESULTS = ("train", "validation", "dropped", "report.json", "report.md", "lengths.png")
 LONGEST_NAME = 255  # bytes of a file's name, on the file systems of Linux
-VERSION = 1  # of what lies in .work: a file that another version has filtered is filtered again
+VERSION = 2  # of what lies in .work: a file that another version has filtered is filtered again
 
 
 def list_files(settings, work):
@@ -108,10 +109,11 @@ def list_files(settings, work):
         for key, value in stated.items():
             setattr(source, key, value)
         source.license = stated.get("license")
-        plain = not settings.sources or re.fullmatch(r"\w[\w.-]{0,99}", source.name)
-        if not plain or source.name in (s.name for s in sources):
+        plain = regex.fullmatch(r"\w[\w.-]*", source.name) and len(source.name.encode()) <= LONGEST_NAME
+        if (settings.sources and not plain) or source.name in (s.name for s in sources):
             raise InputError(
-                f"sources: the name {source.name!r} must be a plain folder name (letters, digits, _ . -), and there only once"
+                f"sources: the name {source.name!r} must be a plain folder name (letters, digits, _ . -, no more than "
+                f"{LONGEST_NAME} bytes), and there only once"
             )
         if not stated["input"]:
             raise InputError(f"sources: {source.name}: its input is an empty list")

@@ -18,7 +18,6 @@ of the files, and a last call puts the parts together, in a moment (--finish tru
 import collections
 import contextlib
 import itertools
-import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Annotated, ClassVar, Required
 
 import numpy as np
 import orjson
+import regex
 import xxhash
 from pydantic import Field
 from typing_extensions import TypedDict
@@ -285,7 +285,7 @@ def check(settings, tokenizer):
     if bool(settings.input) == bool(settings.datasets):
         raise InputError("give either --input (one dataset) or, in a recipe, datasets (a list of {name, input})")
     names = [d["name"] for d in settings.datasets or []]
-    if len(set(names)) < len(names) or any(not re.fullmatch(r"\w[\w.-]*", n) or n in TAKEN for n in names):
+    if len(set(names)) < len(names) or any(not regex.fullmatch(r"\w[\w.-]*", n) or n in TAKEN for n in names):
         raise InputError(
             f"datasets: the names {', '.join(names)} must be distinct and plain folder names, not {' or '.join(TAKEN)}"
         )

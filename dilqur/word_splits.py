@@ -14,7 +14,9 @@ CANDIDATES = 20_000  # the most frequent words, among which the costly ones are 
 BANDS = ((0, 100), (100, 1_000), (1_000, 10_000))  # of ranks by frequency
 LENGTHS = ((3, 6), (7, 9), (10, 30))  # characters
 BETWEEN = "·"  # pieces, in text
-_OF_LETTERS = regex.compile(r"[\p{L}\p{M}'’ʼ‐-]*\p{L}[\p{L}\p{M}'’ʼ‐-]*")
+# U+200C and U+200D, which are written inside words of Persian and the Indic scripts, are letters here.
+_LETTERS = regex.compile(r"\p{L}[\p{L}\p{M}\u200c\u200d]*")
+_OF_LETTERS = regex.compile(r"[\p{L}\p{M}\u200c\u200d'’ʼ‐-]*\p{L}[\p{L}\p{M}\u200c\u200d'’ʼ‐-]*")
 
 
 class WordCounts:
@@ -45,7 +47,7 @@ def choose_words(frequent):
     and long one, of letters alone."""
     chosen = []
     for first, last in BANDS:
-        band = [word for word, _ in frequent[first:last] if word.isalpha()]
+        band = [word for word, _ in frequent[first:last] if _LETTERS.fullmatch(word)]
         for shortest, longest in LENGTHS:
             chosen += [word for word in band if shortest <= len(word) <= longest][:1]
     return chosen

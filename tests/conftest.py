@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ hypothesis.settings.load_profile("any machine")
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as slurm/launch.sh has it: waiting threads do not spin
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for models this small a second thread only adds waiting
+ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 CORPUS = ROOT / "recipes" / "quickstart" / "corpus"
 SHARED = ROOT.parent / "shared"  # real text and tokenizers, where a checkout has them beside it
 
@@ -24,8 +26,8 @@ TINY_LLAMA = (
 
 
 def pytest_collection_modifyitems(items):
-    """The whole quickstart takes longest: where test files run side by side, nobody should wait for it at the end."""
-    items.sort(key=lambda item: item.path.name != "test_quickstart.py")
+    """Whole pipelines take longest: where test files run side by side, nobody should wait for them at the end."""
+    items.sort(key=lambda item: item.path.name not in ("test_quickstart.py", "test_second_language.py"))
 
 
 def run_program(program, *arguments, code=0, cwd=ROOT, prefix=(), **environment):
@@ -44,6 +46,33 @@ def run_program(program, *arguments, code=0, cwd=ROOT, prefix=(), **environment)
 @pytest.fixture(scope="session")
 def run():
     return run_program
+
+
+def run_pipeline(tree, name):
+    """`slurm/pipeline.sh NAME --local` in `tree`, as the CompletedProcess; fails unless it exits with 0."""
+    done = subprocess.run(
+        ["slurm/pipeline.sh", name, "--local"], cwd=tree, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def stage_result(tree, name, stage):
+    """What a stage of recipe `name` measured, from its manifest."""
+    return json.loads((tree / "runs" / name / stage / "manifest.json").read_text())["result"]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """What a clone has."""
+    folder = tmp_path_factory.mktemp("clone") / "dilqur"
+    files = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    for name in files.splitlines():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / name)
+    return folder
 
 
 @pytest.fixture(scope="session")

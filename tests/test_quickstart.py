@@ -1,45 +1,23 @@
 """The front door: the whole chain in a fresh copy of the tree, again, and every command line the programs open with."""
 
 import ast
-import json
-import os
-import shutil
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ENVIRONMENT, ROOT, run_pipeline, stage_result
 
 PROGRAMS = sorted([*(ROOT / "data_tools").glob("*.py"), *(ROOT / "scripts").glob("*.py")])
-ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    """What a clone has, and what `make quickstart` makes of it."""
-    folder = tmp_path_factory.mktemp("clone") / "dilqur"
-    files = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    for name in files.splitlines():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, folder / name)
-    return folder
 
 
 @pytest.fixture(scope="module")
 def quickstart(tree):
-    done = subprocess.run(
-        ["slurm/pipeline.sh", "quickstart", "--local"], cwd=tree, env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
+    """What `make quickstart` prints."""
+    return run_pipeline(tree, "quickstart").stdout
 
 
 def result(tree, stage):
-    return json.loads((tree / "runs" / "quickstart" / stage / "manifest.json").read_text())["result"]
+    return stage_result(tree, "quickstart", stage)
 
 
 def test_it_ends_with_what_was_measured(tree, quickstart):
@@ -61,15 +39,13 @@ def test_it_ends_with_what_was_measured(tree, quickstart):
 
 def test_the_second_time_every_stage_says_it_is_finished(tree, quickstart):
     started = time.monotonic()
-    done = subprocess.run(
-        ["slurm/pipeline.sh", "quickstart", "--local"], cwd=tree, env=ENVIRONMENT, capture_output=True, text=True
-    )
+    done = run_pipeline(tree, "quickstart")
     stages = [
         line.split()[0]
         for line in (tree / "recipes/quickstart/pipeline.txt").read_text().splitlines()
         if line and line[0] != "#"
     ]
-    assert done.returncode == 0 and done.stdout.count("nothing to do") == len(stages)
+    assert done.stdout.count("nothing to do") == len(stages)
     assert time.monotonic() - started < 20, "the second run is quick: promised under 20 s on 2 cores"
 
 

@@ -8,6 +8,8 @@ of characters that stand where another one is meant (ǝ U+01DD or Cyrillic ә fo
 import re
 import unicodedata
 
+import regex
+
 from dilqur.errors import InputError
 
 # FF, VT, NEL and the information separators end a line or a page: removed, they would glue two words together.
@@ -22,7 +24,7 @@ _INVISIBLE = re.compile(
 _SPACES = re.compile(r"[^\S\n ][^\S\n]*| [^\S\n]+")  # any but a single plain space, which is already as it should be
 _SPACE_AT_LINE_END = re.compile(" \n ?|\n ")
 _EMPTY_LINES = re.compile(r"\n{3,}")
-_WORD = re.compile(r"[^\W\d_]+")
+_WORD = regex.compile(r"[\p{L}\p{M}]+")
 
 # No language writes more than a few combining marks on a letter. NFC sorts those of a run in time that grows with its square,
 # so that a megabyte of them would take an hour; thirty are what Stream-Safe Text allows (UAX #15, section 13).

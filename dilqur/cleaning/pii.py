@@ -2,9 +2,9 @@
 
 Each kind is masked, counted, or costs the document its place. A mask keeps the shape of what it hides, because a model
 learns to write what it reads: `<EMAIL>` would be a word of its language. Addresses become those set aside for examples
-(RFC 2606, RFC 5737); in everything else digits become 0 and letters X, so that +994 50 123-45-67 is +000 00 000-00-00
-and all the ways to write a number stay. What is masked is looked through again, and what a mask has left (zeros, X and what
-stands between them) is not looked for: text that went through stays as it is.
+(RFC 2606, RFC 5737); in everything else digits become 0, letters and their marks X, so that +994 50 123-45-67 is
++000 00 000-00-00 and all the ways to write a number stay. What is masked is looked through again, and what a mask has left
+(zeros, X and what stands between them) is not looked for: text that went through stays as it is.
 """
 
 import collections
@@ -12,16 +12,20 @@ import functools
 import ipaddress
 import itertools
 import re
+import unicodedata
 
 import phonenumbers
+import regex
 
 from dilqur.cleaning.recipe_patterns import compiled_pattern, timed_matches
 from dilqur.errors import InputError
 
 ACTIONS = ("mask", "drop", "count")
 
-# The part before the @ is taken whole or not at all: one attempt a word, however long.
-_EMAIL = re.compile(r"(?<![\w.%+'-])[\w.%+'-]++@(?:[\w-]+\.)+[^\W\d_]{2,24}(?!\w)")
+# The part before the @ is taken whole or not at all: one attempt a word, however long. \w is that of the package `regex`: in
+# `re` it has no combining marks, without which few words of an Indic script are whole.
+_EMAIL = regex.compile(r"(?<![\w.%+'-])[\w.%+'-]++(?=@([\w-]++(?:\.[\w-]++)++))")
+_TOP_LEVEL = regex.compile(r"[^\W\d_]{2,24}(?!\w)")
 _IPV4 = re.compile(r"(?<![\w.-])\d{1,3}(?:\.\d{1,3}){3}(?!\.?\w|-\w)")
 _IBAN_BEGIN = re.compile(r"[A-Z](?<!\w.)[A-Z](?:0[2-9]|[1-8][0-9]|9[0-8])")
 # At every place it can begin, whatever the one before covers: only the check digit says which it is. A card of the 2s is
@@ -33,7 +37,7 @@ _CARD = re.compile(
     r")(?![.,]?\d|-\d))"
 )
 # Seven digits with what may stand between them: what lacks them has no card, address or phone number, and most texts do.
-_NUMBER = re.compile(r"[0-9٠-٩۰-۹](?:[ ().‐‑–/-]{0,4}[0-9٠-٩۰-۹]){6}")
+_NUMBER = re.compile(r"\d(?:[ ().‐‑–/-]{0,4}\d){6}")
 # A run of such groups of digits. Which of them are a phone number, the library of phone numbers then says.
 _PHONE_RUN = re.compile(r"[+(]{0,2}\d(?:[ ()./‐‑–-]{0,4}\d){6,}+")
 _PHONE_GROUP = re.compile(r"[+(]*\d+")
@@ -113,7 +117,20 @@ class PiiFilter:
 
 
 def _emails(text, region):
-    return [match.span() for match in _EMAIL.finditer(text) if match[0] != _EXAMPLES["email"]] if "@" in text else []
+    """The host ends with the last of its labels that may be a top-level domain: found here, as going back for it in the pattern
+    takes the square of the host's length."""
+    spans = []
+    for match in _EMAIL.finditer(text) if "@" in text else ():
+        if spans and match.start() < spans[-1][1]:
+            continue
+        end = match.end(1)
+        for label in reversed(match[1].split(".")[1:]):
+            begin = end - len(label)
+            if found := _TOP_LEVEL.match(label):
+                spans.append((match.start(), begin + found.end()))
+                break
+            end = begin - 1
+    return [(begin, end) for begin, end in spans if text[begin:end] != _EXAMPLES["email"]]
 
 
 def _ipv4_addresses(text, region):
@@ -274,4 +291,4 @@ def _masked(text, spans, mask):
 
 
 def _blank(text):
-    return "".join("0" if c.isdigit() else "X" if c.isalpha() else c for c in text)
+    return "".join("0" if c.isdigit() else "X" if c.isalpha() or unicodedata.category(c)[0] == "M" else c for c in text)

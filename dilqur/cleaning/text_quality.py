@@ -56,7 +56,7 @@ def repeated_ngram_share(text, n=5):
 class CharacterShares(NamedTuple):
     """What the characters of a text are. The first three are shares of those that are not white space."""
 
-    letters: float
+    letters: float  # with their marks: vowel signs are half of what is written in Indic scripts
     digits: float  # of any script, also Roman numerals and fractions that are one character
     symbols: float  # currency, mathematics, emoji, arrows
     upper_case: float  # share of the letters that have a case
@@ -99,7 +99,7 @@ class CharacterCounter:
             words = np.concatenate((np.zeros(1, words.dtype), words))
         alphabetic = np.count_nonzero(np.maximum.reduceat(kinds, words) >= _UNCASED)
         shares = CharacterShares(
-            letters=per_kind[_UNCASED:].sum() / characters,
+            letters=(per_kind[_UNCASED:].sum() + per_kind[_MARK]) / characters,
             digits=per_kind[_DIGIT] / characters,
             symbols=per_kind[_SYMBOL] / characters,
             upper_case=upper / max(1, upper + lower),
@@ -114,12 +114,13 @@ class CharacterCounter:
 def _kinds():
     """uint8[0x110000]: the kind of each character, by its Unicode category."""
     by_category = {"Ll": _LOWER, "Lu": _UPPER, "Lt": _UPPER, "L": _UNCASED, "M": _MARK, "N": _DIGIT}
-    by_category |= {"S": _SYMBOL, "Z": _SPACE}
+    by_category |= {"S": _SYMBOL, "Z": _SPACE, "Me": _OTHER}
     kinds = np.full(sys.maxunicode + 1, _OTHER, np.uint8)
     for code in range(sys.maxunicode + 1):
         category = unicodedata.category(chr(code))
         kinds[code] = by_category.get(category) or by_category.get(category[0], _OTHER)
     kinds[[9, 10, 13]] = _SPACE
+    kinds[0xFE00:0xFE10] = _OTHER  # variation selectors: like enclosing marks they stand on emoji, not on letters
     return kinds
 
 

@@ -68,6 +68,7 @@ def test_without_it_the_dot_stays():
         ("bәli, nә, Әli", "bəli, nə, Əli"),  # Cyrillic letters inside Latin words
         ("мәктәб вә китаб", "мәктәб вә китаб"),  # and inside Cyrillic ones
         ("ә", "ә"),  # alone it could be either
+        ("e\u0331ә", "e\u0331ə"),  # a mark does not part a word
     ],
 )
 def test_look_alikes_become_the_letter_that_is_meant(raw, expected):

@@ -39,6 +39,33 @@ def test_what_is_found_is_masked_in_its_own_shape(az, text, masked, kind):
     assert (result, reason, list(counts)) == (masked, None, [kind] if kind else [])
 
 
+def test_a_host_is_as_long_as_its_last_top_level_domain_however_long_it_is(az):
+    assert (
+        az.apply("a@b.com.12x, a@b.az-2, a@b.az.")[0]
+        == "email@example.com.12x, email@example.com-2, email@example.com."
+    )
+    endless = "a@" + "a." * 500_000  # a pattern that goes back label by label takes the square of that, minutes
+    assert az.apply(endless) == (endless, None, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "masked", "kind"),
+    [
+        ("राम.कुमार@उदाहरण.भारत को लिखिए।", "email@example.com को लिखिए।", "email"),
+        ("ਗੁਰਪ੍ਰੀਤ@ਮਿਸਾਲ.ਭਾਰਤ", "email@example.com", "email"),
+        ("फ़ोन +९१ ९८७६५ ४३२१० पर", "फ़ोन +00 00000 00000 पर", "phone"),
+        ("०९८७६५ ४३२१० या ०९८७६५४३२१०", "000000 00000 या 00000000000", "phone"),
+        ("सन् १८५३ से १९४७, कुल १२,३४,५६७ लोग", "सन् १८५३ से १९४७, कुल १२,३४,५६७ लोग", None),
+        ("नाम: कविता, उम्र ३०", "नाम: XXXXX, उम्र ३०", "name"),
+    ],
+)
+def test_scripts_that_write_vowels_as_marks_and_have_their_own_digits_are_looked_through_too(text, masked, kind):
+    pii = PiiFilter({**EVERYTHING, "name": "mask"}, {"name": r"(?<=नाम: )\w+"}, region="IN")
+    result, reason, counts = pii.apply(text)
+    assert (result, reason, list(counts)) == (masked, None, [kind] if kind else [])
+    assert pii.apply(result) == (result, None, {})
+
+
 @pytest.mark.parametrize(
     "number",
     [

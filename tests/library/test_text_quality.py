@@ -76,6 +76,12 @@ def test_marks_do_not_part_a_word():
     assert CharacterCounter()("हिन्दी").mean_word_length == 6
 
 
+def test_marks_are_part_of_the_letters_and_those_on_emoji_are_not():
+    assert CharacterCounter()("हिन्दी में, 4 दिन").letters == 12 / 14
+    assert CharacterCounter()("e\u0301").letters == 1
+    assert CharacterCounter()("❤\ufe0f 1\ufe0f\u20e3").letters == 0
+
+
 @given(st.text())
 def test_shares_are_shares(text):
     shares = CharacterCounter("Latin")(text)

@@ -63,6 +63,9 @@ def test_words_to_look_at_are_frequent_and_of_every_length():
     frequent = [("və", 9), ("2024", 9), ("evlər", 8), ("bir", 7), ("kitabxanada", 6), ("dünyanın", 5)]
     assert choose_words(frequent) == ["evlər", "dünyanın", "kitabxanada"], "the most frequent short, middling, long one"
     assert choose_words([]) == []
+    hindi = [("।", 9), ("के", 8), ("किताब", 7), ("विद्यालय", 6), ("क्‍ष", 5)]
+    assert choose_words(hindi) == ["किताब", "विद्यालय"], "vowel signs are part of a word's letters"
+    assert choose_words([("می\u200cشود", 3)]) == ["می\u200cشود"], "and so is what joins letters"
 
 
 def test_words_are_counted_in_bounded_memory(monkeypatch):

@@ -484,7 +484,16 @@ def test_an_input_whose_result_could_have_no_name_is_refused_before_the_work(run
     run(PROGRAM, "--input", tmp_path, "--output_dir", tmp_path.parent / f"{tmp_path.name}-out")
 
 
-@pytest.mark.parametrize("name", ["a$b^^$", "a/b", ".a", "a|b", "", "n" * 300])
+@pytest.mark.parametrize("name", ["xəbərlər", "समाचार", "ข่าว", "خبرها"])
+def test_a_source_may_have_a_name_in_any_script(run, tmp_path, name):
+    (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": GOOD}))
+    made = recipe(tmp_path, **{name: {"input": [str(tmp_path / f"{name}.jsonl")]}})
+    run(PROGRAM, "--config", made, "--output_dir", tmp_path / "out")
+    (kept,) = read([str(tmp_path / "out" / "train" / name / f"{name}.jsonl.zst")])
+    assert kept.record["source"] == name
+
+
+@pytest.mark.parametrize("name", ["a$b^^$", "a/b", ".a", "a|b", "", "n" * 300, "म" * 90])
 def test_a_source_with_a_name_that_is_none_for_a_folder_is_refused(run, tmp_path, name):
     (tmp_path / "in.jsonl").write_text(json.dumps({"text": GOOD}))
     made = recipe(tmp_path, **{name: {"input": [str(tmp_path / "in.jsonl")]}})

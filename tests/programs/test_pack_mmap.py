@@ -385,6 +385,12 @@ def test_datasets_that_cannot_be_are_refused(run, made, tmp_path, flags, words):
     assert words in done.stderr
 
 
+def test_a_dataset_may_have_a_name_in_any_script(run, made, tmp_path):
+    datasets = f"{{name: समाचार, input: [{made / 'clean' / 'validation'}]}}"
+    run(PROGRAM, "--tokenizer", made / "tokenizer", "--output_dir", tmp_path, "--datasets", datasets)
+    assert (tmp_path / "समाचार" / "manifest.json").exists()
+
+
 def test_a_tokenizer_without_bos_is_refused_with_the_way_out(run, tmp_path):
     from tokenizers import Tokenizer, models
 
