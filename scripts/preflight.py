@@ -31,6 +31,7 @@ from typing import Annotated
 from pydantic import Field
 
 from dilqur.batches import split_batch
+from dilqur.cost_model import UnknownArchitecture, parameter_sizes
 from dilqur.documents import read_jsonl
 from dilqur.errors import AlreadyFinished, InputError, program
 from dilqur.input_files import expand
@@ -344,28 +345,12 @@ def read_json(path):
         raise InputError(f"{path}: damaged ({problem}): fetch it again") from None
 
 
-def parameter_sizes(config):
-    """{name: elements} of a Llama of this config. Raises Skipped for other architectures."""
-    if config.get("model_type", "llama") != "llama":
-        raise Skipped(f"the size of a {config['model_type']} is not known here")
-    hidden, heads, inner = (config[k] for k in ("hidden_size", "num_attention_heads", "intermediate_size"))
-    width = config.get("head_dim") or hidden // heads
-    keys = hidden * width * (config.get("num_key_value_heads") or heads)
-    sizes = {"model.embed_tokens.weight": config["vocab_size"] * hidden, "model.norm.weight": hidden}
-    if not config.get("tie_word_embeddings"):
-        sizes["lm_head.weight"] = config["vocab_size"] * hidden
-    layer = {"self_attn.q_proj": hidden * heads * width, "self_attn.k_proj": keys, "self_attn.v_proj": keys}
-    layer |= {"self_attn.o_proj": hidden * heads * width, "input_layernorm": hidden, "post_attention_layernorm": hidden}
-    layer |= {f"mlp.{name}_proj": hidden * inner for name in ("gate", "up", "down")}
-    for number in range(config["num_hidden_layers"]):
-        sizes |= {f"model.layers.{number}.{name}.weight": size for name, size in layer.items()}
-    return sizes
-
-
 def parameters(planned):
     """(trained, all) parameters. Raises InputError for a pattern of unfrozen_parameters that matches none of them."""
     try:
         sizes = parameter_sizes(planned.config)
+    except UnknownArchitecture as problem:
+        raise Skipped(str(problem)) from None
     except KeyError as missing:
         raise Skipped(f"the model's config has no {missing}") from None
     patterns = getattr(planned.settings, "unfrozen_parameters", None)

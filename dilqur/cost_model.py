@@ -1,0 +1,38 @@
+"""What a Llama of a given config has in parameters, and what training it costs in floating-point operations."""
+
+
+class UnknownArchitecture(Exception):
+    """The sizes of a model of this `model_type` are not known here."""
+
+
+def parameter_sizes(config):
+    """{name: elements} of a Llama of this config, a dict. Raises UnknownArchitecture for others, KeyError for what config lacks."""
+    if config.get("model_type", "llama") != "llama":
+        raise UnknownArchitecture(f"the size of a {config['model_type']} is not known here")
+    hidden, heads, inner = (config[k] for k in ("hidden_size", "num_attention_heads", "intermediate_size"))
+    width = config.get("head_dim") or hidden // heads
+    keys = hidden * width * (config.get("num_key_value_heads") or heads)
+    sizes = {"model.embed_tokens.weight": config["vocab_size"] * hidden, "model.norm.weight": hidden}
+    if not config.get("tie_word_embeddings"):
+        sizes["lm_head.weight"] = config["vocab_size"] * hidden
+    layer = {"self_attn.q_proj": hidden * heads * width, "self_attn.k_proj": keys, "self_attn.v_proj": keys}
+    layer |= {"self_attn.o_proj": hidden * heads * width, "input_layernorm": hidden, "post_attention_layernorm": hidden}
+    layer |= {f"mlp.{name}_proj": hidden * inner for name in ("gate", "up", "down")}
+    for number in range(config["num_hidden_layers"]):
+        sizes |= {f"model.layers.{number}.{name}.weight": size for name, size in layer.items()}
+    return sizes
+
+
+def training_flops_per_token(config, max_length, embeddings_only=False):
+    """Floating-point operations a token of a training step: forward, and twice that backward, of every matrix product.
+
+    6 · (parameters of the layers' matrices + of the head) + 6 · layers · hidden · max_length for the attention's two products, half of
+    which a causal mask saves (PaLM, Chowdhery et al. 2022, appendix B, has them whole). embeddings_only: the layers are frozen, so that
+    the gradients of their matrices, 2 a parameter, are not computed. Looking up an embedding costs nothing.
+    """
+    layers = sum(
+        size for name, size in parameter_sizes(config).items() if "_proj" in name and name.startswith("model.layers")
+    )
+    head = config["vocab_size"] * config["hidden_size"]
+    attention = 6 * config["num_hidden_layers"] * config["hidden_size"] * max_length
+    return (4 if embeddings_only else 6) * layers + 6 * head + attention
