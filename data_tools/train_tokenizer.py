@@ -9,9 +9,9 @@
 the largest is trained once and the others are cut from it, each in OUTPUT_DIR/SIZE. An extension keeps every id and merge of its base
 and appends `new_tokens`. The folders load with transformers.AutoTokenizer and with `tokenizers` alone.
 
-Two defaults differ from plain BPE training, and make tokens that other texts of the language need too (docs/vocabulary.md): rare words
-count for more (`count_exponent`), and words that were not seen but are likely from those that were count as well (`unseen_words`).
-`--count_exponent 1 --unseen_words 0` is plain training.
+Three defaults differ from plain BPE training, and make tokens that other texts of the language need too (docs/vocabulary.md): small sources
+count for more (`source_temperature`), and so do rare words (`count_exponent`), and words that were not seen but are likely from those that
+were count as well (`unseen_words`). `--source_temperature 1 --count_exponent 1 --unseen_words 0` is plain training.
 """
 
 import re
@@ -62,7 +62,7 @@ class TokenizerSettings(StageSettings, ReadingSettings):
         metadata={"help": "instead: {name: …, input: […], weight: share of the words}; weight for all or none"},
     )
     source_temperature: Annotated[float, Field(ge=0, le=1)] = field(
-        default=1.0, metadata={"help": "without weights a source counts (its words) ** this: 1 as it is, 0 all alike"}
+        default=0.5, metadata={"help": "without weights a source counts (its words) ** this: 1 as it is, 0 all alike"}
     )
     vocab_size: Size | None = field(default=None, metadata={"help": "bytes and merges, without the 256 special tokens"})
     vocab_sizes: list[Size] | None = field(

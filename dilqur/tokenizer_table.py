@@ -4,6 +4,7 @@ import itertools
 
 from dilqur.bootstrap import FEWEST, LEVEL, RESAMPLES
 from dilqur.fertility import RULES, WINDOW
+from dilqur.markdown import between, code, markdown, number
 from dilqur.word_splits import BETWEEN, CANDIDATES
 
 
@@ -84,23 +85,3 @@ def costly_words(words, complete):
     said += "frequent words of letters"
     said += "" if complete else "; rare words were forgotten, so counts are lower bounds"
     return f"{said}:\n\n" + markdown(["", *words], rows)
-
-
-def markdown(heads, rows):
-    """A table; columns of figures go to the right."""
-    figures = [all(cell[:1] in "0123456789+−–[" for cell in column) for column in zip(*rows, strict=True)]
-    lines = [heads, ["---:" if right else "---" for right in figures], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def number(value, form=".3f"):
-    return "–" if value is None else format(value, form).replace("-", "−")
-
-
-def between(pair, form=".3f"):
-    return "–" if pair is None else f"[{number(pair[0], form)}, {number(pair[1], form)}]"
-
-
-def code(text):
-    """`text` as code in a cell of a table."""
-    return "`" + text.replace("|", "\\|").replace("`", "'") + "`"

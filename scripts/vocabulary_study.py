@@ -21,6 +21,7 @@ from dilqur.bootstrap import interval, resampled_ratios
 from dilqur.cost_model import training_flops_per_token
 from dilqur.documents import read_jsonl
 from dilqur.errors import InputError, program
+from dilqur.markdown import between, markdown, number
 from dilqur.recipe import parse
 from dilqur.stage import FilePath, Stage, StageSettings, read_config, read_manifest
 
@@ -182,10 +183,6 @@ def initialisations(runs, groups):
 # -- the page ---------------------------------------------------------------------------------------------------------
 
 
-def bracket(pair, digits=3):
-    return "–" if pair is None else f"[{pair[0]:.{digits}f}, {pair[1]:.{digits}f}]".replace("-", "−")
-
-
 def choices(results):
     """Sentences: what to choose, and by which figure."""
     out, table = [], results["tokenizers"]
@@ -197,7 +194,7 @@ def choices(results):
         sure = figures["difference_interval"] and figures["difference_interval"][1] < 0
         out.append(
             f"Tokenizer: {best}, {figures['bits_per_byte']:.3f} bits a byte against {own['bits_per_byte']:.3f} of {control} at equal bytes "
-            f"(difference {figures['difference']:+.3f} {bracket(figures['difference_interval'])}"
+            f"(difference {number(figures['difference'], '+.3f')} {between(figures['difference_interval'])}"
             f"{'' if sure else ': the interval holds 0, so these documents do not decide'}), in "
             f"{figures['flops'] / own['flops']:.0%} of its compute."
         )
@@ -222,62 +219,71 @@ def choices(results):
             price = table[group]["bits_per_byte"] - table[without]["bits_per_byte"]
             out.append(
                 f"The base model's language: {bits[0]:.3f} bits a byte before, {bits[1]:.3f} after {without}, {bits[2]:.3f} with a "
-                f"share of it mixed in, which costs the new language {price:+.3f}."
+                f"share of it mixed in, which costs the new language {number(price, '+.3f')}."
             )
-    return [sentence.replace("+-", "−").replace("(difference -", "(difference −") for sentence in out]
+    return out
+
+
+def repetitions(figures):
+    return " ".join(number(value) for value in figures["repetitions"])
 
 
 def page(results):
     """study.md"""
-    lines = ["# Which vocabulary, and how to begin", "", *[f"- {sentence}" for sentence in results["choices"]], ""]
-    lines += [
-        "## Tokenizers",
-        "",
-        "Bits per UTF-8 byte of the same held-out documents; the interval is over documents (bootstrap, 95 %), ",
+    parts = ["# Which vocabulary, and how to begin", "\n".join(f"- {sentence}" for sentence in results["choices"])]
+    heads = [
+        "model",
+        "at equal",
+        "bits a byte",
+        "95 %",
+        "repetitions",
+        "less the control",
+        "95 %",
+        "text seen (MB)",
+        "compute (TFLOP)",
     ]
-    lines[-1] += "the repetitions are seeds. Compute: floating-point operations of training, since the base model."
-    lines += [
-        "",
-        "| model | equal | bits a byte | 95 % | repetitions | less the control | 95 % | text seen (MB) | compute (TFLOP) |",
+    rows = [
+        [
+            group,
+            f["at_equal"] or "–",
+            number(f["bits_per_byte"]),
+            between(f["interval"]),
+            repetitions(f),
+            number(f.get("difference"), "+.3f"),
+            between(f.get("difference_interval")),
+            number(f["utf8_bytes"] / 1e6, ".2f"),
+            number(f["flops"] / 1e12, ".1f"),
+        ]
+        for group, f in results["tokenizers"].items()
     ]
-    lines += ["|---|---|---:|---|---|---:|---|---:|---:|"]
-    for group, f in results["tokenizers"].items():
-        each = " ".join(f"{value:.3f}" for value in f["repetitions"])
-        difference = f"{f['difference']:+.3f}".replace("-", "−") if "difference" in f else "–"
-        lines.append(
-            f"| {group} | {f['at_equal'] or '–'} | {f['bits_per_byte']:.3f} | {bracket(f['interval'])} | {each} | {difference} "
-            f"| {bracket(f.get('difference_interval'))} | {f['utf8_bytes'] / 1e6:.2f} | {f['flops'] / 1e12:.1f} |"
-        )
+    parts += ["## Tokenizers", markdown(heads, rows)]
+    parts.append(
+        "Bits per UTF-8 byte of the same held-out documents. Intervals are over documents (bootstrap), of the difference paired; "
+        "repetitions are seeds. Text and compute (floating-point operations of training): since the base model."
+    )
     if starts := results["initialisations"]:
-        first = next(iter(starts.values()))
-        lines += [
-            "",
-            "## Initialisations",
-            "",
-            f"Steps to {first['target']:.3f} bits a byte, which {REFERENCE} has after all its steps; ",
+        heads = ["method", "first", "last", "steps to it, each repetition", "of", "fewer steps"]
+        rows = [
+            [
+                f["method"],
+                number(f["first"]),
+                number(f["last"]),
+                " ".join("never" if steps is None else f"{steps:.0f}" for steps in f["steps"]),
+                str(f["of_steps"]),
+                number(f["saved"], ".0%"),
+            ]
+            for f in sorted(starts.values(), key=lambda f: -9 if f["saved"] is None else f["saved"], reverse=True)
         ]
-        lines[-1] += "bits a byte of eval_loss, on the held-out samples."
-        lines += [
-            "",
-            "| method | first evaluation | last | steps to it, each repetition | of | fewer steps |",
-            "|---|---:|---:|---|---:|---:|",
-        ]
-        for f in sorted(starts.values(), key=lambda f: -(f["saved"] or -9)):
-            each = " ".join("never" if s is None else f"{s:.0f}" for s in f["steps"])
-            saved = "–" if f["saved"] is None else f"{f['saved']:.0%}".replace("-", "−")
-            lines.append(f"| {f['method']} | {f['first']:.3f} | {f['last']:.3f} | {each} | {f['of_steps']} | {saved} |")
+        target = next(iter(starts.values()))["target"]
+        parts += ["## Initialisations", markdown(heads, rows)]
+        parts.append(
+            f"Bits a byte of the held-out samples (eval_loss) at the first evaluation and the last; steps to {target:.3f}, "
+            f"which {REFERENCE} has after all its steps."
+        )
     if lost := results["base_language"]:
-        lines += [
-            "",
-            "## The base model's language",
-            "",
-            "| model | bits a byte | 95 % | repetitions |",
-            "|---|---:|---|---|",
-        ]
-        for group, f in lost.items():
-            each = " ".join(f"{value:.3f}" for value in f["repetitions"])
-            lines.append(f"| {group} | {f['bits_per_byte']:.3f} | {bracket(f['interval'])} | {each} |")
-    return "\n".join(lines) + "\n"
+        rows = [[g, number(f["bits_per_byte"]), between(f["interval"]), repetitions(f)] for g, f in lost.items()]
+        parts += ["## The base model's language", markdown(["model", "bits a byte", "95 %", "repetitions"], rows)]
+    return "\n\n".join(parts) + "\n"
 
 
 def plot(runs, groups, starts, path):

@@ -92,7 +92,7 @@ def test_a_sweep_is_cut_from_one_training(run, made, tmp_path):
 
 
 def test_plain_training_is_the_one_of_tokenizers(run, made, tmp_path):
-    plain = ("--count_exponent", 1, "--unseen_words", 0)
+    plain = ("--source_temperature", 1, "--count_exponent", 1, "--unseen_words", 0)
     run(PROGRAM, "--input", made / "clean" / "train", "--vocab_size", 1024, *plain, "--output_dir", tmp_path)
     result = read_manifest(tmp_path)["result"]
     assert (result["weight_to_count"], result["likely_words_added"]) == (1, 0)  # and these merges: test_bpe_training.py
