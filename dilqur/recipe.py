@@ -101,7 +101,7 @@ def check_value(hint, value, where):
 
 def to_dict(settings):
     """The settings as JSON gives them back, for manifests and comparisons; without what says only where and whether to run."""
-    leave_out = {"check", "json", "overwrite_output_dir", "run_dir", "output_dir"}
+    leave_out = {"check", "json", "overwrite_output_dir", "run_dir", "output_dir", "stage"}
     values = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in leave_out}
     return json.loads(json.dumps(values))
 

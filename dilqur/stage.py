@@ -3,6 +3,8 @@
     runs/NAME/STAGE/             the result of `--config recipes/NAME/STAGE.yaml`
     runs/NAME/STAGE/manifest.json   written last: inputs and their hashes, arguments, versions, hardware, what came out
 
+A stage RECIPE@VARIANT reads RECIPE.yaml; what makes it another run are flags, those of its row in pipeline.txt.
+
 Paths: one that begins with a stage's name (the first column of the pipeline.txt beside the recipe) lies in the same run
 folder; one that is there beside the recipe lies there; every other is as it stands.
 
@@ -13,6 +15,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import socket
@@ -66,6 +69,9 @@ class StageSettings:
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "remove an earlier result of this program first"}
     )
+    stage: str | None = field(
+        default=None, metadata={"help": "name of this stage in pipeline.txt, RECIPE@VARIANT; none: the recipe's"}
+    )
     check: bool = field(default=False, metadata={"help": "check the recipe and its inputs, run nothing (a second)"})
 
 
@@ -80,7 +86,13 @@ class Stage:
     def __init__(self, settings, program, prints_only_without_folder=False):
         self.settings, self.program, self.config = settings, Path(program), settings.config
         recipe = Path(settings.config) if settings.config else None
-        self.name = recipe.stem if recipe else self.program.stem
+        self.name = settings.stage or (recipe or self.program).stem
+        if settings.stage and not recipe:
+            raise InputError(f"--stage {self.name}: a stage is called after its recipe; give that, too (--config)")
+        if settings.stage and not (self.name.startswith(f"{recipe.stem}@") and STAGE_NAME.fullmatch(self.name)):
+            raise InputError(
+                f"--stage {self.name}: a variant of {recipe} is called {recipe.stem}@ and then letters, digits and . _ - @"
+            )
         if not settings.run_dir and recipe:
             settings.run_dir = str(Path("runs") / recipe.resolve().parent.name)
         if not settings.output_dir and settings.run_dir:
@@ -278,6 +290,9 @@ def display_names(paths):
     return {name if names.count(name) == 1 else str(path): path for name, path in zip(names, paths, strict=True)}
 
 
+STAGE_NAME = re.compile(r"\w[\w.-]*(@[\w.@-]+)?", re.ASCII)  # a folder's name, safe in a shell and in HTML
+
+
 @dataclass(frozen=True)
 class PipelineRow:
     name: str
@@ -285,9 +300,22 @@ class PipelineRow:
     batch: str
     flags: tuple
 
+    @property
+    def recipe(self):
+        """The stem of the recipe it reads: `full` of the stage `full`, and of its variant `full@seed-1`."""
+        return self.name.partition("@")[0]
+
+    def arguments(self, folder):
+        """What the program is started with for this row of the pipeline.txt in `folder`."""
+        variant = [] if self.name == self.recipe else ["--stage", self.name]
+        return ["--config", str(Path(folder) / f"{self.recipe}.yaml"), *variant, *self.flags]
+
 
 def read_pipeline(folder):
-    """The rows of pipeline.txt in `folder`, in order; [] where there is none. One line a stage: name, program, batch file, flags."""
+    """The rows of pipeline.txt in `folder`, in order; [] where there is none. One line a stage: name, program, batch file, flags.
+
+    STAGE reads STAGE.yaml, and RECIPE@VARIANT reads RECIPE.yaml; the row's flags win over it.
+    """
     path, rows = Path(folder) / "pipeline.txt", []
     if not path.exists():
         return rows
@@ -300,6 +328,11 @@ def read_pipeline(folder):
             continue
         if len(words) < 3:
             raise InputError(f"{path}:{number}: a line is: stage, program, batch file, flags")
+        if not STAGE_NAME.fullmatch(words[0]):
+            raise InputError(
+                f"{path}:{number}: the stage {words[0]} gives a folder its name: take letters, digits and . _ -, "
+                "and for a variant @ after its recipe's name"
+            )
         if words[0] in [row.name for row in rows]:
             raise InputError(f"{path}:{number}: the stage {words[0]} is there twice")
         rows.append(PipelineRow(words[0], words[1], words[2], tuple(words[3:])))

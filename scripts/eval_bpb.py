@@ -7,7 +7,12 @@ r"""Bits per UTF-8 byte of documents under one or more models, whatever their to
 Every model gets the same cleaned text. The first token is predicted after BOS; the end-of-document token, which stands for
 no byte, is reported apart. A document longer than `max_length` tokens is read in windows that overlap: past the first, a
 token has at least max_length − stride tokens before it. The context is counted in the model's own tokens, so a
-tokenizer with longer tokens sees more text. With one model, --json prints its figures; with several, {"models": {name: figures}}.
+tokenizer with longer tokens sees more text. `interval` is a 95 % bootstrap interval over documents; the models share its draws, so
+`differences`, each model's difference to the first with an interval of its own, is paired. With one model, --json prints its
+figures; with several, {"models": {name: figures}, "differences": {name: {"difference", "interval"}}}.
+
+OUTPUT_DIR/documents.npz: `nats` (documents, models), float64; `utf8_bytes` (documents,), int64, in the order of the input; and
+`names` (models,), as in manifest.json.
 """
 
 import json
@@ -15,9 +20,11 @@ import sys
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+import numpy as np
 from pydantic import Field
 from tqdm import tqdm
 
+from dilqur.atomic import atomic_file
 from dilqur.documents import read
 from dilqur.errors import InputError, program
 from dilqur.input_files import expand
@@ -30,6 +37,7 @@ from dilqur.tokenizer import TextTokenizer
 @dataclass(kw_only=True)
 class BpbSettings(StageSettings):
     model_name_or_path: list[ModelPath] = field(metadata={"help": "model folders or stages"})
+    names: list[str] | None = field(default=None, metadata={"help": "what to call them; none: their folders' names"})
     input: list[Documents] = field(metadata={"help": "held-out documents: files, folders or globs"})
     text_field: str = field(default="text", metadata={"help": "key or column that holds the text"})
     sample_by: Literal["line", "paragraph", "document"] = field(
@@ -41,6 +49,7 @@ class BpbSettings(StageSettings):
     )
     per_device_eval_batch_size: Annotated[int, Field(ge=1)] = field(default=8, metadata={"help": "windows at a time"})
     bf16: bool = field(default=False, metadata={"help": "run the models in bfloat16"})
+    seed: Annotated[int, Field(ge=0)] = field(default=42, metadata={"help": "of the draws for the intervals"})
     json: bool = field(default=False, metadata={"help": "one JSON object on standard output"})
 
 
@@ -53,8 +62,21 @@ def load(path, bf16):
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), TextTokenizer(path)
 
 
+def named_models(settings):
+    """{name: path} of the models. Raises InputError without any, and unless there is a name for each, all different."""
+    paths, names = settings.model_name_or_path, settings.names
+    if not paths:
+        raise InputError("model_name_or_path: give a model at least")
+    if names is None:
+        return display_names(paths)
+    if not len(set(names)) == len(names) == len(paths) or "" in names:
+        raise InputError(f"names: {', '.join(names)} for {len(paths)} models: give each one, all different")
+    return dict(zip(names, paths, strict=True))
+
+
 def check(settings):
     """InputError for what can be seen without torch."""
+    named_models(settings)
     if settings.stride and settings.stride > settings.max_length:
         raise InputError(
             f"stride {settings.stride} is more than max_length {settings.max_length}: tokens would be left out"
@@ -81,18 +103,18 @@ def main():
     stage.open()
     quiet_libraries()
 
-    from dilqur.bits_per_byte import score
+    from dilqur.bits_per_byte import by_document, compare, score
 
     files = expand(settings.input)
     size = sum(len(d.text.encode("utf-8")) for d in read(files, settings.text_field, settings.sample_by))
     if not size:
         raise InputError(f"{' '.join(settings.input)}: no document in there: nothing to score")
-    results = {}
-    for name, path in display_names(settings.model_name_or_path).items():
+    scores, results = {}, {}
+    for name, path in named_models(settings).items():
         model, tokenizer = load(path, settings.bf16)
         texts = (d.text for d in read(files, settings.text_field, settings.sample_by))
         with tqdm(desc=name, total=size, unit="B", unit_scale=True, disable=None) as bar:
-            total = score(
+            total = scores[name] = score(
                 model,
                 tokenizer,
                 texts,
@@ -106,11 +128,17 @@ def main():
             f"{name}: {results[name]['bits_per_byte']:.4f} bits per byte ({total.tokens:,} tokens, {total.utf8_bytes:,} bytes)",
             file=sys.stderr,
         )
-    stage.finish({"models": results})
+    nats, utf8_bytes = by_document(scores)
+    intervals, differences = compare(nats, utf8_bytes, list(scores), settings.seed)
+    for name, figures in results.items():
+        figures["interval"] = intervals[name]
+    result = {"models": results, **({"differences": differences} if differences else {})}
+    if stage.folder:
+        with atomic_file(stage.folder / "documents.npz") as file:
+            np.savez(file, nats=nats, utf8_bytes=utf8_bytes, names=np.array(list(scores)))
+    stage.finish(result)
     if settings.json:
-        print(
-            json.dumps(next(iter(results.values())) if len(results) == 1 else {"models": results}, ensure_ascii=False)
-        )
+        print(json.dumps(result if differences else next(iter(results.values())), ensure_ascii=False))
     return None
 
 

@@ -3,9 +3,9 @@
     python scripts/preflight.py recipes/quickstart
     python scripts/preflight.py --config recipes/quickstart/cpt-2-full.yaml --num_processes 2 --json
 
-A folder: every stage of its pipeline.txt, in order; a recipe: that stage. A line a check: ok, FAIL, skipped (and why), or
-later, where a stage above has to finish first; what can be known before that is checked now. Exit code 2 if anything FAILs.
-The number of processes is the batch file's nodes × GPUs unless given. Sizes are estimates from the model's config.
+A folder: every stage of its pipeline.txt, in order; a recipe: its stage and the variants of it. A line a check: ok, FAIL,
+skipped (and why), or later, where a stage above has to finish first; what can be known before that is checked now. Exit code 2
+if anything FAILs. The number of processes is the batch file's nodes × GPUs unless given. Sizes are estimates from the model's config.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from dilqur.documents import read_jsonl
 from dilqur.errors import AlreadyFinished, InputError, program
 from dilqur.input_files import expand
 from dilqur.llama3 import SPECIAL_TOKENS, encode_chat
-from dilqur.recipe import parse
+from dilqur.recipe import parse, to_dict
 from dilqur.stage import PipelineRow, Stage, StageSettings, read_config, read_pipeline
 from dilqur.token_shards import TokenShards
 from dilqur.tokenizer import TextTokenizer
@@ -90,13 +90,15 @@ class Probe(Stage):
 
 @dataclass
 class Planned:
-    """A row of pipeline.txt with all that its checks look at. config: of the model it reads or makes, None if unknown."""
+    """A row of pipeline.txt with all that its checks look at. keys: recipe and flags together, paths as they stand there;
+    config: of the model it reads or makes, None if unknown."""
 
     row: PipelineRow
     arguments: list
     processes: int
     module: object = None
     settings: object = None
+    keys: dict | None = None
     stage: Probe = None
     config: dict | None = None
 
@@ -109,10 +111,13 @@ class Planned:
 
 
 def check_recipe(planned, preflight):
-    """The recipe parses, and its keys are the program's."""
-    path = ROOT / planned.row.program
+    """The recipe parses, its keys are the program's, and no row above is the same run under another name."""
+    row, recipe, path = planned.row, Path(planned.arguments[1]), ROOT / planned.row.program
     if not path.exists():
-        raise InputError(f"{path}: no such program; pipeline.txt gives it to {planned.row.name}")
+        raise InputError(f"{path}: no such program; pipeline.txt gives it to {row.name}")
+    if not recipe.exists():
+        there = ", ".join(sorted(file.stem for file in recipe.parent.glob("*.yaml"))) or "none"
+        raise InputError(f"{recipe}: no such file, and the stage {row.name} reads it; recipes there: {there}")
     spec = importlib.util.spec_from_file_location("_".join(path.parts[-2:]).removesuffix(".py"), path)
     planned.module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(planned.module)
@@ -121,7 +126,13 @@ def check_recipe(planned, preflight):
     if not own:
         raise InputError(f"{path}: has no StageSettings: not a program that makes a stage")
     planned.settings = parse(own[0], "", planned.arguments)
-    return f"keys fit {planned.row.program}"
+    if planned.settings.stage not in (None, row.name):
+        raise InputError(f"stage: {planned.settings.stage}: pipeline.txt calls it {row.name}: leave the key out")
+    planned.keys = to_dict(planned.settings)
+    for name, other in preflight.plans.items():
+        if name != row.name and planned.keys == other.keys and row.batch == other.row.batch:
+            raise InputError(f"the same run as {name}, key for key: change a flag of one, or remove its row")
+    return f"keys fit {row.program}"
 
 
 def check_inputs(planned, preflight):
@@ -458,7 +469,8 @@ def main():
     rows = read_pipeline(folder)
     if not recipe.exists() or not rows:
         raise InputError(f"{recipe}: no recipe there, or no pipeline.txt that says which program each stage runs")
-    if only and only not in [row.name for row in rows]:
+    chosen = [row.name for row in rows if only in (None, row.recipe)]
+    if not chosen:
         raise InputError(f"{folder}/pipeline.txt: no line for {only}, which would say what program reads {recipe}")
     if settings.check:
         return print("preflight: ok")
@@ -468,11 +480,11 @@ def main():
     preflight.run("", check_gpus, preflight.gpus)
     for row in rows:
         where = ["--run_dir", settings.run_dir] if settings.run_dir else []
-        arguments = ["--config", str(folder / f"{row.name}.yaml"), *where, *row.flags]
+        arguments = [*row.arguments(folder), *where]
         planned = Planned(row, arguments, settings.num_processes or number_of_processes(row.batch))
         preflight.plans[row.name] = planned
-        preflight.stage(planned, wanted=only in (None, row.name))
-        if row.name == only:
+        preflight.stage(planned, wanted=row.name in chosen)
+        if row.name == chosen[-1]:
             break
     bf16 = any(getattr(planned.settings, "bf16", False) for planned in preflight.plans.values())
     preflight.run("", check_driver, preflight.gpus, bf16)

@@ -333,6 +333,7 @@ def bits_per_byte(found, run_dir):
         columns = {
             "bits a byte": "{bits_per_byte:.3f}",
             "": BAR,
+            "95 % interval": "{interval[0]:.3f} to {interval[1]:.3f}",
             "text seen": "{seen}",
             "since": "{origin}",
             "bits a token": "{bits_per_token:.3f}",

@@ -17,5 +17,5 @@ case ${programs[row]} in
   data_tools/clean_corpus.py | data_tools/pack_mmap.py) ;;
   *) die "recipes/$name/pipeline.txt: $2: ${programs[row]} does not work in parts" ;;
 esac
-split_words "${flags[row]}"
-exec slurm/launch.sh "${programs[row]}" --config "recipes/$name/$2.yaml" "${words[@]}" --shard "$part" --of "$parts"
+row_arguments "$row"
+exec slurm/launch.sh "${programs[row]}" "${words[@]}" --shard "$part" --of "$parts"

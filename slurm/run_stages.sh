@@ -59,9 +59,9 @@ fi
 # Starts row $1 in the background: bash runs a trap only when the command in the foreground has ended.
 start() {
   local words
-  split_words "${flags[$1]}"
+  row_arguments "$1"
   # No standard input: srun would read this script's.
-  "${launcher[@]}" "${programs[$1]}" --config "recipes/$name/${stages[$1]}.yaml" "${words[@]}" </dev/null &
+  "${launcher[@]}" "${programs[$1]}" "${words[@]}" </dev/null &
   pid=$!
 }
 

@@ -171,6 +171,40 @@ def test_a_recipe_names_the_stage_and_its_folder(recipe, text):
     assert (stage.name, str(stage.folder)) == ("pack", "runs/mine/pack")
 
 
+def test_a_variant_reads_the_recipe_and_has_a_name_and_a_folder_of_its_own(recipe, text, tmp_path):
+    settings = Settings(input=[str(text)], config=str(recipe), run_dir=str(tmp_path), stage="pack@seed-1")
+    stage = Stage(settings, "data_tools/pack_mmap.py")
+    assert (stage.name, stage.folder) == ("pack@seed-1", tmp_path / "pack@seed-1")
+    stage.open().finish({})
+    manifest = read_manifest(stage.folder)
+    assert manifest["stage"] == "pack@seed-1" and "stage" not in manifest["arguments"], "a name is no setting"
+
+
+@pytest.mark.parametrize("name", ["clean@seed-1", "pack", "pack-2", "pack@", "pack@a/b", "pack@a b"])
+def test_a_variant_named_after_another_recipe_or_unfit_for_a_folder_is_refused(recipe, text, name):
+    with pytest.raises(
+        InputError, match=rf"--stage {name}: a variant of .*pack\.yaml is called pack@ and then letters"
+    ):
+        Stage(Settings(input=[str(text)], config=str(recipe), stage=name), "pack_mmap.py")
+
+
+def test_a_variant_without_its_recipe_is_refused(stage):
+    with pytest.raises(InputError, match=r"--stage pack@a: .* give that, too \(--config\)"):
+        stage(stage="pack@a")
+
+
+def test_a_path_that_begins_with_a_variant_lies_in_its_folder(recipe, tmp_path):
+    with (recipe.parent / "pipeline.txt").open("a") as file:
+        file.write("clean@az data_tools/clean_corpus.py cpu --language az\n")
+    train = tmp_path / "run" / "clean@az" / "train"
+    train.mkdir(parents=True)
+    (train / "a.txt").write_text("salam\n")
+    (train.parent / "manifest.json").write_text("{}")
+    settings = Settings(input=["clean@az/train"], config=str(recipe), run_dir=str(tmp_path / "run"))
+    Stage(settings, "pack_mmap.py")
+    assert settings.input == [str(train)]
+
+
 def test_a_path_that_begins_with_a_stage_lies_in_the_run_folder_once_that_has_finished(recipe, tmp_path):
     def pack():
         return Stage(Settings(input=["clean/train"], config=str(recipe), run_dir=str(tmp_path / "run")), "pack_mmap.py")
@@ -246,9 +280,20 @@ def test_a_pipeline_is_a_table_of_stage_program_batch_file_and_flags(recipe):
     ]
 
 
+def test_a_row_of_a_variant_starts_its_program_with_the_recipe_the_name_and_the_flags(tmp_path):
+    (tmp_path / "pipeline.txt").write_text("full t.py gpu --seed 7\nfull@a@1 t.py gpu --seed 8\n")
+    plain, variant = read_pipeline(tmp_path)
+    assert (variant.name, variant.recipe) == ("full@a@1", "full")
+    assert plain.arguments(tmp_path) == ["--config", f"{tmp_path}/full.yaml", "--seed", "7"]
+    assert variant.arguments("x") == ["--config", "x/full.yaml", "--stage", "full@a@1", "--seed", "8"]
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
+        ("first@ x.py cpu", r"pipeline\.txt:2: the stage first@ gives a folder its name: take letters, digits and"),
+        ("@variant x.py cpu", r"pipeline\.txt:2: the stage @variant gives a folder its name"),
+        ("a/b x.py cpu", r"pipeline\.txt:2: the stage a/b gives a folder its name"),
         ("clean data_tools/clean_corpus.py", r"pipeline\.txt:2: a line is: stage, program, batch file, flags"),
         ("first x.py cpu", r"pipeline\.txt:2: the stage first is there twice"),
         ("second x.py cpu --names 'Llama 3", r"pipeline\.txt:2: a quotation mark is not closed"),

@@ -52,13 +52,13 @@ def test_every_stage_of_the_quickstart_is_checked_without_torch(run, tmp_path):
     """The stages that make data are run, so that those after them find it; the others wait for a model."""
     made = set()
     for row in read_pipeline(QUICKSTART):
-        recipe = ["--config", QUICKSTART / f"{row.name}.yaml", "--run_dir", tmp_path, *row.flags]
-        code, said = without_torch(row.program, *recipe, "--check")
+        arguments = [*row.arguments(QUICKSTART), "--run_dir", tmp_path]
+        code, said = without_torch(row.program, *arguments, "--check")
         if missing := re.search(r"the stage (\S+) has not finished", said):
             assert code == 2 and missing[1] not in made
             continue
         assert (code, said.strip()) == (0, f"{row.name}: ok")
         if row.program.startswith("data_tools/"):
-            run(row.program, *recipe)
+            run(row.program, *arguments)
             made.add(row.name)
     assert {"clean", "tokenizer", "pack"} <= made

@@ -4,6 +4,7 @@ import fcntl
 import importlib.util
 import json
 import os
+import re
 import shutil
 import sys
 
@@ -73,8 +74,56 @@ def test_a_good_recipe_passes_without_torch(run, recipe, tmp_path):
 def test_one_recipe_is_checked_as_with_the_other_programs(run, recipe, tmp_path):
     file = recipe() / "cpt.yaml"
     here = ["--run_dir", tmp_path / "run"]
-    said = run("scripts/preflight.py", "--config", file, *here).stdout
-    assert said == run("scripts/preflight.py", file, *here).stdout and "ok       cpt  batch" in said
+    said, same = (
+        re.sub(r"\S+ GB free", "", run("scripts/preflight.py", *recipe, *here).stdout)  # others use the disk, too
+        for recipe in (["--config", file], [file])
+    )
+    assert said == same and "ok       cpt  batch" in said
+
+
+@pytest.fixture
+def study(run, recipe, tmp_path):
+    """study(*rows) → (the lines that preflight prints of these stages as (status, stage, check, text), exit code)"""
+
+    def preflight(*rows, file=""):
+        arguments = ["--run_dir", tmp_path / "run", "--json"]
+        done = run("scripts/preflight.py", recipe(rows) / file, *arguments, code=None)
+        assert done.returncode in (0, 2), done.stderr
+        lines = [line for line in json.loads(done.stdout)["checks"] if line["stage"]]
+        return [(line["status"], line["stage"], line["check"], line["text"]) for line in lines], done.returncode
+
+    return preflight
+
+
+def test_a_variant_is_the_recipe_with_its_row_s_flags_on_top(study):
+    rows = ("cpt@big scripts/cpt.py prepare_cpu --global_batch_size 8", "cpt scripts/cpt.py prepare_cpu")
+    lines, code = study(*rows)
+    batches = {stage: text for _, stage, check, text in lines if check == "batch"}
+    assert code == 0 and [text.split()[0] for text in batches.values()] == ["8", "4"]
+    assert list(batches) == ["cpt@big", "cpt"]
+    of_file, _ = study(*rows, file="cpt.yaml")
+    assert [line[:3] for line in of_file] == [line[:3] for line in lines], "a recipe stands for its variants, too"
+
+
+@pytest.mark.parametrize(
+    ("row", "advice"),
+    [
+        ("cpt@b scripts/cpt.py prepare_cpu --seed 1", "the same run as cpt@a, key for key: change a flag of one"),
+        ("cpt@b scripts/cpt.py prepare_cpu --sede 2", "did you mean --seed"),
+        ("cpt@b scripts/cpt.py prepare_cpu --stage cpt@c", "stage: cpt@c: pipeline.txt calls it cpt@b"),
+        ("ctp@b scripts/cpt.py prepare_cpu --seed 2", "ctp.yaml: no such file, and the stage ctp@b reads it; recipes"),
+    ],
+)
+def test_a_mistake_in_the_row_of_a_variant(study, row, advice):
+    lines, code = study("cpt@a scripts/cpt.py prepare_cpu --seed 1", row)
+    ((stage, check, text),) = [line[1:] for line in lines if line[0] == "FAIL"]
+    assert (stage, check, code) == (row.split()[0], "recipe", 2) and advice in text
+
+
+def test_a_stage_that_cannot_name_a_folder(run, recipe):
+    done = run("scripts/preflight.py", recipe(["cpt@a/b scripts/cpt.py prepare_cpu"]), code=2)
+    assert "the stage cpt@a/b gives a folder its name: take letters, digits and . _ -" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 # -- what FAILs -------------------------------------------------------------------------------------------------------

@@ -101,6 +101,8 @@ def test_it_has_the_figures_of_the_manifests(run, finished, tmp_path):
     )
     for figures in result(finished / "bpb")["models"].values():
         assert f"{figures['bits_per_byte']:.3f}" in reader.text
+        low, high = figures["interval"]
+        assert f"{low:.3f} to {high:.3f}" in reader.text
     assert len(printed.splitlines()) <= 8 and f"{tmp_path}/report/report.html" in printed.splitlines()[-1]
 
 

@@ -18,14 +18,16 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY_LLAMA
 
+from dilqur.errors import InputError
 from dilqur.stage import read_pipeline
 
 STUB = """
 import json, pathlib, sys, time
 config = pathlib.Path(sys.argv[sys.argv.index("--config") + 1])
-folder = pathlib.Path("runs") / config.parent.name / config.stem
+stage = sys.argv[sys.argv.index("--stage") + 1] if "--stage" in sys.argv else config.stem
+folder = pathlib.Path("runs") / config.parent.name / stage
 what = dict(line.split(": ") for line in config.read_text().splitlines())
-print(config.stem, "said", *sys.argv[3:], flush=True)
+print(stage, "said", *sys.argv[3:], flush=True)
 if "fail" in what:
     sys.exit(int(what["fail"]))
 (folder / "started").touch()
@@ -72,12 +74,12 @@ class Tree:
         }  # for so tiny models
 
     def recipe(self, name, table, **stages):
-        """recipes/NAME with this pipeline.txt, and STAGE.yaml of these texts (empty for the stages not named)."""
+        """recipes/NAME with this pipeline.txt, and RECIPE.yaml of these texts (empty for the recipes not named)."""
         folder = self.root / "recipes" / name
         folder.mkdir()
         (folder / "pipeline.txt").write_text(table)
         for row in read_pipeline(folder):
-            (folder / f"{row.name}.yaml").write_text(stages.get(row.name, ""))
+            (folder / f"{row.recipe}.yaml").write_text(stages.get(row.recipe, ""))
 
     def fake(self, name, body="", note=True):
         (self.fakes / name).write_text((NOTE if note else "#!/bin/bash\n") + body)
@@ -148,7 +150,7 @@ def test_bash_and_python_read_the_same_table(tree):
         (
             "# a comment\n\n  one\ttools/stub.py  a\r\n"
             "two tools/stub.py b --x 1 '{p: q, r: [s]}' \"a b\" c\\ d # more\n"
-            "three t c --y"
+            "three t c --y\nthree@b.1@c t c"
         ),
     )
     names = ["hard"]
@@ -161,6 +163,16 @@ def test_bash_and_python_read_the_same_table(tree):
         rows = [[row.name, row.program, row.batch, *row.flags] for row in read_pipeline(tree / "recipes" / name)]
         assert rows_as_bash_reads_them(tree, name) == rows, name
     assert rows_as_bash_reads_them(tree, "hard")[1][3:] == ["--x", "1", "{p: q, r: [s]}", "a b", "c d"]
+
+
+@pytest.mark.parametrize("name", ["a/b", "../a", ".a", "-a", "@v", "a@", "a@v/w", "a:b"])
+def test_bash_and_python_refuse_the_same_names(tree, name):
+    (tree / "recipes/new").mkdir()
+    (tree / "recipes/new/pipeline.txt").write_text(f"{name} t c\n")
+    with pytest.raises(InputError, match="take letters, digits and"):
+        read_pipeline(tree / "recipes/new")
+    done = tree.run("slurm/pipeline.sh", "new", "--status", code=2)
+    assert f"the stage {name} gives a folder its name: take letters, digits and . _ -" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -270,6 +282,37 @@ def test_local_runs_the_real_programs_and_a_second_time_nothing(tree):
     (tree / "recipes/small/clean.yaml").write_text("input: [recipes/quickstart/corpus/az]\nlanguage: tr\n")
     done = tree.run("slurm/pipeline.sh", "small", "--local", code=2)
     assert "finished with language = 'az', now 'tr'" in done.stderr and "[2/3]" not in done.stdout
+
+
+def test_a_study_is_rows_of_one_recipe_that_differ_in_flags(tree):
+    tree.recipe(
+        "study",
+        "tokenizer          data_tools/train_tokenizer.py  prepare_cpu\n"
+        "tokenizer@small    data_tools/train_tokenizer.py  prepare_cpu --vocab_size 300\n"
+        "tokenizer@large    data_tools/train_tokenizer.py  prepare_cpu --vocab_size 600\n"
+        "pack@small         data_tools/pack_mmap.py        prepare_cpu --tokenizer tokenizer@small\n",
+        tokenizer="input: [recipes/quickstart/corpus/az]\nvocab_size: 400\n",
+        pack="input: [recipes/quickstart/corpus/az]\ntokenizer: tokenizer\n",
+    )
+    done = tree.run("slurm/pipeline.sh", "study", "--local", "--from", "tokenizer@small")
+    assert "[1/3] tokenizer@small: data_tools/train_tokenizer.py --vocab_size 300" in done.stdout
+    tree.run("slurm/pipeline.sh", "study", "--local")
+    sizes = {}
+    for name in ("tokenizer", "tokenizer@small", "tokenizer@large"):
+        manifest = json.loads((tree / f"runs/study/{name}/manifest.json").read_text())
+        sizes[manifest["stage"]] = manifest["arguments"]["vocab_size"]
+    assert sizes == {"tokenizer": 400, "tokenizer@small": 300, "tokenizer@large": 600}
+    packed = json.loads((tree / "runs/study/pack@small/manifest.json").read_text())
+    assert packed["arguments"]["tokenizer"] == "runs/study/tokenizer@small"
+
+    again = tree.run("slurm/pipeline.sh", "study", "--local")
+    assert again.stdout.count("nothing to do") == 4
+    status = tree.run("slurm/pipeline.sh", "study", "--status").stdout.splitlines()
+    assert [line.split()[:2] for line in status][3] == ["pack@small", "finished"]
+    sent = tree.run("slurm/pipeline.sh", "study", "--dry-run", "--from", "tokenizer@large").stdout
+    assert "slurm/prepare_cpu.sbatch study tokenizer@large pack@small)" in sent
+    in_parts = tree.run("slurm/run_part.sh", "study", "pack@small", "1", "0")
+    assert "pack@small: finished" in in_parts.stdout
 
 
 def test_a_failing_stage_ends_the_pipeline_with_its_code(tree):
