@@ -81,11 +81,11 @@ import numpy as np
 from dilqur.documents import read
 from dilqur.input_files import expand
 from dilqur.tokenizer import TextTokenizer
-from dilqur.tokenizer_engine import _pattern, _ranks
+from dilqur.tokenizer_engine import _ranks, split_pattern
 import tiktoken
 tokenizer = TextTokenizer(sys.argv[1])
 spec = json.loads(tokenizer.backend.to_str())
-encoding = tiktoken.Encoding("x", pat_str=_pattern(spec), mergeable_ranks=_ranks(spec), special_tokens={})
+encoding = tiktoken.Encoding("x", pat_str=split_pattern(spec), mergeable_ranks=_ranks(spec), special_tokens={})
 parts = []
 for document in read(expand(sys.argv[3:])):
     ids = encoding.encode_ordinary(document.text)

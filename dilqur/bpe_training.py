@@ -7,11 +7,13 @@ counts, without a pre-tokeniser. That gives the merges, to the last one, that it
 import json
 import sys
 
+import regex
 import xxhash
 
 from dilqur.errors import InputError
 from dilqur.llama3 import BOS, PATTERNS, SPECIAL_TOKENS
 from dilqur.tokenizer import byte_characters
+from dilqur.tokenizer_engine import CannotBeBuilt, split_pattern
 
 MAX_FED = 25_000_000  # words handed to the trainer: about a minute of its time
 RESOLUTION = 8  # a weighted word of count 1 is handed over so many times, so that fractions have room
@@ -125,8 +127,12 @@ class Extension:
         refuse_other_models(base, self.spec)
         self.vocabulary = self.spec["model"]["vocab"]
         self.token_of = {id: token for token, id in self.vocabulary.items()}
+        try:  # five times faster than to ask the pre-tokeniser itself
+            self.words = regex.compile(split_pattern(self.spec)).findall
+        except CannotBeBuilt:
+            self.words = self.words_of_pre_tokenizer
 
-    def words(self, text):
+    def words_of_pre_tokenizer(self, text):
         """`text` as the base's pre-tokeniser cuts it, a list of str."""
         return [text[first:last] for _, (first, last) in self.base.backend.pre_tokenizer.pre_tokenize_str(text)]
 

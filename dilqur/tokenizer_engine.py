@@ -70,7 +70,7 @@ def choose_engine(wanted, tokenizer, sample):
         raise InputError(f"engine: {name} is not installed; pip install {name}, or give another engine")
     try:
         engine = Engine(name, {"tiktoken": _tiktoken, "fastokens": _fastokens}[name](tokenizer))
-    except _CannotBeBuilt as reason:
+    except CannotBeBuilt as reason:
         return oracle, f"tokenizers, as {name} cannot do this tokenizer: {reason}"
     for kind, texts in (("the tricky strings", TRICKY), ("the corpus", sample)):
         for text in texts:
@@ -87,7 +87,7 @@ def agree(engine, oracle, text):
     return np.array_equal(engine.encode([text])[0], oracle.encode([text])[0])
 
 
-class _CannotBeBuilt(Exception):
+class CannotBeBuilt(Exception):
     """Why an engine cannot stand in for this tokenizer."""
 
 
@@ -107,13 +107,13 @@ def _tiktoken(tokenizer):
     import tiktoken
 
     spec = json.loads(tokenizer.backend.to_str())
-    pattern, ranks = _pattern(spec), _ranks(spec)
+    pattern, ranks = split_pattern(spec), _ranks(spec)
     if not spec["model"].get("ignore_merges"):  # tiktoken finds a token that is a whole word without merging
         tokens = [text for token in ranks if "\ufffd" not in (text := token.decode("utf-8", "replace"))]
         pieces = tokenizer.backend.pre_tokenizer.pre_tokenize_str
         for text, ids in zip(tokens, tokenizer.encode_batch(tokens), strict=True):
             if len(ids) > 1 and len(pieces(text)) == 1:
-                raise _CannotBeBuilt(f"its merges do not lead to its token {text!r}")
+                raise CannotBeBuilt(f"its merges do not lead to its token {text!r}")
     encode = tiktoken.Encoding("dilqur", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}).encode_ordinary
     ask = tokenizer.encode
 
@@ -132,12 +132,12 @@ def _fastokens(tokenizer):
 
     spec = json.loads(tokenizer.backend.to_str())
     if any(not t["special"] for t in spec["added_tokens"]):
-        raise _CannotBeBuilt("it has added tokens that are no control tokens")
+        raise CannotBeBuilt("it has added tokens that are no control tokens")
     spec.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
     try:
         encode = fastokens.Tokenizer.from_json_str(json.dumps(spec)).encode_batch_flat
     except Exception as problem:  # it raises plain exceptions
-        raise _CannotBeBuilt(str(problem)) from None
+        raise CannotBeBuilt(str(problem)) from None
 
     ask = _tokenizers(tokenizer)
 
@@ -153,16 +153,17 @@ def _fastokens(tokenizer):
     return run
 
 
-def _pattern(spec):
-    """The regular expression that a byte-level pre-tokeniser splits by."""
+def split_pattern(spec):
+    """The regular expression by which the pre-tokeniser of a tokenizer.json, a dict, cuts text. Raises CannotBeBuilt where it does more
+    than that."""
     if spec["normalizer"]:
-        raise _CannotBeBuilt(f"its normaliser is {spec['normalizer']['type']}")
+        raise CannotBeBuilt(f"its normaliser is {spec['normalizer']['type']}")
     if any(not t["special"] for t in spec["added_tokens"]):
-        raise _CannotBeBuilt("it has added tokens that are no control tokens")
+        raise CannotBeBuilt("it has added tokens that are no control tokens")
     pre = spec["pre_tokenizer"] or {"type": "none"}
     steps = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
     if steps[-1]["type"] != "ByteLevel" or steps[-1]["add_prefix_space"]:
-        raise _CannotBeBuilt(f"its pre-tokeniser is {' + '.join(s['type'] for s in steps)}, not byte-level")
+        raise CannotBeBuilt(f"its pre-tokeniser is {' + '.join(s['type'] for s in steps)}, not byte-level")
     if len(steps) == 1 and steps[0]["use_regex"]:
         return GPT2_PATTERN
     if len(steps) == 2 and steps[0]["type"] == "Split" and not steps[1]["use_regex"]:
@@ -170,29 +171,29 @@ def _pattern(spec):
         isolated = split["behavior"] == "Isolated" or (split["behavior"] == "Removed" and split["invert"])
         if isolated and "Regex" in split["pattern"]:
             return split["pattern"]["Regex"]
-    raise _CannotBeBuilt("its pre-tokeniser splits in more than one step")
+    raise CannotBeBuilt("its pre-tokeniser splits in more than one step")
 
 
 def _ranks(spec):
     """{bytes: id} in which the order of the ids is the order of the merges, as tiktoken wants it."""
     model = spec["model"]
     if model["type"] != "BPE":
-        raise _CannotBeBuilt(f"its model is {model['type']}, not BPE")
+        raise CannotBeBuilt(f"its model is {model['type']}, not BPE")
     for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(key):
-            raise _CannotBeBuilt(f"its BPE has {key}")
+            raise CannotBeBuilt(f"its BPE has {key}")
     to_byte = {character: byte for byte, character in enumerate(byte_characters())}
     added = {token["content"] for token in spec["added_tokens"]}  # some files list them in the vocabulary too
     try:
         ranks = {bytes(to_byte[c] for c in token): id for token, id in model["vocab"].items() if token not in added}
     except KeyError as problem:
-        raise _CannotBeBuilt(f"its vocabulary has {problem}, which stands for no byte") from None
+        raise CannotBeBuilt(f"its vocabulary has {problem}, which stands for no byte") from None
     if any(bytes([b]) not in ranks for b in range(256)):
-        raise _CannotBeBuilt("its vocabulary lacks single bytes")
+        raise CannotBeBuilt("its vocabulary lacks single bytes")
     merged = [a + b for a, b in (m if isinstance(m, list) else m.split(" ") for m in model["merges"])]
     order = [model["vocab"][token] for token in merged]
     if any(a > b for a, b in pairwise(order)):
-        raise _CannotBeBuilt("its ids are not in the order of its merges")
+        raise CannotBeBuilt("its ids are not in the order of its merges")
     if len(set(order)) < len(ranks) - 256:
-        raise _CannotBeBuilt("it has tokens that no merge makes")  # tiktoken would make them all the same
+        raise CannotBeBuilt("it has tokens that no merge makes")  # tiktoken would make them all the same
     return ranks

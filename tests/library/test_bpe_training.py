@@ -138,6 +138,13 @@ def test_text_without_new_pairs_is_encoded_as_before_and_other_text_shorter(base
     assert same > 1000 < shorter
 
 
+def test_an_extension_counts_the_words_that_its_base_cuts(base, texts):
+    extension = Extension(base)
+    assert extension.words != extension.words_of_pre_tokenizer
+    for text in [*texts[:20], "a\r\n\n  b\u00a0c 12345!?'ll"]:
+        assert extension.words(text) == extension.words_of_pre_tokenizer(text)
+
+
 def test_extensions_are_nested(extended):
     _, extension, largest = extended(600)
     for size in (1, 100, 599):
