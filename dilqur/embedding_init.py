@@ -56,9 +56,7 @@ def plan_rows(method, vocabulary, matrix="embeddings", space=None, sparsity=64, 
     """list[Part]: how every row below the new tokenizer's size comes from old ones.
 
     Tokens of both vocabularies and control tokens of the same name are copied, whatever the method; a control token that the old
-    tokenizer lacks, and a token with a byte that it lacks, get the mean of the old rows. vocabulary: VocabularyMap. matrix:
-    "embeddings", "head" or "tied", which is both. space: float32 (new size, d), vectors of the new tokens, for the last two methods; a token whose vector
-    is 0 falls back to `piece_mean`. The rest are
+    tokenizer lacks, and a token with a byte that it lacks, get the mean of the old rows. The rest are made by one of METHODS:
 
     random                  normal, with the mean and the standard deviation of the old rows in each dimension
     mean                    the mean of the old rows: what transformers' resize_token_embeddings draws new rows around (Hewitt
@@ -74,6 +72,9 @@ def plan_rows(method, vocabulary, matrix="embeddings", space=None, sparsity=64, 
                             Dobler and de Melo 2023, arXiv 2305.14481)
     orthogonal_matching_pursuit     at most `sparsity` overlapping tokens whose vectors in `space` add up best to the token's;
                             their rows with the same coefficients (Goddard and Fernandes Neto 2025, arXiv 2506.06607)
+
+    vocabulary: VocabularyMap. matrix: "embeddings", "head", or "tied", which is both. space: float32 (new size, d), vectors of
+    the new tokens, for the last two methods; a token whose vector is 0 falls back to `piece_mean`. device: where these compute.
     """
     parts = [
         Part(name, *map(np.array, (list(ids), list(ids.values())))) for name, ids in vocabulary.copied.items() if ids

@@ -7,7 +7,6 @@ every tensor keeps its dtype to the bit, also one that torch does not know.
 
 import json
 import os
-import shutil
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path

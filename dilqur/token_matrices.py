@@ -40,7 +40,7 @@ def token_matrices(folder, tensors):
     if head is None:
         raise InputError(f"{folder}: this model has no head over the vocabulary")
     tied, bias = head.weight is embeddings, getattr(head, "bias", None)
-    every = {name: p for name, p in model.named_parameters(remove_duplicate=False)}
+    every = dict(model.named_parameters(remove_duplicate=False))
     second = next((n for n, p in every.items() if p is head.weight and n != names[id(embeddings)]), None)
     shapes = {name: p.shape for name, p in larger.named_parameters(remove_duplicate=False)}
     known = {id(embeddings), id(head.weight), id(bias)}

@@ -62,7 +62,6 @@ class _Vocabulary:
         control = set(self.special.values())
         self.ordinary = {t: i for t, i in backend.get_vocab(with_added_tokens=False).items() if i not in control}
         characters = byte_characters()
-        self.characters = set(characters)
         for i, content in self.added.items():
             self.ordinary.setdefault("".join(characters[byte] for byte in content.encode("utf-8")), i)
 
@@ -73,12 +72,8 @@ class _Vocabulary:
         """
         if text is not None:
             return self.tokenizer.encode(text)
-        if not self.characters.issuperset(token):
-            return []
-        pieces = [piece.id for piece in self.tokenizer.backend.model.tokenize(token)]
-        return pieces or [self.ordinary[c] for c in token if c in self.ordinary] * all(
-            c in self.ordinary for c in token
-        )
+        pieces = self.tokenizer.backend.model.tokenize(token)
+        return [piece.id for piece in pieces] if "".join(piece.value for piece in pieces) == token else []
 
 
 def require_byte_level(tokenizer):
