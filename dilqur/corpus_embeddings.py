@@ -22,7 +22,9 @@ def corpus_embeddings(texts, tokenizer, size, dimension=256, max_tokens=None, se
     if not len(keys):
         return torch.zeros(size, dimension)
     rows, columns, values = _ppmi(keys, counts, size)
-    matrix = torch.sparse_coo_tensor(np.stack([rows, columns]), values, (size, size), check_invariants=False, is_coalesced=True)
+    matrix = torch.sparse_coo_tensor(
+        np.stack([rows, columns]), values, (size, size), check_invariants=False, is_coalesced=True
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         left, singular, _ = torch.svd_lowrank(matrix, q=dimension, niter=4)

@@ -91,10 +91,10 @@ def check(settings):
     vocabulary = VocabularyMap(old, new)
     check_rows(settings.model_name_or_path, old)
     if donor:
-        check_rows(donor, new)
-        stored_tensors(donor)
         if TextTokenizer(donor).hash != new.hash:
             raise InputError(f"donor_model_name_or_path: {donor} has another tokenizer than {settings.tokenizer}")
+        check_rows(donor, new)
+        stored_tensors(donor)
     return old, new, vocabulary, stored_tensors(settings.model_name_or_path)
 
 

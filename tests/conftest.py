@@ -87,9 +87,7 @@ def made(tmp_path_factory):
 def english(tmp_path_factory):
     """The folder of an English tokenizer: 700 tokens, other merges than `made`'s, then the 256 control tokens."""
     folder = tmp_path_factory.mktemp("english") / "tokenizer"
-    run_program(
-        "data_tools/train_tokenizer.py", "--input", CORPUS / "en", "--vocab_size", 700, "--output_dir", folder
-    )
+    run_program("data_tools/train_tokenizer.py", "--input", CORPUS / "en", "--vocab_size", 700, "--output_dir", folder)
     return folder
 
 

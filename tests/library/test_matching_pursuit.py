@@ -39,7 +39,11 @@ def test_the_pursuit_is_the_one_with_least_squares_at_every_step(sparsity):
 def test_a_target_made_of_few_atoms_is_found_again_and_takes_no_more():
     atoms = torch.linalg.qr(torch.randn(20, 20, generator=torch.Generator().manual_seed(1))).Q[:15]
     wanted = torch.zeros(3, 15)
-    wanted[0, 4], wanted[1, [2, 9]], wanted[2, [0, 7, 14]] = 3.0, torch.tensor([1.0, -2.0]), torch.tensor([1.0, 1.5, 2.0])
+    wanted[0, 4], wanted[1, [2, 9]], wanted[2, [0, 7, 14]] = (
+        3.0,
+        torch.tensor([1.0, -2.0]),
+        torch.tensor([1.0, 1.5, 2.0]),
+    )
     found = dense(matching_pursuit(wanted @ atoms, atoms, 8), 15)
     np.testing.assert_allclose(found, wanted.numpy(), atol=1e-5)
 

@@ -16,7 +16,13 @@ WEIGHTS = {
     "count": torch.tensor(7),
     "none": torch.empty(0, 3),
 }
-SHARDS = {"embed": "a.safetensors", "scale": "a.safetensors", "fp8": "b.safetensors", "count": "b.safetensors", "none": "a.safetensors"}
+SHARDS = {
+    "embed": "a.safetensors",
+    "scale": "a.safetensors",
+    "fp8": "b.safetensors",
+    "count": "b.safetensors",
+    "none": "a.safetensors",
+}
 
 
 @pytest.fixture(params=["one file", "shards"])

@@ -82,7 +82,9 @@ def test_a_control_token_that_is_text_on_the_other_side_is_refused(old, tmp_path
         (tmp_path / name).mkdir()
     text, control = (changed(old, tmp_path / n, special=n == "control") for n in ("text", "control"))
     for pair in ((text, control), (control, text)):
-        with pytest.raises(InputError, match=r"^<\|az\|> is a control token in .*control.* and ordinary text in .*text"):
+        with pytest.raises(
+            InputError, match=r"^<\|az\|> is a control token in .*control.* and ordinary text in .*text"
+        ):
             VocabularyMap(*pair)
 
 
