@@ -103,7 +103,7 @@ def made_rows(method, kind, matrix, vocabulary, space):
     for new_id, pieces in vocabulary.pieces.items():
         k = len(pieces)
         if method == "mean":
-            weights = {i: 1 / 700 for i in range(700)}
+            weights = dict.fromkeys(range(700), 1 / 700)
         elif method == "weighted_piece_mean":
             up = np.exp(2.0 * np.arange(1, k + 1)) / np.exp(2.0 * np.arange(1, k + 1)).sum()
             each = {"embeddings": up, "head": up[::-1], "tied": (up + up[::-1]) / 2}[kind]
