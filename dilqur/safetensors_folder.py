@@ -6,6 +6,7 @@ every tensor keeps its dtype to the bit, also one that torch does not know.
 """
 
 import json
+import math
 import os
 from collections import defaultdict
 from dataclasses import dataclass
@@ -77,8 +78,9 @@ def read_tensor(stored, name):
 def rewrite(tensors, replaced, removed, out):
     """Write all of `tensors` ({name: Stored}) into the folder `out`, in files of the same names.
 
-    replaced: {name: tensor}, contiguous and on the CPU, of the same dtype. removed: names left out (tied ones). Writes the index
-    where there are several files. The caller makes it atomic. Returns the number of elements written.
+    replaced: {name: (shape, function)}; the function is called when the tensor is written, one at a time, and returns it,
+    contiguous, on the CPU and of the dtype it had. removed: names left out (tied ones). Writes the index where there are several
+    files. The caller makes it atomic. Returns the number of elements written.
     """
     out, files = Path(out), defaultdict(dict)
     for name, stored in tensors.items():
@@ -89,10 +91,10 @@ def rewrite(tensors, replaced, removed, out):
         header, at = {"__metadata__": {"format": "pt"}}, 0
         # in the order of the file, larger dtypes first, as the library lays them out: every tensor is aligned
         for name, stored in sorted(inside.items(), key=lambda item: item[1].begin):
-            shape = list(replaced[name].shape if name in replaced else stored.shape)
-            size = replaced[name].nbytes if name in replaced else stored.bytes
+            shape = list(replaced[name][0] if name in replaced else stored.shape)
+            size = stored.bytes // math.prod(stored.shape) * math.prod(shape) if name in replaced else stored.bytes
             header[name] = {"dtype": stored.dtype, "shape": shape, "data_offsets": [at, at + size]}
-            at, elements = at + size, elements + _product(shape)
+            at, elements = at + size, elements + math.prod(shape)
             where[name] = file
         total += at
         raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
@@ -101,7 +103,7 @@ def rewrite(tensors, replaced, removed, out):
             target.write(len(raw).to_bytes(8, "little") + raw)
             for name in list(header)[1:]:
                 if name in replaced:
-                    _write_tensor(replaced[name], target)
+                    _write_tensor(replaced[name][1](), target)
                 else:
                     _copy(inside[name], target)
     if not single:
@@ -165,10 +167,3 @@ def _write_tensor(tensor, target):
     flat = tensor.reshape(-1).view(torch.uint8).numpy()
     for at in range(0, len(flat), PART):
         target.write(flat[at : at + PART].data)
-
-
-def _product(shape):
-    out = 1
-    for size in shape:
-        out *= size
-    return out

@@ -10,6 +10,7 @@ is loaded, so a few GB of memory do for 8B. Special tokens and generation_config
 Hugging Face folder. docs/vocabulary-transplant.md says which method to take.
 """
 
+import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -214,23 +215,31 @@ def main():
         levels = new_levels(vocabulary, count_tokens(settings, new) if settings.input else None)
 
     rows = -(-new.size // settings.pad_to_multiple_of) * settings.pad_to_multiple_of
-    made, tables, explained = {}, {}, {}
-    for matrix, name in (("tied" if names.head is None else "embeddings", names.embeddings), ("head", names.head)):
-        if name is None:
-            continue
+    tables, explained, replaced = {}, {}, {}
+
+    def make(matrix, name):
+        """The new tensor in place of `name`; what was done goes into `tables`."""
         weight = read_tensor(tensors[name], name)
-        sparsity = settings.sparsity or SPARSITY
-        parts = plan_rows(settings.method, vocabulary, matrix, space.get(matrix), sparsity, device)
+        if matrix == "bias":  # of the head, a number for each token: kept, or the mean
+            return new_matrix(weight.unsqueeze(1), vocabulary, plan_rows("mean", vocabulary), rows)[0].squeeze(1)
+        parts = plan_rows(settings.method, vocabulary, matrix, space.get(matrix), settings.sparsity or SPARSITY, device)
         calibration = Calibration(weight, examples, levels) if calibrated else None
         if calibrated:
             explained[matrix] = round(calibration.explained, 4)
-        options = (rows, settings.match_norms, settings.seed, calibration)
-        made[name], tables[matrix] = new_matrix(weight, vocabulary, parts, *options)
-    if names.bias:  # a number for each token: kept, or the mean
-        weight = read_tensor(tensors[names.bias], names.bias).unsqueeze(1)
-        made[names.bias] = new_matrix(weight, vocabulary, plan_rows("mean", vocabulary), rows)[0].squeeze(1)
+        made, tables[matrix] = new_matrix(
+            weight, vocabulary, parts, rows, settings.match_norms, settings.seed, calibration
+        )
+        return made
+
+    for matrix, name in (
+        ("tied" if names.head is None else "embeddings", names.embeddings),
+        ("head", names.head),
+        ("bias", names.bias),
+    ):
+        if name is not None:  # made when it is written: one of them is in memory at a time
+            replaced[name] = ((rows, *tensors[name].shape[1:]), functools.partial(make, matrix, name))
     with atomic_files(stage.folder) as part:
-        parameters = rewrite(tensors, made, {names.duplicate}, part)
+        parameters = rewrite(tensors, replaced, {names.duplicate}, part)
         write_configs(settings.model_name_or_path, part, config, new, rows)
         copy_tokenizer(settings.tokenizer, part)
         if TextTokenizer(part).hash != new.hash:
@@ -244,11 +253,11 @@ def main():
         "tied": names.head is None,
         "parameters": parameters,
         "tokenizer_sha256": new.hash,
-        "classes": tables,
+        "classes": dict(sorted(tables.items())),  # whichever file came first
         **({"variance_explained": explained} if calibrated else {}),
     }
     stage.finish(result)
-    print(markdown(tables))
+    print(markdown(result["classes"]))
     print(
         f"{stage.folder}: {rows:,} rows, {copied:,} copied, {result['made']:,} made by {settings.method}, "
         f"{result['padding_rows']} padding; {parameters:,} parameters"

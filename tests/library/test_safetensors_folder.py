@@ -53,7 +53,7 @@ def test_every_tensor_is_found_without_reading_it(folder):
 def test_what_is_replaced_is_replaced_and_the_rest_is_the_same_to_the_bit(folder, tmp_path):
     larger = torch.randn(7, 3).bfloat16()
     (tmp_path / "out").mkdir()
-    elements = rewrite(stored_tensors(folder), {"embed": larger}, {"scale"}, tmp_path / "out")
+    elements = rewrite(stored_tensors(folder), {"embed": ((7, 3), lambda: larger)}, {"scale"}, tmp_path / "out")
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     read = {name: weight for file in files for name, weight in load_file(file).items()}
     wanted = {**WEIGHTS, "embed": larger}
