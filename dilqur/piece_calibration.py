@@ -15,7 +15,7 @@ from dilqur.errors import InputError
 
 CUTS = (2, 8, 32, None)  # the merges that are left for the pieces: a half of them, an eighth, … none
 RIDGE = 0.1  # times the number of examples, features scaled to variance 1
-MAX_EXAMPLES = 1 << 17
+MAX_EXAMPLES = 1 << 15  # eight for each feature at a hidden size of 4,096
 BLOCK = 1 << 12
 ZIPF = 2.7  # Mandelbrot's offset of the ranks
 
@@ -51,7 +51,7 @@ class Examples:
         for cut in CUTS:
             left = len(merges) // cut if cut else 0
             known = single | {token: ids[token] for token, at in whole if at < left}
-            shorter = BPE(vocab=known, merges=[m for m in merges[:left] if m[0] + m[1] in known])
+            shorter = BPE(vocab=known, merges=[m for m in merges[:left] if {*m, m[0] + m[1]} <= known.keys()])
             found += [
                 (ids[token], [p.id for p in shorter.tokenize(token)])
                 for token, at in whole
