@@ -15,22 +15,10 @@ METHODS = (
     "random", "mean", "piece_mean", "weighted_piece_mean", "calibrated_piece_mean", "focus", "orthogonal_matching_pursuit",
 )  # fmt: skip
 CLASSES = (
-    "copied",
-    "byte",
-    "special copied",
-    "from pieces",
-    "from similarity",
-    "mean",
-    "random",
-    "fallback",
-    "special made",
-)
+    "copied", "byte", "special copied", "from pieces", "from similarity", "mean", "random", "fallback", "special made",
+)  # fmt: skip
 BLOCK = 1 << 13  # old rows gathered at a time, as float32: 134 MB at a hidden size of 4,096
-STEEPNESS_OF = {
-    "embeddings": (2.0,),
-    "head": (-2.0,),
-    "tied": (2.0, -2.0),
-}  # of `weighted_piece_mean`'s exponential weights
+STEEPNESS_OF = {"embeddings": (2.0,), "head": (-2.0,), "tied": (2.0, -2.0)}  # of weighted_piece_mean's weights
 
 
 @dataclass

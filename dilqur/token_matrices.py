@@ -85,6 +85,10 @@ def _on_meta(config, more=0):
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(config)
-    config.get_text_config().vocab_size += more
+    text = config.get_text_config()
+    for key in [
+        key for key in vars(text) if key.startswith("vocab_size")
+    ]:  # Gemma 3n's per-layer embeddings have their own
+        setattr(text, key, getattr(text, key) + more)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import CORPUS
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dilqur.tokenizer import TextTokenizer
 from dilqur.vocabulary_map import VocabularyMap
@@ -282,19 +282,12 @@ def test_a_base_in_shards_becomes_the_same_model_in_shards(run, transplanted, ma
 
 
 def test_a_tied_head_that_the_files_hold_too_is_left_out(run, made, bases, tmp_path):
-    from safetensors.torch import save_file
-
     base = shutil.copytree(bases["tied"], tmp_path / "base")
     held = weights(base)
     held["lm_head.weight"] = held["model.embed_tokens.weight"].clone()
     save_file(held, base / "model.safetensors", {"format": "pt"})
     transplant(run, base, made / "tokenizer", tmp_path / "out")
     assert "lm_head.weight" not in weights(tmp_path / "out")
-    held["lm_head.weight"][5] += 1
-    save_file(held, base / "model.safetensors", {"format": "pt"})
-    done = transplant(run, base, made / "tokenizer", tmp_path / "other", code=2)
-    refused(done, "ties the head to the embeddings, but lm_head.weight differs")
-    assert not list((tmp_path / "other").glob("*.safetensors"))
 
 
 def test_a_gpt2_whose_files_leave_out_a_prefix_and_a_head_with_a_bias(run, made, english, tmp_path):
@@ -366,18 +359,6 @@ def test_a_base_without_weights_and_one_of_pickles_are_refused(run, bases, made,
     (base / "pytorch_model.bin").write_bytes(b"")
     done = transplant(run, base, made / "tokenizer", tmp_path / "out", "--check", code=2)
     refused(done, f"{base}: its weights are pickles", "convert the model to safetensors first")
-
-
-def test_weights_that_are_not_what_config_json_promises_are_refused(run, bases, made, tmp_path):
-    base = shutil.copytree(bases["tied"], tmp_path / "base")
-    config = json.loads((base / "config.json").read_text())
-    for change, says in (
-        ({"vocab_size": 990}, "model.embed_tokens.weight is 1000 × 32, its config.json says 990 × 32"),
-        ({"tie_word_embeddings": False}, "its files hold no lm_head.weight, which its config.json promises"),
-        ({"model_type": "no such thing"}, "transformers cannot build this model"),
-    ):
-        (base / "config.json").write_text(json.dumps(config | change))
-        refused(transplant(run, base, made / "tokenizer", tmp_path / "out", code=2), str(base), says)
 
 
 def test_keys_that_a_method_needs_or_has_no_use_for_are_refused(run, bases, donor, made, tmp_path):
