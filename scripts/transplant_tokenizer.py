@@ -4,61 +4,186 @@ r"""Gives a model another tokenizer: base model + new tokenizer → the same mod
         --tokenizer runs/quickstart/tokenizer --output_dir runs/try/m
     python scripts/transplant_tokenizer.py --config recipes/quickstart/transplant.yaml --check
 
-Tokens of both vocabularies keep their rows; a new one gets the mean of the rows of its pieces under the old tokenizer
-(`piece_mean`). Every other weight stays as it is, to the bit; tied embeddings stay tied; special tokens and
-generation_config follow the new tokenizer. OUTPUT_DIR is a Hugging Face folder.
+The new tokenizer replaces the old one or extends it: tokens of both vocabularies keep their rows to the bit, `method` makes the
+others, for the embeddings and, where it is not tied, for the head. Every other weight goes from file to file as it is; no model
+is loaded, so a few GB of memory do for 8B. Special tokens and generation_config follow the new tokenizer. OUTPUT_DIR is a
+Hugging Face folder. docs/vocabulary-transplant.md says which method to take.
 """
 
+import functools
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from dilqur.atomic import atomic_files
+from dilqur.documents import ReadingSettings, read_input
 from dilqur.errors import InputError, program
-from dilqur.llama3 import BOS, EOS, EOT, PAD
+from dilqur.llama3 import EOT, PAD
 from dilqur.quiet import quiet_libraries
 from dilqur.recipe import parse
-from dilqur.stage import ModelPath, Stage, StageSettings, TokenizerPath
+from dilqur.safetensors_folder import read_tensor, rewrite, stored_tensors
+from dilqur.stage import Documents, ModelPath, Stage, StageSettings, TokenizerPath, read_config
 from dilqur.tokenizer import TextTokenizer
+from dilqur.vocabulary_map import VocabularyMap
+
+Positive = Annotated[int, Field(ge=1)]
+SPARSITY = 64
+READS_TEXT = ("calibrated_piece_mean", "focus", "orthogonal_matching_pursuit")
 
 
 @dataclass(kw_only=True)
-class TransplantSettings(StageSettings):
+class TransplantSettings(ReadingSettings, StageSettings):
     model_name_or_path: ModelPath = field(
         metadata={"help": "base model: its folder, a stage, or a Hub name in the local cache"}
     )
     tokenizer: TokenizerPath = field(metadata={"help": "folder of the new tokenizer"})
-    method: Literal["piece_mean"] = field(default="piece_mean", metadata={"help": "how a new token's row starts"})
-    pad_to_multiple_of: Annotated[int, Field(ge=1)] = field(
-        default=128, metadata={"help": "rows of the matrix, for tensor cores"}
+    method: Literal[
+        "random",
+        "mean",
+        "piece_mean",
+        "weighted_piece_mean",
+        "calibrated_piece_mean",
+        "focus",
+        "orthogonal_matching_pursuit",
+    ] = field(default="piece_mean", metadata={"help": "how a new token's row starts"})
+    input: list[Documents] | None = field(
+        default=None, metadata={"help": f"text of the language, for {', '.join(READS_TEXT)}: files, folders or globs"}
     )
-
-
-def special_tokens(tokenizer):
-    """{content: id} of a TextTokenizer's control tokens."""
-    return {t.content: i for i, t in tokenizer.backend.get_added_tokens_decoder().items() if t.special}
-
-
-def new_matrix(old, old_tokenizer, new_tokenizer, rows):
-    """(float32 tensor (rows, hidden), how many rows were copied); the rows past the tokenizer are the mean of all others."""
-    import torch
-
-    from dilqur.embedding_init import piece_mean
-
-    made, copied = piece_mean(
-        old, old_tokenizer.backend, new_tokenizer.backend, special_tokens(old_tokenizer), special_tokens(new_tokenizer)
+    max_input_tokens: Positive = field(default=20_000_000, metadata={"help": "tokens of input that are read"})
+    donor_model_name_or_path: ModelPath | None = field(
+        default=None,
+        metadata={"help": "orthogonal_matching_pursuit: a model that has the new tokenizer, instead of input"},
     )
-    padding = made.mean(0, keepdim=True).repeat(rows - len(made), 1)
-    return torch.cat([made, padding]), copied
+    sparsity: Positive | None = field(
+        default=None, metadata={"help": f"orthogonal_matching_pursuit: tokens that make up a new one; {SPARSITY}"}
+    )
+    match_norms: Literal["none", "row", "class"] = field(
+        default="none",
+        metadata={"help": "scale what is made to the mean norm of the old rows: each row, or each class by one factor"},
+    )
+    pad_to_multiple_of: Positive = field(default=128, metadata={"help": "rows of the matrix, for tensor cores"})
+    seed: int = field(default=42, metadata={"help": "of random's noise and of the decomposition of input"})
 
 
-def set_special_ids(model, tokenizer):
-    """BOS, EOS and PAD of the new tokenizer in config and generation_config; generation ends at EOS and at <|eot_id|>."""
-    ids = {token: tokenizer.backend.token_to_id(token) for token in (BOS, EOS, EOT, PAD)}
-    for config in (model.config, model.generation_config):
-        config.bos_token_id, config.eos_token_id, config.pad_token_id = ids[BOS], ids[EOS], ids[PAD]
-    model.generation_config.eos_token_id = [i for i in (ids[EOS], ids[EOT]) if i is not None]
+# -- what can be seen in a second -------------------------------------------------------------------------------------
+
+
+def check(settings):
+    """(old TextTokenizer, new one, VocabularyMap, {name: Stored} of the base). Raises InputError."""
+    method, donor = settings.method, settings.donor_model_name_or_path
+    if settings.input and method not in READS_TEXT:
+        raise InputError(f"input: method {method} reads no text; remove the key, or take {', '.join(READS_TEXT)}")
+    for key in ("donor_model_name_or_path", "sparsity"):
+        if getattr(settings, key) is not None and method != "orthogonal_matching_pursuit":
+            raise InputError(f"{key}: is for method orthogonal_matching_pursuit, not {method}; remove it")
+    if method == "focus" and not settings.input:
+        raise InputError("input missing: method focus compares tokens by the text they stand in")
+    if method == "orthogonal_matching_pursuit" and bool(settings.input) == bool(donor):
+        raise InputError(
+            "give donor_model_name_or_path (a model that has the new tokenizer) or input (text), and one of them: method "
+            "orthogonal_matching_pursuit looks there for what a new token is like"
+        )
+    old, new = TextTokenizer(settings.model_name_or_path), TextTokenizer(settings.tokenizer)
+    if new.hash == old.hash:
+        raise InputError(f"tokenizer: {settings.tokenizer} is the tokenizer {settings.model_name_or_path} has already")
+    vocabulary = VocabularyMap(old, new)
+    check_rows(settings.model_name_or_path, old)
+    if donor:
+        if TextTokenizer(donor).hash != new.hash:
+            raise InputError(f"donor_model_name_or_path: {donor} has another tokenizer than {settings.tokenizer}")
+        check_rows(donor, new)
+        stored_tensors(donor)
+    return old, new, vocabulary, stored_tensors(settings.model_name_or_path)
+
+
+def check_rows(folder, tokenizer):
+    config = read_config(folder)
+    rows = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    if rows is not None and rows < tokenizer.size:
+        raise InputError(
+            f"{folder}: rows for {rows:,} tokens, its tokenizer has ids up to {tokenizer.size - 1:,}: they do not belong together"
+        )
+
+
+# -- what new tokens are like -----------------------------------------------------------------------------------------
+
+
+def count_tokens(settings, tokenizer):
+    """int64 (size,): how often each id occurs in the first max_input_tokens of input."""
+    import numpy as np
+
+    counts, batch = np.zeros(tokenizer.size, np.int64), []
+
+    def add():
+        for ids in tokenizer.encode_batch(batch):
+            counts[:] += np.bincount(ids, minlength=tokenizer.size)
+        batch.clear()
+
+    for document in read_input(settings)[0]:
+        batch.append(document.text)
+        if len(batch) == 256:
+            add()
+            if counts.sum() >= settings.max_input_tokens:
+                break
+    add()
+    return counts
+
+
+def spaces(settings, tokenizer, tied, device):
+    """{matrix: float32 (size, d)}: vectors of the new tokens, from the donor's matrices or from the text."""
+    if settings.donor_model_name_or_path:
+        from dilqur.token_matrices import token_matrices
+
+        folder = settings.donor_model_name_or_path
+        tensors = stored_tensors(folder)
+        names, _ = token_matrices(folder, tensors)
+        rows = {"embeddings": names.embeddings, "head": names.head or names.embeddings, "tied": names.embeddings}
+        wanted = ("tied",) if tied else ("embeddings", "head")
+        return {kind: read_tensor(tensors[rows[kind]], rows[kind])[: tokenizer.size].float() for kind in wanted}
+    from dilqur.corpus_embeddings import corpus_embeddings
+
+    texts = (document.text for document in read_input(settings)[0])
+    space = corpus_embeddings(
+        texts, tokenizer, tokenizer.size, max_tokens=settings.max_input_tokens, seed=settings.seed
+    )
+    if not space.any():
+        raise InputError(f"input: no two tokens next to each other in {', '.join(settings.input)}; give more text")
+    return dict.fromkeys(("tied", "embeddings", "head"), space)
+
+
+# -- the folder -------------------------------------------------------------------------------------------------------
+
+
+def write_configs(source, folder, config, tokenizer, rows):
+    """config.json and generation_config.json with the new tokenizer's BOS, EOS and PAD; generation ends at EOS and <|eot_id|>."""
+    pad, eot = (tokenizer.backend.token_to_id(token) for token in (PAD, EOT))
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": pad}
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        for key, value in ids.items():
+            setattr(part, key, value)
+    config.get_text_config().vocab_size = rows
+    config.save_pretrained(folder)
+    path = Path(source) / "generation_config.json"
+    try:
+        generation = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as problem:
+        raise InputError(f"{path}: damaged ({problem})") from None
+    ends = [i for i in (tokenizer.eos_id, eot) if i is not None]
+    generation |= ids | {"eos_token_id": ends or None}
+    (Path(folder) / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+
+
+def markdown(tables):
+    """The rows of each class and the mean of their norms, before and after match_norms, of each matrix."""
+    head = [f"{matrix}: norm made | written" for matrix in tables]
+    lines = ["| class | rows | " + " | ".join(head) + " |", "|---|---:|" + "---:|---:|" * len(tables)]
+    for name, row in next(iter(tables.values())).items():
+        norms = [f"{t[name]['norm_made']:.4f} | {t[name]['norm_written']:.4f}" for t in tables.values()]
+        lines.append(f"| {name} | {row['count']:,} | " + " | ".join(norms) + " |")
+    return "\n".join(lines)
 
 
 @program
@@ -66,56 +191,76 @@ def main():
     settings = parse(TransplantSettings, __doc__)
     stage = Stage(settings, __file__)
     stage.refuse_finished()
-    old_tokenizer, new_tokenizer = TextTokenizer(settings.model_name_or_path), TextTokenizer(settings.tokenizer)
-    for tokenizer in (old_tokenizer, new_tokenizer):
-        if "Ā" not in tokenizer.backend.get_vocab(with_added_tokens=False):  # how byte-level BPE writes the byte 0
-            raise InputError(f"{tokenizer.path}: not a byte-level BPE tokenizer; {settings.method} needs both to be")
-    if new_tokenizer.hash == old_tokenizer.hash:
-        raise InputError(f"tokenizer: {settings.tokenizer} is the tokenizer {settings.model_name_or_path} has already")
+    old, new, vocabulary, tensors = check(settings)
     if settings.check:
         return print(f"{stage.name}: ok")
     stage.open()
     quiet_libraries()
     import torch
-    from transformers import AutoModelForCausalLM
 
+    from dilqur.embedding_init import new_matrix, plan_rows
     from dilqur.model_folder import copy_tokenizer
+    from dilqur.piece_calibration import Calibration, Examples, new_levels
+    from dilqur.token_matrices import token_matrices
 
-    model = AutoModelForCausalLM.from_pretrained(settings.model_name_or_path, dtype=torch.float32)
-    old, head, tied = (
-        model.get_input_embeddings().weight.data,
-        model.get_output_embeddings(),
-        model.config.tie_word_embeddings,
-    )
-    rows = -(-new_tokenizer.size // settings.pad_to_multiple_of) * settings.pad_to_multiple_of
-    new, copied = new_matrix(old, old_tokenizer, new_tokenizer, rows)
-    new_head = None if tied else new_matrix(head.weight.data, old_tokenizer, new_tokenizer, rows)[0]
-    model.resize_token_embeddings(rows, mean_resizing=False)
-    model.get_input_embeddings().weight.data.copy_(new)
-    if new_head is not None:
-        model.get_output_embeddings().weight.data.copy_(new_head)
-    if (model.get_output_embeddings().weight is model.get_input_embeddings().weight) != tied:
-        raise RuntimeError("the model's embeddings changed from tied to untied, or the other way")
-    set_special_ids(model, new_tokenizer)
+    names, config = token_matrices(settings.model_name_or_path, tensors)
+    if tensors[names.embeddings].shape[0] < old.size:
+        raise InputError(f"{settings.model_name_or_path}: fewer rows than its tokenizer has ids")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    similar = settings.method in ("focus", "orthogonal_matching_pursuit")
+    space = spaces(settings, new, names.head is None, device) if similar else {}
+    calibrated = settings.method == "calibrated_piece_mean"
+    if calibrated:
+        examples = Examples(old, vocabulary)
+        levels = new_levels(vocabulary, count_tokens(settings, new) if settings.input else None)
 
+    rows = -(-new.size // settings.pad_to_multiple_of) * settings.pad_to_multiple_of
+    tables, explained, replaced = {}, {}, {}
+
+    def make(matrix, name):
+        """The new tensor in place of `name`; what was done goes into `tables`."""
+        weight = read_tensor(tensors[name], name)
+        if matrix == "bias":  # of the head, a number for each token: kept, or the mean
+            return new_matrix(weight.unsqueeze(1), vocabulary, plan_rows("mean", vocabulary), rows)[0].squeeze(1)
+        parts = plan_rows(settings.method, vocabulary, matrix, space.get(matrix), settings.sparsity or SPARSITY, device)
+        calibration = Calibration(weight, examples, levels) if calibrated else None
+        if calibrated:
+            explained[matrix] = round(calibration.explained, 4)
+        made, tables[matrix] = new_matrix(
+            weight, vocabulary, parts, rows, settings.match_norms, settings.seed, calibration
+        )
+        return made
+
+    for matrix, name in (
+        ("tied" if names.head is None else "embeddings", names.embeddings),
+        ("head", names.head),
+        ("bias", names.bias),
+    ):
+        if name is not None:  # made when it is written: one of them is in memory at a time
+            replaced[name] = ((rows, *tensors[name].shape[1:]), functools.partial(make, matrix, name))
     with atomic_files(stage.folder) as part:
-        model.save_pretrained(part)
+        parameters = rewrite(tensors, replaced, {names.duplicate}, part)
+        write_configs(settings.model_name_or_path, part, config, new, rows)
         copy_tokenizer(settings.tokenizer, part)
-        if TextTokenizer(part).hash != new_tokenizer.hash:
+        if TextTokenizer(part).hash != new.hash:
             raise RuntimeError("saving the tokenizer changed it")
+    copied = sum(len(ids) for ids in vocabulary.copied.values())
     result = {
         "rows": rows,
         "copied": copied,
-        "made_from_pieces": new_tokenizer.size - copied,
-        "padding_rows": rows - new_tokenizer.size,
-        "tied": tied,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "tokenizer_sha256": new_tokenizer.hash,
+        "made": new.size - copied,
+        "padding_rows": rows - new.size,
+        "tied": names.head is None,
+        "parameters": parameters,
+        "tokenizer_sha256": new.hash,
+        "classes": dict(sorted(tables.items())),  # whichever file came first
+        **({"variance_explained": explained} if calibrated else {}),
     }
     stage.finish(result)
+    print(markdown(result["classes"]))
     print(
-        f"{stage.folder}: {rows:,} rows, {copied:,} copied, {result['made_from_pieces']:,} from pieces, {result['padding_rows']} padding; "
-        f"{result['parameters']:,} parameters"
+        f"{stage.folder}: {rows:,} rows, {copied:,} copied, {result['made']:,} made by {settings.method}, "
+        f"{result['padding_rows']} padding; {parameters:,} parameters"
     )
     return None
 

@@ -113,6 +113,14 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def english(tmp_path_factory):
+    """The folder of an English tokenizer: 700 tokens, other merges than `made`'s, then the 256 control tokens."""
+    folder = tmp_path_factory.mktemp("english") / "tokenizer"
+    run_program("data_tools/train_tokenizer.py", "--input", CORPUS / "en", "--vocab_size", 700, "--output_dir", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def sweep(made):
     """A folder of tokenizers, 300, 400, 600 and 1024: that of `made`, with only as many bytes and merges as their name says."""
     folder, whole = made / "sweep", json.loads((made / "tokenizer" / "tokenizer.json").read_text())
