@@ -39,7 +39,8 @@ def main():
     folder = arguments.folder
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True)
     result = {
-        "command": f"python benchmarks/transplant.py --folder FOLDER --gigabytes {arguments.gigabytes:g}",
+        "command": f"python benchmarks/transplant.py --folder FOLDER --gigabytes {arguments.gigabytes:g} "
+        f"--methods {' '.join(arguments.methods)}",
         "commit": git.stdout.strip() or None,
         "packages": {name: metadata.version(name) for name in ("safetensors", "torch", "transformers")},
         "hardware": hardware(),
