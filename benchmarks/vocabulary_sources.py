@@ -1,16 +1,20 @@
 """How well a vocabulary fits text of a source that it was not made from, leaving one source out at a time.
 
     python benchmarks/vocabulary_sources.py --input data/az --vocab_size 100000 --output benchmarks/vocabulary_sources.json
+    python benchmarks/vocabulary_sources.py --input data/az --calibrate
 
 Every file is a source. For each of them a tokenizer is trained on the others, in each of the ways below, and fertility measured on the one
 left out: tokens without special tokens / whitespace-separated words. Means are over sources; "pooled" sums tokens and words.
 """
 
 import argparse
+import bisect
+import collections
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import regex
 
 from dilqur.bpe_training import learn_merges, llama3_tokenizer, whole_counts
@@ -19,16 +23,25 @@ from dilqur.input_files import expand
 from dilqur.llama3 import PATTERN
 from dilqur.parallel import cores
 from dilqur.stage import _git, hardware
+from dilqur.unseen_words import scores
 from dilqur.word_counts import Source, count_words, word_weights
 
 WAYS = {
     "plain": {},
+    "plain, pairs seen twice": {"min_frequency": 2},
     "sources alike (temperature 0)": {"temperature": 0.0},
     "count ** 0.75": {"exponent": 0.75},
     "likely words": {"unseen": 3.0},
     "count ** 0.75, likely words": {"exponent": 0.75, "unseen": 3.0},
     "count ** 0.75, likely words, temperature 0.5": {"exponent": 0.75, "unseen": 3.0, "temperature": 0.5},
 }
+
+
+BINS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)  # of likelihood, each up to the next
+SEEN = {"never seen": (0, 0), "seen once": (1, 1), "seen 2 or 3 times": (2, 3), "seen 4 to 10 times": (4, 10)}
+CLIP = 5
+FEW_WORDS = 50_000  # smaller sources say little about words that are rare
+LETTERS = regex.compile(r" ?(\p{L}+)")
 
 
 def tokens_of(tokenizer, source):
@@ -38,23 +51,56 @@ def tokens_of(tokenizer, source):
     return sum(len(e.ids) * source.counts[word] for word, e in zip(words, lengths, strict=True))
 
 
+def calibration(sources):
+    """{"never seen" …: [mean sightings in the source left out, by likelihood]}, as shares of those of words seen once; a word counts at
+    most CLIP times. The mean over the sources that are left out, each judged by the words of the others."""
+    shares = {name: [] for name in SEEN}
+    for held_out in sources:
+        seen, met = collections.Counter(), collections.Counter()
+        for source in sources:
+            for word, count in source.counts.items():
+                if match := LETTERS.fullmatch(word):
+                    (met if source is held_out else seen)[match[1]] += count
+        likelihood = scores(set(seen))
+        rows = {name: [[] for _ in BINS] for name in SEEN}
+        for word in seen.keys() | likelihood.keys():
+            name = next((name for name, (low, high) in SEEN.items() if low <= seen[word] <= high), None)
+            if name:
+                at = bisect.bisect_right(BINS, likelihood.get(word, 0.0)) - 1
+                rows[name][at].append(min(met[word], CLIP))
+        once = np.mean(np.concatenate(rows["seen once"]))
+        for name in SEEN:
+            shares[name].append([np.mean(row) / once if row else np.nan for row in rows[name]])
+    return {name: np.mean(values, axis=0).round(3).tolist() for name, values in shares.items()}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True)
     parser.add_argument("--vocab_size", type=int, default=100_000)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument(
+        "--calibrate", action="store_true", help="instead: how often likely words are met in a source left out"
+    )
     parser.add_argument("--output")
     arguments = parser.parse_args()
     sources = [Source(Path(file).name.split(".")[0], [file]) for file in expand(arguments.input)]
     reading = SimpleNamespace(text_field="text", sample_by="line", on_error="stop")
     count_words(sources, reading, regex.compile(PATTERN).findall, 1 << 62, cores(), "count")
+    if arguments.calibrate:
+        print("likelihood from", *BINS)
+        for name, shares in calibration([s for s in sources if s.counts.total() > FEW_WORDS]).items():
+            print(name, *shares)
+        return
     words = {s.name: sum(len(document.text.split()) for document in read(s.files)) for s in sources}
     tokens = {way: {} for way in arguments.ways}
     for held_out in sources:
         others = [source for source in sources if source is not held_out]
         for way in arguments.ways:
-            weights, plain, _ = word_weights(others, **WAYS[way])
-            merges, size = learn_merges(whole_counts(weights, plain)[0], arguments.vocab_size, 1)
+            how = {"min_frequency": 1, **WAYS[way]}
+            min_frequency = how.pop("min_frequency")
+            weights, plain, _ = word_weights(others, **how)
+            merges, size = learn_merges(whole_counts(weights, plain)[0], arguments.vocab_size, min_frequency)
             tokens[way][held_out.name] = tokens_of(llama3_tokenizer(merges, "llama3"), held_out)
             fertility = tokens[way][held_out.name] / words[held_out.name]
             print(f"{held_out.name:20} {way:46} {size:7,} tokens, fertility {fertility:.4f}", flush=True)
