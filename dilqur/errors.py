@@ -3,6 +3,7 @@
 import errno
 import functools
 import os
+import signal
 import sys
 
 
@@ -29,6 +30,9 @@ def program(main):
                 print(done, file=sys.stderr if "--json" in sys.argv else sys.stdout)
         except InputError as mistake:
             _leave(f"{who}error: {mistake}", 2)
+        except BrokenPipeError:  # `| head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(128 + signal.SIGPIPE)
         except OSError as problem:
             where = f" at {problem.filename}" if problem.filename else ""
             if problem.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -347,6 +347,46 @@ def bits_per_byte(found, run_dir):
     return html
 
 
+def vocabulary_study(found):
+    html = ""
+    for _, manifest in by_program(found, "vocabulary_study.py").values():
+        result = manifest["result"]
+        html += f"<ul>{''.join(f'<li>{escape(sentence)}</li>' for sentence in result['choices'])}</ul>"
+        rows = with_bars(result["tokenizers"], "bits_per_byte")
+        for figures in rows.values():
+            figures["seen"] = short(figures["utf8_bytes"], "B")
+            figures["each"] = ", ".join(f"{value:.3f}" for value in figures["repetitions"])
+        columns = {
+            "at equal": "{at_equal}",
+            "bits a byte": "{bits_per_byte:.3f}",
+            "": BAR,
+            "95 % interval": "{interval[0]:.3f} to {interval[1]:.3f}",
+            "less the control": "{difference:+.3f}",
+            "its 95 % interval": "{difference_interval[0]:+.3f} to {difference_interval[1]:+.3f}",
+            "repetitions": "{each}",
+            "text seen": "{seen}",
+            "floating-point operations": "{flops:.2e}",
+        }
+        html += table("model", rows, columns)
+        if starts := result["initialisations"]:
+            lines = {figures["method"]: figures["curve"] for figures in starts.values()}
+            rows = {figures["method"]: {**figures, "all": figures["of_steps"]} for figures in starts.values()}
+            columns = {
+                "first": "{first:.3f}",
+                "last": "{last:.3f}",
+                "steps to the same": "{mean_steps:.0f}",
+                "of": "{all}",
+                "fewer": "{saved:.0%}",
+            }
+            html += table("initialisation", rows, columns)
+            title = "Held-out samples, bits a byte, by how the new embeddings began"
+            html += chart(title, "steps since the base model", "", list(lines), lines, {})
+        if lost := result["base_language"]:
+            columns = {"bits a byte of its language": "{bits_per_byte:.3f}", "": BAR}
+            html += table("model", with_bars(lost, "bits_per_byte"), columns)
+    return html
+
+
 def fine_tuning(found):
     rows = {name: {**m["arguments"], **m["result"]} for name, (_, m) in by_program(found, "sft.py").items()}
     columns = {
@@ -455,6 +495,7 @@ def page(title, run_dir, found, fertility, bpb):
         "Tokenizers": tokenizers(found),
         "Training": training(found, run_dir),
         "Bits per byte": bits_per_byte(found, run_dir),
+        "Vocabulary study": vocabulary_study(found),
         "Fine-tuning": fine_tuning(found),
         "Generations": generations(found),
         "Manifests": manifests(found),

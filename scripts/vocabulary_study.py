@@ -5,7 +5,7 @@ r"""What a study of vocabularies says: which tokenizer, how to begin its embeddi
 
 Reads what the other stages of the run folder left: the manifests and metrics of the training stages, and the bits per byte of every
 document that eval_bpb measured. Stages that differ only in a last -sN are repetitions of one thing with different seeds. OUTPUT_DIR gets
-study.md (tables, and what to choose by them), results.json and the plots.
+study.md (tables, and what to choose by them) and results.json; report.py shows them, and the curves.
 """
 
 import json
@@ -151,8 +151,8 @@ def steps_to(curve, target):
 
 
 def initialisations(runs, groups):
-    """{group: {"method", "steps": of each repetition to the reference's last bits per byte, "saved": share of the reference's steps}} of
-    groups that differ from the reference in the method alone; {} where there is no reference."""
+    """{group: {"method", "steps": of each repetition to the reference's last bits per byte, "saved": share of the reference's steps,
+    "curve": the mean of the repetitions, …}} of groups that differ from the reference in the method alone; {} without one."""
     mine = {
         g: [runs[n] for n in names] for g, names in groups.items() if runs[names[0]].method and runs[names[0]].curve
     }
@@ -173,9 +173,14 @@ def initialisations(runs, groups):
             "target": target,
             "steps": steps,
             "of_steps": whole,
+            "mean_steps": mean,
             "saved": None if mean is None else 1 - mean / whole,
             "first": sum(run.curve[0][1] for run in repetitions) / len(repetitions),
             "last": sum(run.curve[-1][1] for run in repetitions) / len(repetitions),
+            "curve": [
+                (points[0][0], sum(value for _, value in points) / len(points))
+                for points in zip(*(run.curve for run in repetitions), strict=True)
+            ],
         }
     return out
 
@@ -286,28 +291,6 @@ def page(results):
     return "\n\n".join(parts) + "\n"
 
 
-def plot(runs, groups, starts, path):
-    """Bits a byte against steps, a line for each initialisation, the mean of its repetitions."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(8, 5))
-    for group, about in starts.items():
-        curves = [runs[name].curve for name in groups[group]]
-        steps = [step for step, _ in curves[0]]
-        values = np.mean([[value for _, value in curve] for curve in curves], axis=0)
-        axis.plot(steps, values, label=about["method"])
-    axis.axhline(next(iter(starts.values()))["target"], color="gray", linewidth=0.8, linestyle=":")
-    axis.set(xlabel="steps since the base model", ylabel="bits a byte, held-out samples", yscale="log")
-    axis.legend(frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
 @program
 def main():
     settings = parse(StudySettings, __doc__)
@@ -350,8 +333,6 @@ def main():
     with atomic_files(stage.folder) as part:
         (part / "study.md").write_text(text, encoding="utf-8")
         write_json(part / "results.json", results)
-        if starts:
-            plot(runs, trained, starts, part / "initialisations.png")
     stage.finish(json.loads(json.dumps(results)))
     print(text)
     return None
