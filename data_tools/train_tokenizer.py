@@ -210,11 +210,12 @@ def main():
         sources, settings.source_temperature, settings.count_exponent, settings.unseen_words
     )
     counts, factor = whole_counts(weights, plain)
+    least = 1 + round((settings.min_frequency - 1) * factor)
     if extension:
-        merges = extension.learn(counts, sizes[-1], settings.min_frequency)
+        merges = extension.learn(counts, sizes[-1], least)
         reached = extension.new_tokens(merges)
     else:
-        merges, reached = learn_merges(counts, sizes[-1], settings.min_frequency)
+        merges, reached = learn_merges(counts, sizes[-1], least)
     if reached < sizes[-1]:
         what = "new tokens" if extension else "tokens"
         print(
@@ -244,13 +245,11 @@ def main():
         **(made[sizes[0]] if len(sizes) == 1 else {"sizes": made}),
     }
     stage.finish(result)
-    for fields in made.values():
-        grown = (
-            f"{fields['new_tokens']:,} new tokens after the base's" if extension else f"{fields['vocab_size']:,} tokens"
-        )
-        print(
-            f"{stage.folder}: {grown} + {fields['special_tokens']} special tokens, from {result['utf8_bytes'] / 1e6:.2f} MB of text"
-        )
+    text = f"{result['utf8_bytes'] / 1e6:.2f} MB of text"
+    for size, fields in made.items():
+        where = stage.folder if len(sizes) == 1 else stage.folder / str(size)
+        what = f"{fields['new_tokens']:,} new tokens after" if extension else f"{fields['vocab_size']:,} tokens +"
+        print(f"{where}: {what} {fields['special_tokens']} special tokens, from {text}")
     return None
 
 

@@ -386,12 +386,20 @@ def find_config(planned, plans):
     config = plans[later[path]].config if path in later else read_config(path)
     if not config or not hasattr(settings, "pad_to_multiple_of"):
         return config
-    waits_for = later.get(settings.tokenizer)  # a transplant: the new tokenizer's size, padded
-    size = (
-        getattr(plans[waits_for].settings, "vocab_size", None) if waits_for else TextTokenizer(settings.tokenizer).size
-    )
-    size = size + len(SPECIAL_TOKENS) if size and waits_for else size or config["vocab_size"]
+    size = ids_of(settings.tokenizer, later, plans) or config["vocab_size"]  # a transplant: the new tokenizer's, padded
     return {**config, "vocab_size": -(-size // settings.pad_to_multiple_of) * settings.pad_to_multiple_of}
+
+
+def ids_of(tokenizer, later, plans):
+    """How many ids the tokenizer at this path has or, where a stage is to make it, will have; None where it makes several."""
+    if tokenizer not in later:
+        return TextTokenizer(tokenizer).size
+    plan = plans[later[tokenizer]]
+    size, base, new = (getattr(plan.settings, key, None) for key in ("vocab_size", "base_tokenizer", "new_tokens"))
+    if base and len(new) == 1:
+        size = ids_of(base, plan.stage.later, plans)
+        return size and size + new[0]
+    return size and size + len(SPECIAL_TOKENS)
 
 
 def number_of_processes(batch_file):

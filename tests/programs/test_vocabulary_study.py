@@ -11,6 +11,7 @@ from conftest import ROOT
 from dilqur.stage import read_manifest
 
 sys.path.insert(0, str(ROOT / "scripts"))
+from report import vocabulary_study
 from vocabulary_study import groups_of, steps_to
 
 PROGRAM = "scripts/vocabulary_study.py"
@@ -115,6 +116,14 @@ def test_it_compares_tokenizers_initialisations_and_what_is_lost(run, run_folder
     for words in ("focus needs 30% fewer steps", "full@custom-focus, 1.8", "At equal compute control@base-short has"):
         assert words in said
     assert (run_folder / "study" / "study.md").read_text() + "\n" == said
+
+
+def test_the_report_shows_what_it_found(run, run_folder):
+    study(run, run_folder)
+    html = vocabulary_study({run_folder / "study": read_manifest(run_folder / "study")})
+    for words in ("focus needs 30% fewer steps", "full@custom-mean", "<polyline", "bits a byte of its language"):
+        assert words in html
+    assert html.count("<table") == 3
 
 
 def test_without_the_control_it_says_which_groups_there_are(run, run_folder):
