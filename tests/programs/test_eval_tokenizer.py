@@ -2,9 +2,11 @@
 
 import gzip
 import json
+import subprocess
+import sys
 
 import pytest
-from conftest import CORPUS, SHARED
+from conftest import CORPUS, ROOT, SHARED
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from dilqur.stage import read_manifest
@@ -110,6 +112,13 @@ def test_without_a_folder_it_prints_and_writes_nothing(run, text, wordpiece, tmp
     before = sorted(tmp_path.rglob("*"))
     assert "| wordpiece | 1.250 | – |" in run(PROGRAM, "--tokenizer", wordpiece, "--input", text, cwd=tmp_path).stdout
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_who_reads_its_first_line_alone_gets_no_traceback(text, wordpiece):
+    command = [sys.executable, ROOT / PROGRAM, "--tokenizer", wordpiece, "--input", text]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()  # as `| head` does
+    assert (process.stderr.read(), process.wait()) == (b"", 141)
 
 
 def test_the_names_are_the_folders_and_the_files_before_the_dot(run, text, wordpiece, tmp_path):
