@@ -1,23 +1,25 @@
 """How well a vocabulary fits text of a source that it was not made from, leaving one source out at a time.
 
-    python benchmarks/vocabulary_sources.py --input data/az --vocab_size 100000 --output benchmarks/vocabulary_sources.json
+    python benchmarks/vocabulary_sources.py --input data/az --output benchmarks/vocabulary_sources.json
     python benchmarks/vocabulary_sources.py --input data/az --calibrate
 
-Every file is a source. For each of them a tokenizer is trained on the others, in each of the ways below, and fertility measured on the one
-left out: tokens without special tokens / whitespace-separated words. Means are over sources; "pooled" sums tokens and words.
+Every file is a source. For each of them the largest tokenizer is trained on the others, in each of the ways below, the smaller ones cut from
+it, and fertility measured on the one left out: tokens without special tokens / whitespace-separated words. Means are over sources;
+"pooled" sums tokens and words.
 """
 
 import argparse
 import bisect
 import collections
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import regex
 
-from dilqur.bpe_training import learn_merges, llama3_tokenizer, whole_counts
+from dilqur.bpe_training import cut_merges, learn_merges, llama3_tokenizer, whole_counts
 from dilqur.documents import read
 from dilqur.input_files import expand
 from dilqur.llama3 import PATTERN
@@ -29,14 +31,9 @@ from dilqur.word_counts import Source, count_words, word_weights
 WAYS = {
     "plain": {},
     "plain, pairs seen twice": {"min_frequency": 2},
-    "sources alike (temperature 0)": {"temperature": 0.0},
-    "count ** 0.75": {"exponent": 0.75},
     "likely words": {"unseen": 3.0},
-    "count ** 0.75, likely words": {"exponent": 0.75, "unseen": 3.0},
-    "count ** 0.75, likely words, temperature 0.5": {"exponent": 0.75, "unseen": 3.0, "temperature": 0.5},
+    "the defaults": {"exponent": 0.75, "unseen": 3.0, "temperature": 0.5},
 }
-
-
 BINS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)  # of likelihood, each up to the next
 SEEN = {"never seen": (0, 0), "seen once": (1, 1), "seen 2 or 3 times": (2, 3), "seen 4 to 10 times": (4, 10)}
 CLIP = 5
@@ -77,7 +74,7 @@ def calibration(sources):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True)
-    parser.add_argument("--vocab_size", type=int, default=100_000)
+    parser.add_argument("--vocab_sizes", nargs="+", type=int, default=[8000, 16000, 32000, 50000, 64000, 100_000])
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument(
         "--calibrate", action="store_true", help="instead: how often likely words are met in a source left out"
@@ -93,26 +90,31 @@ def main():
             print(name, *shares)
         return
     words = {s.name: sum(len(document.text.split()) for document in read(s.files)) for s in sources}
-    tokens = {way: {} for way in arguments.ways}
+    sizes, fertility = sorted(arguments.vocab_sizes), {}
     for held_out in sources:
         others = [source for source in sources if source is not held_out]
         for way in arguments.ways:
             how = {"min_frequency": 1, **WAYS[way]}
             min_frequency = how.pop("min_frequency")
             weights, plain, _ = word_weights(others, **how)
-            merges, size = learn_merges(whole_counts(weights, plain)[0], arguments.vocab_size, min_frequency)
-            tokens[way][held_out.name] = tokens_of(llama3_tokenizer(merges, "llama3"), held_out)
-            fertility = tokens[way][held_out.name] / words[held_out.name]
-            print(f"{held_out.name:20} {way:46} {size:7,} tokens, fertility {fertility:.4f}", flush=True)
-    table = {}
-    for way, counts in tokens.items():
-        each = {name: round(counts[name] / words[name], 4) for name in counts}
-        pooled = round(sum(counts.values()) / sum(words.values()), 4)
-        table[way] = {**each, "mean": round(sum(each.values()) / len(each), 4), "pooled": pooled}
-        print(f"{way:46} pooled {pooled:.4f}, mean {table[way]['mean']:.4f}")
+            merges, reached = learn_merges(whole_counts(weights, plain)[0], sizes[-1], min_frequency)
+            for size in sizes:
+                tokens = tokens_of(llama3_tokenizer(cut_merges(merges, size), "llama3"), held_out)
+                fertility.setdefault(way, {}).setdefault(size, {})[held_out.name] = tokens / words[held_out.name]
+            print(
+                f"{held_out.name:20} {way:46} {reached:7,} tokens, fertility {tokens / words[held_out.name]:.4f}",
+                flush=True,
+            )
+    total = sum(words.values())
+    for way, by_size in fertility.items():
+        for size, each in by_size.items():
+            pooled = sum(each[name] * words[name] for name in each) / total
+            by_size[size] = {**{n: round(f, 4) for n, f in each.items()}, "pooled": round(pooled, 4)}
+            by_size[size]["mean"] = round(sum(each.values()) / len(each), 4)
+            print(f"{way:46} {size:7,}: pooled {pooled:.4f}, mean {by_size[size]['mean']:.4f}")
     if arguments.output:
-        about = {"vocab_size": arguments.vocab_size, "words": words, "git": _git(), "hardware": hardware()}
-        Path(arguments.output).write_text(json.dumps({**about, "fertility": table}, indent=1) + "\n")
+        about = {"command": " ".join(sys.argv), "words": words, "git": _git(), "hardware": hardware()}
+        Path(arguments.output).write_text(json.dumps({**about, "fertility": fertility}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
