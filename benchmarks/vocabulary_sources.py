@@ -3,8 +3,8 @@
     python benchmarks/vocabulary_sources.py --input data/az --output benchmarks/vocabulary_sources.json
     python benchmarks/vocabulary_sources.py --input data/az --calibrate
 
-Every file is a source. For each of them the largest tokenizer is trained on the others, in each of the ways below, the smaller ones cut from
-it, and fertility measured on the one left out: tokens without special tokens / whitespace-separated words. Means are over sources;
+Every file is a source. For each of them the largest tokenizer is trained on the others, in each of the ways below, the smaller ones are cut
+from it, and fertility is measured on the one left out: tokens without special tokens / whitespace-separated words. Means are over sources;
 "pooled" sums tokens and words.
 """
 

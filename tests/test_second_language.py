@@ -46,7 +46,7 @@ def test_it_is_configuration_and_text_alone():
         "report": ["title"],
         "sft": ["input"],
         "sft-control": ["input"],
-        "tokenizer": ["vocab_size"],
+        "tokenizer": ["pre_tokenizer"],
         "tokenizer-base": ["input"],
     }
 
@@ -57,12 +57,12 @@ def test_cleaning_drops_none_of_its_documents(tree, output):
     assert cleaned["kept_validation"] >= DOCUMENTS / 20, "enough are held out to measure by"
 
 
-def test_its_tokenizer_needs_a_quarter_of_the_tokens(tree, output):
+def test_its_tokenizer_needs_a_sixth_of_the_tokens(tree, output):
     measured = result(tree, "fertility")
     base, own = (measured["tokenizers"][name] for name in ("tokenizer-base", "tokenizer"))
     assert base["bytes_per_token"] < 1.05, "to the English tokenizer Devanagari is bytes, three a character"
-    assert own["fertility"] < base["fertility"] / 4  # 12.12 and 2.50
-    assert own["bytes_per_token"] > 4
+    assert own["fertility"] < base["fertility"] / 6  # 12.12 and 1.61
+    assert own["bytes_per_token"] > 6
 
 
 def test_the_model_reads_better_than_its_control_on_the_same_bytes(tree, output):
