@@ -1,8 +1,9 @@
-"""Trains a byte-level BPE tokenizer with the Llama-3 configuration on the text of a language, or extends a base tokenizer.
+r"""Trains a byte-level BPE tokenizer with the Llama-3 configuration on the text of a language, or extends a base tokenizer.
 
     python data_tools/train_tokenizer.py --input recipes/quickstart/corpus/az --vocab_size 2048 --output_dir runs/try/tok
-    python data_tools/train_tokenizer.py --input data/az --vocab_sizes 32000 50048 64000 80000 100096 --output_dir runs/sweep/tok
-    python data_tools/train_tokenizer.py --input data/az --base_tokenizer models/base --new_tokens 30000 --output_dir runs/ext/tok
+    python data_tools/train_tokenizer.py --input recipes/quickstart/corpus/az --vocab_sizes 512 1024 2048 --output_dir runs/try/sweep
+    python data_tools/train_tokenizer.py --input recipes/quickstart/corpus/az --base_tokenizer runs/quickstart/tokenizer-base \
+        --new_tokens 1024 --output_dir runs/try/extended
     python data_tools/train_tokenizer.py --config recipes/quickstart/tokenizer.yaml --check
 
 `vocab_size` counts what Llama 3 counts as its 128,000: the 256 bytes and the merges; the 256 special tokens follow. Of several sizes

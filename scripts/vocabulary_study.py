@@ -1,7 +1,7 @@
-r"""What a study of vocabularies says: which tokenizer, how to begin its embeddings, what is lost of the base model's language.
+"""What a study of vocabularies says: which tokenizer, how to begin its embeddings, what is lost of the base model's language.
 
-    python scripts/vocabulary_study.py --config recipes/vocabulary-study/study.yaml
-    python scripts/vocabulary_study.py --config recipes/vocabulary-study/study.yaml --check
+    python scripts/vocabulary_study.py --run_dir runs/quickstart --bpb runs/quickstart/bpb --control control --output_dir runs/try/study
+    slurm/pipeline.sh vocabulary-study --local
 
 Reads what the other stages of the run folder left: the manifests and metrics of the training stages, and the bits per byte of every
 document that eval_bpb measured. Stages that differ only in a last -sN are repetitions of one thing with different seeds. OUTPUT_DIR gets
