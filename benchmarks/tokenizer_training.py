@@ -71,6 +71,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True)
     parser.add_argument("--gigabytes", nargs="+", type=float, default=[1.0])
+    parser.add_argument("--rounds", type=int, default=3, help="of the largest size and the sweep in turn")
     parser.add_argument("--scratch", help="a folder with room for the largest text")
     parser.add_argument("--output", default=str(ROOT / "benchmarks" / "tokenizer_training.json"))
     arguments = parser.parse_args()
@@ -83,7 +84,7 @@ def main():
             print(rows[-1], flush=True)
             shutil.rmtree(scratch / "text")
         text, sweep = arguments.input[0], []
-        for _ in range(3):  # interleaved: what else the machine does falls on both
+        for _ in range(arguments.rounds):  # interleaved: what else the machine does falls on both
             one = measure_seconds(text, scratch / "out", "--vocab_size", SIZES[-1])
             all_ = measure_seconds(text, scratch / "out", "--vocab_sizes", *SIZES)
             sweep.append({"largest_seconds": one, "sweep_seconds": all_, "ratio": round(all_ / one, 3)})
