@@ -22,9 +22,10 @@ import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Required
+from typing import Annotated, Required
 
 import numpy as np
+from pydantic import Field
 from tqdm import tqdm
 from typing_extensions import TypedDict
 
@@ -74,7 +75,9 @@ class EvalTokenizerSettings(StageSettings, ReadingSettings):
     sample_words: list[str] | None = field(
         default=None, metadata={"help": "words to show split; none: frequent ones of the text, short and long"}
     )
-    seed: int = field(default=42, metadata={"help": "of the draws that the intervals come from"})
+    seed: Annotated[int, Field(ge=0)] = field(
+        default=42, metadata={"help": "of the draws that the intervals come from"}
+    )
     json: bool = field(default=False, metadata={"help": "one JSON object on standard output"})
 
 

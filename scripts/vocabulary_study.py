@@ -13,8 +13,10 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from dilqur.atomic import atomic_files, write_json
 from dilqur.bootstrap import interval, resampled_ratios
@@ -39,7 +41,9 @@ class StudySettings(StageSettings):
     control: str = field(
         default="control@base", metadata={"help": "name, without -sN, of the models that kept the base's tokenizer"}
     )
-    seed: int = field(default=42, metadata={"help": "of the draws that the intervals come from"})
+    seed: Annotated[int, Field(ge=0)] = field(
+        default=42, metadata={"help": "of the draws that the intervals come from"}
+    )
 
 
 # -- what was run -----------------------------------------------------------------------------------------------------
