@@ -117,8 +117,8 @@ for row in "${rows[@]}"; do
   if [[ -z $asked ]]; then
     # Only a touch, and only these: bash may lose a signal whose trap runs commands when CONT comes with it.
     trap ': >"$stop" || true' USR1 TERM
-    # A script's background commands ignore Ctrl-C: without this they would outlive it.
-    trap 'kill "$pid" 2>/dev/null || exit 130' INT
+    # A script's background commands ignore Ctrl-C: without this they would outlive it. By the table of jobs: pid is set a moment later.
+    trap 'kill $(jobs -p) 2>/dev/null || exit 130' INT
   elif [[ -e $asked ]]; then
     say "asked to stop before $stage"
     leave_for_more "$row"
