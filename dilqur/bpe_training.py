@@ -126,6 +126,7 @@ class Extension:
         self.base, self.spec = base, json.loads(base.content)
         refuse_other_models(base, self.spec)
         self.vocabulary = self.spec["model"]["vocab"]
+        self.tokenize = base.backend.model.tokenize  # asked for once: every `.model` makes a new object
         self.token_of = {id: token for token, id in self.vocabulary.items()}
         try:  # five times faster than to ask the pre-tokeniser itself
             self.words = regex.compile(split_pattern(self.spec)).findall
@@ -140,7 +141,7 @@ class Extension:
         """`word`, as the pre-tokeniser cuts it, in the base's tokens: a character for each."""
         written = byte_level(word)
         whole = self.vocabulary.get(written) if self.spec["model"].get("ignore_merges") else None
-        ids = [whole] if whole is not None else [t.id for t in self.base.backend.model.tokenize(written)]
+        ids = [whole] if whole is not None else [t.id for t in self.tokenize(written)]
         return "".join([chr(FIRST_SYMBOL + id) for id in ids])
 
     def learn(self, counts, new_tokens, min_frequency):

@@ -22,6 +22,7 @@ from dilqur.atomic import atomic_files
 from dilqur.documents import ReadingSettings, read_input
 from dilqur.errors import InputError, program
 from dilqur.llama3 import EOT, PAD
+from dilqur.markdown import markdown, number
 from dilqur.quiet import quiet_libraries
 from dilqur.recipe import parse
 from dilqur.safetensors_folder import read_tensor, rewrite, stored_tensors
@@ -31,6 +32,7 @@ from dilqur.vocabulary_map import VocabularyMap
 
 Positive = Annotated[int, Field(ge=1)]
 SPARSITY = 64
+NORMS = ("norm_made", "norm_written")
 READS_TEXT = ("calibrated_piece_mean", "focus", "orthogonal_matching_pursuit")
 
 
@@ -176,14 +178,12 @@ def write_configs(source, folder, config, tokenizer, rows):
     (Path(folder) / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
 
 
-def markdown(tables):
+def table(classes):
     """The rows of each class and the mean of their norms, before and after match_norms, of each matrix."""
-    head = [f"{matrix}: norm made | written" for matrix in tables]
-    lines = ["| class | rows | " + " | ".join(head) + " |", "|---|---:|" + "---:|---:|" * len(tables)]
-    for name, row in next(iter(tables.values())).items():
-        norms = [f"{t[name]['norm_made']:.4f} | {t[name]['norm_written']:.4f}" for t in tables.values()]
-        lines.append(f"| {name} | {row['count']:,} | " + " | ".join(norms) + " |")
-    return "\n".join(lines)
+    heads = ["class", "rows", *(head for matrix in classes for head in (f"{matrix}: norm made", "written"))]
+    first = next(iter(classes.values()))
+    norms = {name: [number(c[name][key], ".4f") for c in classes.values() for key in NORMS] for name in first}
+    return markdown(heads, [[name, f"{row['count']:,}", *norms[name]] for name, row in first.items()])
 
 
 @program
@@ -257,7 +257,7 @@ def main():
         **({"variance_explained": explained} if calibrated else {}),
     }
     stage.finish(result)
-    print(markdown(result["classes"]))
+    print(table(result["classes"]))
     print(
         f"{stage.folder}: {rows:,} rows, {copied:,} copied, {result['made']:,} made by {settings.method}, "
         f"{result['padding_rows']} padding; {parameters:,} parameters"

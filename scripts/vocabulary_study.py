@@ -8,7 +8,6 @@ document that eval_bpb measured. Stages that differ only in a last -sN are repet
 study.md (tables, and what to choose by them) and results.json; report.py shows them, and the curves.
 """
 
-import json
 import math
 import re
 from dataclasses import dataclass, field
@@ -133,7 +132,6 @@ class BitsPerByte:
             "repetitions": [self.of(name) for name in self.groups[group]],
         }
         if reference and reference != group:
-            out["more_than"] = reference
             out["difference"] = self.of(group) - self.of(reference)
             out["difference_interval"] = interval(self.draws[group] - self.draws[reference])
         return out
@@ -337,7 +335,7 @@ def main():
     with atomic_files(stage.folder) as part:
         (part / "study.md").write_text(text, encoding="utf-8")
         write_json(part / "results.json", results)
-    stage.finish(json.loads(json.dumps(results)))
+    stage.finish(results)
     print(text)
     return None
 
