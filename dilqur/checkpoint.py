@@ -1,17 +1,11 @@
-"""One checkpoint format for every strategy and any number of processes: plain safetensors and JSON, no pickle.
+"""Saving and loading the state of a run while it trains; the format is dilqur/checkpoint_files.py's.
 
-    checkpoints/step-0000500/rank-00003.safetensors   the flat fp32 pieces rank 3 owned: {fp32,exp_avg,exp_avg_sq}/NAME@START
-    checkpoints/step-0000500/rank-00003.json          the same pieces with checksums, shapes, the size of the file
-    checkpoints/step-0000500/trainer.json             step, position in the stream, seed, recipe, data, trained names
-    checkpoints/step-0000500/index.json               checksums of the JSON files
-    checkpoints/step-0000500/COMPLETE                 checksum of index.json
-
-Nobody gathers: every rank writes what it owns. A checkpoint becomes complete in `_publish`: all files lie in a folder
-named `.tmp-…`, COMPLETE is written last, everything is flushed, and one rename gives it its name. What lacks COMPLETE is never
-read and never counted. Only trained weights are inside; frozen ones come from the model the run began with, to the bit.
+Nobody gathers: every rank writes what it owns (dilqur/owned_state.py), from a copy in a kept buffer. The copy is all that
+training waits for; a thread writes the files, and on rank 0 publishes the checkpoint when everybody's are there. No thread
+takes part in a collective, which could cross one of training: whether all ranks wrote is asked in the main thread, in `wait`.
+Only trained weights are inside; frozen ones come from the model the run began with, to the bit.
 """
 
-import bisect
 import json
 import secrets
 import shutil
@@ -21,222 +15,174 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-import xxhash
-from safetensors import safe_open
+import torch.distributed as dist
 
-from dilqur.atomic import atomic_file, fsync_folder, write_json
-from dilqur.distributed import owned_slices, refresh, set_optimizer_step
+from dilqur.checkpoint_files import (
+    DTYPES,
+    complete_checkpoints,
+    pieces_of,
+    publish,
+    remove_checkpoint,
+    step_folder,
+    step_of,
+    tensor_bytes,
+    write_rank,
+)
 from dilqur.errors import InputError
+from dilqur.owned_state import owned_slices, refresh, set_optimizer_step
 
-VERSION = 1
-PIECE = 16 << 20  # elements: a rank that needs a corner of a piece verifies 64 MB at most
-PUBLISH_TIMEOUT_S = 1800
+
+class SaveFailed(InputError):
+    """A checkpoint could not be written; the ones before it stand."""
 
 
 class CheckpointWriter:
-    """`save` copies what this rank owns into a kept buffer, the only stall, and returns; a thread writes.
+    """`save` copies what this rank owns, the only stall, and returns. The file is the state of the moment of the call."""
 
-    The file is the state of the moment of the call. `wait` returns when the last save stands, and raises what the thread
-    raised (OSError for a full disk).
-    """
-
-    def __init__(self, folder, accelerator, keep=None):
-        """folder: `checkpoints`. keep: how many complete ones stay (None: all); an old one goes only after the new stands."""
-        self.folder, self.keep = Path(folder), keep
+    def __init__(self, folder, accelerator, keep=None, keep_every=None, mirror=None):
+        """folder: `checkpoints`. keep: how many complete ones stay (None: all); those at multiples of `keep_every` steps stay
+        anyway, and so does the best by its evaluation; an old one goes only after the new one stands. mirror: a
+        dilqur.checkpoint_mirror.CheckpointMirror that every complete one is handed to."""
+        self.folder, self.keep, self.keep_every, self.mirror = Path(folder), keep, keep_every, mirror
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
-        self._buffer, self._thread, self._error = torch.empty(0), None, None
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._thread, self._error, self._step = None, None, None
+        self._own_part, self._abandoned = threading.Event(), threading.Event()
         run = [secrets.token_hex(4)]
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             for stale in self.folder.glob(".tmp-*"):  # of a run that was killed
                 shutil.rmtree(stale)
         if self.world > 1:  # a word of this run in the name: what a killed run left must not complete a later save
-            torch.distributed.broadcast_object_list(run)
+            dist.broadcast_object_list(run)
         self.run = run[0]
 
     @torch.no_grad()
     def save(self, model, optimizer, step, trainer):
-        """Start saving the state after `step` steps. trainer: dict for trainer.json, the same on every rank."""
+        """Start saving the state after `step` steps. trainer: dict for trainer.json, the same on every rank. A collective;
+        raises SaveFailed if the save before this one did."""
         self.wait()  # the buffer is in use until the last one is written
-        pieces, views, shapes, size = [], [], {}, 0
+        owned, shapes = [], {}
         for name, shape, start, state in owned_slices(model, optimizer):
             shapes[name] = list(shape)
-            for kind, live in state.items():
-                for first in range(0, live.numel(), PIECE):
-                    view = live[first : first + PIECE]
-                    pieces.append(
-                        {
-                            "key": f"{kind}/{name}@{start + first}",
-                            "kind": kind,
-                            "name": name,
-                            "start": start + first,
-                            "length": view.numel(),
-                        }
-                    )
-                    views.append((size, view))
-                    size += view.numel()
+            owned += [(kind, name, start, view) for kind, view in state.items() if view.numel()]
+        owned.sort(key=lambda item: -item[3].element_size())  # float32 first: what follows stays aligned
+        size = sum(view.nbytes for *_, view in owned)
         if self._buffer.numel() != size:
-            self._buffer = torch.empty(size, pin_memory=torch.cuda.is_available())
-        for at, view in views:
-            self._buffer[at : at + view.numel()].copy_(view, non_blocking=True)
+            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=any(v.is_cuda for *_, v in owned))
+        pieces, at = [], 0
+        for kind, name, start, view in owned:
+            self._buffer[at : at + view.nbytes].view(view.dtype).copy_(view, non_blocking=True)
+            pieces += pieces_of(kind, name, start, view.numel(), view.dtype)
+            at += view.nbytes
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+        self._step = step
+        self._own_part.clear()
+        self._abandoned.clear()
         self._thread = threading.Thread(target=self._write, args=(step, pieces, shapes, trainer), name="checkpoint")
         self._thread.start()
 
+    @property
+    def failed(self):
+        """Has this rank's thread met an error? The loop asks at every step, and all ranks then call `wait`."""
+        return self._error is not None
+
     def wait(self):
-        if self._thread:
-            self._thread.join()
-            error, self._thread, self._error = self._error, None, None
-            if error:
-                raise error
+        """Until the last save stands. A collective: raises SaveFailed on every rank if any rank could not write."""
+        if not self._thread:
+            return
+        self._own_part.wait()
+        if any(errors := self._everyones_errors()):
+            self._abandoned.set()
+        self._thread.join()
+        errors = self._everyones_errors() if not any(errors) else errors  # publishing is rank 0's, and may fail too
+        mine, self._thread, self._error = self._error, None, None
+        if any(errors) and self.rank == 0:
+            shutil.rmtree(self._part(self._step), ignore_errors=True)  # what fills the disk must not stay there
+        if mine and not isinstance(mine, OSError):
+            raise mine
+        if any(errors):
+            said = "; ".join(f"rank {rank}: {error}" for rank, error in enumerate(errors) if error)
+            standing = complete_checkpoints(self.folder)
+            last = f"the last complete one is {standing[-1]}" if standing else "there is none before it"
+            raise SaveFailed(f"the checkpoint of step {self._step} could not be written ({said}); {last}")
+
+    def _part(self, step):
+        return self.folder / f".tmp-{step}-{self.run}"
+
+    def _everyones_errors(self):
+        mine = [str(self._error) if self._error else None]
+        if self.world == 1:
+            return mine
+        errors = [None] * self.world
+        dist.all_gather_object(errors, mine[0])
+        return errors
 
     def _write(self, step, pieces, shapes, trainer):
+        part = self._part(step)
         try:
-            folder = self.folder / f".tmp-{step}-{self.run}"
-            folder.mkdir(exist_ok=True)
-            self._write_rank(folder, pieces, shapes)
-            if self.rank == 0:
-                write_json(
-                    folder / "trainer.json", {"version": VERSION, "step": step, "world_size": self.world, **trainer}
-                )
-                self._publish(folder, step)
+            part.mkdir(exist_ok=True)
+            write_rank(part, self.rank, pieces, shapes, self._bytes_of(pieces))
+            self._own_part.set()
+            if self.rank == 0 and self._everyone_wrote(part):
+                publish(part, step_folder(self.folder, step), step, self.world, trainer)
+                self._rotate(step)
+                if self.mirror:
+                    self.mirror.push(step_folder(self.folder, step))
         except BaseException as error:
             self._error = error
+        finally:
+            self._own_part.set()
 
-    def _write_rank(self, folder, pieces, shapes):
-        """A safetensors file is a header and the buffer as it is; then the JSON that vouches for it."""
-        name, data, at, header = f"rank-{self.rank:05d}", memoryview(self._buffer.numpy()).cast("B"), 0, {}
+    def _bytes_of(self, pieces):
+        at = 0
         for piece in pieces:
-            end = at + 4 * piece["length"]
-            header[piece["key"]] = {"dtype": "F32", "shape": [piece["length"]], "data_offsets": [at, end]}
-            piece["xxh3"], at = _checksum(data[at:end]), end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        head = len(text).to_bytes(8, "little") + text
-        with atomic_file(folder / f"{name}.safetensors") as file:
-            file.write(head)
-            file.write(data)
-        write_json(
-            folder / f"{name}.json",
-            {
-                "file": f"{name}.safetensors",
-                "bytes": len(head) + len(data),
-                "header_xxh3": _checksum(head),
-                "shapes": shapes,
-                "pieces": pieces,
-            },
-        )
+            end = at + piece["length"] * DTYPES[piece["dtype"]].itemsize
+            yield tensor_bytes(self._buffer[at:end])
+            at = end
 
-    def _publish(self, folder, step):
-        """When every rank's JSON is there: index, COMPLETE, rename. From that rename on the checkpoint exists."""
-        names, end = [f"rank-{r:05d}.json" for r in range(self.world)], time.monotonic() + PUBLISH_TIMEOUT_S
-        while missing := [n for n in names if not (folder / n).exists()]:
-            if time.monotonic() > end:
-                raise TimeoutError(f"{folder}: waited {PUBLISH_TIMEOUT_S} s for {missing}")
+    def _everyone_wrote(self, part):
+        """Are all ranks' files there? False when `wait` has heard that one of them never will be."""
+        missing = {part / f"rank-{rank:05d}.json" for rank in range(self.world)}
+        while missing := {file for file in missing if not file.exists()}:
+            if self._abandoned.is_set():
+                return False
             time.sleep(0.02)
-        index = {
-            "version": VERSION,
-            "step": step,
-            "files": {n: _checksum((folder / n).read_bytes()) for n in [*names, "trainer.json"]},
-        }
-        write_json(folder / "index.json", index)
-        with atomic_file(folder / "COMPLETE", "w") as file:
-            file.write(_checksum((folder / "index.json").read_bytes()) + "\n")
-        final = self.folder / f"step-{step:07d}"
-        aside = self.folder / f".tmp-old-{self.run}"
-        if final.exists():  # the same step again, after a resume from an older one
-            final.rename(aside)
-        folder.rename(final)
-        fsync_folder(self.folder)
-        shutil.rmtree(aside, ignore_errors=True)
+        return True
+
+    def _rotate(self, step):
+        """Remove what is not to be kept now that `step` stands; the newest complete one never goes."""
         kept = complete_checkpoints(self.folder)
-        now = kept.index(final) + 1  # later steps are of a run this one went back from: `auto` must not go on from them
-        for old in [*kept[now:], *(kept[: max(0, now - self.keep)] if self.keep else [])]:
-            old.rename(aside)  # killed in the middle of a removal, half a checkpoint must not lie under its name
-            shutil.rmtree(aside)
+        later = [
+            c for c in kept if step_of(c) > step
+        ]  # of a run this one went back from: `auto` must not go on from them
+        earlier = [c for c in kept if step_of(c) < step]
+        stay = {best_checkpoint(self.folder)} | (self.mirror.copying() if self.mirror else set())
+        old = earlier[: max(0, len(earlier) + 1 - self.keep)] if self.keep else []
+        for checkpoint in old:
+            if self.keep_every and step_of(checkpoint) % self.keep_every == 0:
+                stay.add(checkpoint)
+        for checkpoint in [*later, *(c for c in old if c not in stay)]:
+            remove_checkpoint(checkpoint)
 
 
-def complete_checkpoints(folder):
-    """The complete checkpoints under `folder`, oldest step first."""
-    steps = {p.parent: p.parent.name.removeprefix("step-") for p in Path(folder).glob("step-*/COMPLETE")}
-    return sorted((p for p, step in steps.items() if step.isdigit()), key=lambda p: int(steps[p]))
-
-
-class CheckpointReader:
-    """Opens a complete checkpoint: markers, JSON files, sizes and headers are checked at once, data when it is read.
-
-    trainer: the dict of trainer.json. shapes: {parameter name: shape}. Raises InputError naming the file that is missing,
-    cut or damaged.
-    """
-
-    def __init__(self, folder):
-        self.folder, self.shapes, self._pieces, self._files = Path(folder), {}, {}, {}
-        if not (self.folder / "COMPLETE").exists():
-            raise InputError(f"{self.folder}: no COMPLETE in it: half-written, or no checkpoint")
-        raw = self._bytes("index.json")
-        if self._bytes("COMPLETE").decode(errors="replace").strip() != _checksum(raw):
-            raise InputError(f"{self.folder}/index.json: damaged: it is not the one COMPLETE vouches for")
-        index = json.loads(raw)
-        if index["version"] > VERSION:
-            raise InputError(f"{self.folder}: format version {index['version']} is newer than this program's {VERSION}")
-        for name, stated in index["files"].items():
-            content = self._bytes(name)
-            if _checksum(content) != stated:
-                raise InputError(f"{self.folder / name}: damaged: its checksum is not the one in index.json")
-            if name == "trainer.json":
-                self.trainer = json.loads(content)
-            else:
-                self._open(json.loads(content))
-        for pieces in self._pieces.values():
-            pieces.sort(key=lambda p: p["start"])
-
-    def _open(self, rank):
-        path = self.folder / rank["file"]
-        if not path.exists() or path.stat().st_size != rank["bytes"]:
-            raise InputError(f"{path}: missing or cut: {rank['bytes']} bytes expected")
-        with path.open("rb") as file:
-            length = int.from_bytes(first := file.read(8), "little")
-            if length > rank["bytes"] or _checksum(first + file.read(length)) != rank["header_xxh3"]:
-                raise InputError(f"{path}: damaged: the checksum of its header differs")
-        self._files[path] = safe_open(path, "pt")
-        self.shapes.update(rank["shapes"])
-        for piece in rank["pieces"]:
-            self._pieces.setdefault((piece["kind"], piece["name"]), []).append({**piece, "path": path})
-
-    def _bytes(self, name):
-        try:
-            return (self.folder / name).read_bytes()
-        except OSError as problem:
-            raise InputError(f"{self.folder / name}: {problem.strerror}: not a whole checkpoint") from None
-
-    def fill(self, kind, name, start, out):
-        """Copy the elements [start, start + len(out)) of `kind`/`name` into the 1-D tensor `out`, checking what is read."""
-        pieces, at, stop = self._pieces.get((kind, name), []), start, start + out.numel()
-        i = max(0, bisect.bisect_right(pieces, start, key=lambda p: p["start"]) - 1)
-        while at < stop:
-            if i >= len(pieces) or not pieces[i]["start"] <= at < pieces[i]["start"] + pieces[i]["length"]:
-                raise InputError(f"{self.folder}: no file holds {kind}/{name}[{at}:{stop}]")
-            piece = pieces[i]
-            end = min(stop, piece["start"] + piece["length"])
-            stored = self._files[piece["path"]].get_tensor(piece["key"])
-            if _checksum(memoryview(stored.numpy()).cast("B")) != piece["xxh3"]:
-                raise InputError(f"{piece['path']}: damaged: the checksum of {piece['key']} differs")
-            with torch.no_grad():  # grad mode is per thread
-                out[at - start : end - start].copy_(stored[at - piece["start"] : end - piece["start"]])
-            at, i = end, i + 1
-
-    def weights(self):
-        """{name: fp32 tensor in its shape} of all trained parameters, in one process and without torch.distributed."""
-        out = {name: torch.empty(shape) for name, shape in self.shapes.items()}
-        for name, tensor in out.items():
-            self.fill("fp32", name, 0, tensor.view(-1))
-        return out
+def best_checkpoint(folder):
+    """The complete checkpoint under `folder` with the lowest evaluation loss, or None where none has been evaluated."""
+    losses = {}
+    for checkpoint in complete_checkpoints(folder):
+        evaluation = json.loads((checkpoint / "trainer.json").read_text()).get("eval_loss")
+        if evaluation is not None:
+            losses[checkpoint] = evaluation
+    return min(losses, key=losses.get, default=None)
 
 
 @torch.no_grad()
-def load_checkpoint(reader, model, optimizer):
-    """Fill weights, moments and Adam's step of a prepared model. Raises InputError where the parameters do not agree."""
+def load_checkpoint(reader, model, optimizer, with_optimizer=True):
+    """Fill the weights of a prepared model; with_optimizer: both moments and Adam's step too, else they begin at zero.
+
+    Raises InputError where the parameters do not agree, or the checkpoint has no moments.
+    """
     jobs, names = [], set()
     for name, shape, start, state in owned_slices(model, optimizer, for_read=True):
         names.add(name)
@@ -244,15 +190,15 @@ def load_checkpoint(reader, model, optimizer):
             raise InputError(
                 f"{reader.folder}: {name} is {reader.shapes.get(name, 'not there')}, the model has {list(shape)}"
             )
-        jobs += [(kind, name, start, live) for kind, live in state.items()]
+        if with_optimizer and ("exp_avg", name) not in reader.dtypes:
+            raise InputError(f"{reader.folder}: no optimizer in it; --resume_without_optimizer begins a new one")
+        kinds = state if with_optimizer else ["weight"] * ("weight" in state)
+        jobs += [(kind, name, start, state[kind]) for kind in kinds]
     if surplus := set(reader.shapes) - names:
         raise InputError(f"{reader.folder}: holds {sorted(surplus)[0]}, which this run does not train")
     with ThreadPoolExecutor(8) as pool:
         for _ in pool.map(lambda job: reader.fill(*job), jobs):
             pass
-    set_optimizer_step(optimizer, reader.trainer["step"])
+    if with_optimizer:
+        set_optimizer_step(optimizer, reader.trainer.get("optimizer_steps", reader.trainer["step"]))
     refresh(optimizer)
-
-
-def _checksum(data):
-    return xxhash.xxh3_64_hexdigest(data)

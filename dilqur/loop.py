@@ -29,7 +29,8 @@ def train(settings, stage, model, compute_loss, write_model):
     import torch
     from accelerate.utils import send_to_device
 
-    from dilqur.checkpoint import CheckpointReader, CheckpointWriter, complete_checkpoints, load_checkpoint
+    from dilqur.checkpoint import CheckpointWriter, load_checkpoint
+    from dilqur.checkpoint_files import CheckpointReader, complete_checkpoints
     from dilqur.distributed import backward_scale, gradient_norm, make_accelerator, prepare, strategy, sum_over_ranks
 
     # set-up

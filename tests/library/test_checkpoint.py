@@ -4,11 +4,13 @@ import resource
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from dilqur.checkpoint import CheckpointReader, CheckpointWriter, complete_checkpoints, load_checkpoint
+from dilqur.checkpoint import CheckpointWriter, SaveFailed, load_checkpoint
+from dilqur.checkpoint_files import CheckpointReader, complete_checkpoints
 from dilqur.distributed import make_accelerator
 from dilqur.errors import InputError
 
@@ -75,12 +77,12 @@ def saved(tmp_path, accelerator, training):
 # -- write and read ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("piece", [None, 100])  # 100: smaller than the matrices, which then lie in many pieces
+@pytest.mark.parametrize("piece", [None, 400])  # 400 bytes: smaller than the matrices, which then lie in many pieces
 def test_what_is_written_is_read_to_the_bit_and_training_goes_on_as_if_nothing_had_been(
     tmp_path, monkeypatch, accelerator, training, piece
 ):
     if piece:
-        monkeypatch.setattr("dilqur.checkpoint.PIECE", piece)
+        monkeypatch.setattr("dilqur.checkpoint_files.PIECE_BYTES", piece)
     model, optimizer, step = training(seed=0)
     for number in range(3):
         step(number)
@@ -128,8 +130,38 @@ def test_it_is_plain_safetensors_and_json_and_nothing_else(saved):
     assert [p.name for p in folder.parent.iterdir()] == ["step-0000003"]
     stored = load_file(folder / "rank-00000.safetensors")
     for name, parameter in model.named_parameters():
-        assert torch.equal(stored[f"fp32/{name}@0"], parameter.flatten())
+        assert torch.equal(stored[f"weight/{name}@0"], parameter.flatten())
         assert torch.equal(stored[f"exp_avg_sq/{name}@0"], optimizer.optimizer.state[parameter]["exp_avg_sq"].flatten())
+
+
+def test_a_checkpoint_of_format_version_1_still_goes_on():
+    """Committed as version 1 wrote it: it called weights fp32 and named no dtypes."""
+    reader = CheckpointReader(Path(__file__).parent / "checkpoint-version-1" / "step-0000002")
+    assert reader.trainer["version"] == 1
+    sums = {
+        name: (weight.sum().item(), reader.tensor("exp_avg_sq", name).sum().item())
+        for name, weight in reader.weights().items()
+    }
+    expected = {  # printed by the program that saved it
+        "0.weight": (0.25759029388427734, 8.788953709881753e-05),
+        "1.weight": (-0.39297088980674744, 0.0009093417320400476),
+        "1.bias": (1.097996711730957, 2.4072116502793506e-05),
+    }
+    assert sums.keys() == expected.keys()
+    for name, values in expected.items():
+        assert sums[name] == pytest.approx(values, rel=1e-6)  # a sum in another order
+
+
+def test_bfloat16_state_is_stored_in_two_bytes_and_read_to_the_bit(tmp_path, accelerator, training):
+    model, optimizer, step = training()
+    model.to(torch.bfloat16)
+    step(0)
+    folder = save(tmp_path, accelerator, model, optimizer, 1)
+    elements = sum(p.numel() for p in model.parameters())
+    data = (folder / "rank-00000.safetensors").stat().st_size - 2000  # its header
+    assert data < 3 * 2 * elements
+    for name, parameter in model.named_parameters():
+        assert torch.equal(CheckpointReader(folder).tensor("weight", name), parameter)
 
 
 def test_frozen_weights_are_not_inside_and_stay_as_they_are(tmp_path, accelerator, training):
@@ -269,7 +301,9 @@ def test_where_a_save_fails_wait_says_so_and_the_older_checkpoint_stays(saved, a
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # no file may grow beyond 4 KB: the disk is full
     try:
         writer.save(model, optimizer, 4, {})
-        with pytest.raises(OSError):
+        with pytest.raises(
+            SaveFailed, match=r"step 4 could not be written .*; the last complete one is .*step-0000003"
+        ):
             writer.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -284,7 +318,8 @@ KILLED_WRITERS = """
 import itertools, os, signal, sys, time
 from pathlib import Path
 import torch
-from dilqur.checkpoint import CheckpointWriter, complete_checkpoints
+from dilqur.checkpoint import CheckpointWriter
+from dilqur.checkpoint_files import complete_checkpoints
 from dilqur.distributed import make_accelerator
 
 torch.set_num_threads(1)  # so that this process can be forked
