@@ -47,6 +47,7 @@ class CheckpointWriter:
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._thread, self._error, self._step = None, None, None
+        self.seconds = 0.0  # the longest save so far, from the call until it stood
         self._own_part, self._abandoned = threading.Event(), threading.Event()
         run = [secrets.token_hex(4)]
         if self.rank == 0:
@@ -80,7 +81,8 @@ class CheckpointWriter:
         self._step = step
         self._own_part.clear()
         self._abandoned.clear()
-        self._thread = threading.Thread(target=self._write, args=(step, pieces, shapes, trainer), name="checkpoint")
+        arguments = (step, pieces, shapes, trainer)
+        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
     @property
@@ -120,7 +122,7 @@ class CheckpointWriter:
         return errors
 
     def _write(self, step, pieces, shapes, trainer):
-        part = self._part(step)
+        part, began = self._part(step), time.monotonic()
         try:
             part.mkdir(exist_ok=True)
             write_rank(part, self.rank, pieces, shapes, self._bytes_of(pieces))
@@ -130,6 +132,7 @@ class CheckpointWriter:
                 self._rotate(step)
                 if self.mirror:
                     self.mirror.push(step_folder(self.folder, step))
+            self.seconds = max(self.seconds, time.monotonic() - began)
         except BaseException as error:
             self._error = error
         finally:

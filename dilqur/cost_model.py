@@ -36,3 +36,12 @@ def training_flops_per_token(config, max_length, embeddings_only=False):
     head = config["vocab_size"] * config["hidden_size"]
     attention = 6 * config["num_hidden_layers"] * config["hidden_size"] * max_length
     return (4 if embeddings_only else 6) * layers + 6 * head + attention
+
+
+# Dense bfloat16 products with fp32 sums, floating-point operations a second: NVIDIA's data sheets, without sparsity.
+PEAK_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A10G": 70e12}
+
+
+def peak_flops(gpu):
+    """Of one GPU by the name the driver gives it ("NVIDIA H100 80GB HBM3"); None for what is not known here."""
+    return next((flops for name, flops in PEAK_FLOPS.items() if gpu and name in gpu), None)

@@ -1,36 +1,103 @@
-"""What DDP, FSDP2 and ZeRO do differently in a step, and all of it: setting up, checking that it is what it says, stepping.
+"""What DDP, FSDP2 and ZeRO do differently in a step, and all of it. The loop calls these functions and names no strategy.
+
+    strategy   accelerate config                weights, gradients, optimizer     steps by              norm over ranks by
+    single     none                             here                              AdamW                 nothing to do
+    ddp        ddp.yaml                         whole on every rank               AdamW                 nothing to do
+    fsdp2      fsdp2.yaml, fsdp2_offload.yaml   DTensors, sharded by rows         AdamW on its rows     all-reduce over shards
+               hsdp.yaml                        sharded in a node, replicated over nodes
+    zero1      zero1.yaml                       fp32 optimizer partitioned        DeepSpeed's engine    DeepSpeed's
+    zero2      zero2.yaml                       gradients partitioned too
+    zero3      zero3.yaml                       weights partitioned too
 
 Who owns what of the training state is dilqur/owned_state.py's. Everything also runs on a CPU over gloo, the same code and the
 same accelerate files, to debug on a laptop.
 """
 
+import math
 import os
 from datetime import timedelta
 
-from dilqur.owned_state import flat_partitions, zero_optimizer
+from dilqur.errors import InputError
+from dilqur.owned_state import base_optimizer, flat_partitions, zero_optimizer
+
+ZERO = ("zero1", "zero2", "zero3")
+CANNOT = {  # (key, value) of a recipe: ({strategy}, why, what to do)
+    ("dtype", "bfloat16"): (ZERO, "DeepSpeed keeps fp32 master weights", "take ddp.yaml or fsdp2.yaml"),
+    ("torch_compile", True): (("zero3",), "its hooks break the graph at every weight", "take fsdp2.yaml"),
+}
+
+
+# -- which one, before anything is loaded -----------------------------------------------------------------------------
+
+
+def planned_strategy():
+    """The strategy this process was launched for, without torch: what `accelerate launch` exported, or the accelerate config in
+    DILQUR_STRATEGY that slurm/launch.sh is about to launch. Raises InputError for one that is not supported."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        return _zero_stage(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        return _fsdp_version(os.environ.get("FSDP_VERSION", "1"))
+    if world > 1 and (config := os.environ.get("DILQUR_STRATEGY")) and "LOCAL_RANK" not in os.environ:
+        import yaml
+
+        with open(config, encoding="utf-8") as file:  # noqa: PTH123
+            config = yaml.safe_load(file)
+        if config.get("distributed_type") == "DEEPSPEED":
+            return _zero_stage(config.get("deepspeed_config", {}).get("zero_stage", 2))
+        if config.get("distributed_type") == "FSDP":
+            return _fsdp_version(config.get("fsdp_config", {}).get("fsdp_version", 1))
+    return "ddp" if world > 1 else "single"
+
+
+def _zero_stage(stage):
+    if f"zero{stage}" not in ZERO:
+        raise InputError(f"DeepSpeed's zero_stage {stage} partitions nothing: take 1, 2 or 3, or ddp.yaml")
+    return f"zero{stage}"
+
+
+def _fsdp_version(version):
+    if str(version) != "2":
+        raise InputError(
+            f"fsdp_version {version} of FSDP is not supported: give fsdp_version: 2 in the accelerate config"
+        )
+    return "fsdp2"
+
+
+def refuse_what_it_cannot(settings, strategy):
+    """InputError where a key of the recipe does not work under `strategy`."""
+    for (key, value), (strategies, why, instead) in CANNOT.items():
+        if strategy in strategies and getattr(settings, key, None) == value:
+            raise InputError(f"{key}: {str(value).lower()} does not work under {strategy}: {why}; {instead}")
+
 
 # -- setting up -------------------------------------------------------------------------------------------------------
 
 
-def make_accelerator(bf16, batch, accumulation, max_grad_norm, report_to=(), folder=None):
+def make_accelerator(bf16, batch, accumulation, max_grad_norm, reduce_dtype="float32", report_to=(), folder=None):
     """An `Accelerator` for whatever strategy `accelerate launch` asked for.
 
     batch, accumulation: sequences a micro-batch and micro-batches a step. bf16: matrix products in bfloat16; weights,
-    gradients and optimizer stay fp32.
+    gradients and optimizer stay in the model's dtype. reduce_dtype: of the gradients on the network.
     """
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
+    from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     # rank 0 alone writes model/ at the end, and the others wait: an 8B on a slow file system takes longer than NCCL's 10 min
     process_group = InitProcessGroupKwargs(timeout=timedelta(hours=1))
-    arguments = {"kwargs_handlers": [process_group]} if torch.cuda.is_available() else _allow_cpu(process_group)
+    low = reduce_dtype == "bfloat16"
+    ddp = DistributedDataParallelKwargs(
+        comm_hook=DDPCommunicationHookType.BF16 if low else DDPCommunicationHookType.NO, gradient_as_bucket_view=True
+    )
+    arguments = {} if torch.cuda.is_available() else _allow_cpu(process_group)
     accelerator = Accelerator(
         mixed_precision="bf16" if bf16 else "no",
         gradient_accumulation_steps=accumulation,
         log_with=list(report_to) or None,
         project_dir=folder,
         step_scheduler_with_optimizer=False,
+        kwargs_handlers=[process_group, ddp],
         **arguments,
     )
     if (plugin := getattr(accelerator.state, "deepspeed_plugin", None)) is not None:
@@ -39,14 +106,17 @@ def make_accelerator(bf16, batch, accumulation, max_grad_norm, report_to=(), fol
             gradient_accumulation_steps=accumulation,
             gradient_clipping=max_grad_norm or 0.0,
             zero_allow_untested_optimizer=True,
+            communication_data_type="bf16" if low else "fp32",
         )
         if bf16:  # else micro-batch gradients are added up in bf16
             plugin.deepspeed_config["data_types"] = {"grad_accum_dtype": "fp32"}
-    elif strategy(accelerator) == "fsdp2" and bf16:
+    elif strategy(accelerator) == "fsdp2":
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            torch.bfloat16, torch.float32, torch.float32
+            param_dtype=torch.bfloat16 if bf16 else None,
+            reduce_dtype=torch.bfloat16 if low else torch.float32,
+            output_dtype=torch.float32 if bf16 else None,
         )
     return accelerator
 
@@ -56,15 +126,15 @@ def _allow_cpu(process_group):
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         process_group.backend = "gloo"
-        return {"kwargs_handlers": [process_group]}
+        return {}
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         from accelerate.state import PartialState
         from accelerate.utils import DistributedType
 
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
         PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
-        return {"kwargs_handlers": [process_group]}
-    return {"cpu": True, "kwargs_handlers": [process_group]}
+        return {}
+    return {"cpu": True}
 
 
 def strategy(accelerator):
@@ -77,8 +147,10 @@ def strategy(accelerator):
 
 def prepare(accelerator, model, optimizer):
     """`accelerator.prepare`, and an AssertionError where the strategy is not what its name says."""
+    name = strategy(accelerator)
+    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
     model, optimizer = accelerator.prepare(model, optimizer)
-    name, parameters = strategy(accelerator), list(accelerator.unwrap_model(model).parameters())
+    parameters = list(accelerator.unwrap_model(model).parameters())
     trainable = [p for p in parameters if p.requires_grad]
     if name == "fsdp2":
         from torch.distributed.tensor import DTensor
@@ -95,32 +167,91 @@ def prepare(accelerator, model, optimizer):
         )
         assert all(p.dtype.itemsize == 4 for p in partitions), f"{name}: the master weights are not fp32"
     if name in ("single", "ddp", "fsdp2"):
-        assert all(p.dtype.itemsize == 4 for p in trainable), f"{name}: the master weights are not fp32"
+        assert {p.dtype for p in trainable} == dtypes, f"{name}: the master weights have changed their dtype"
+    if name in ZERO:
+        _step_only_on_finite_gradients(optimizer)
     return model, optimizer
 
 
-def backward_scale(accelerator):
-    """What a loss already divided by the global number of tokens is multiplied with, so that the strategy's own averaging
-    over ranks and accelerate's over accumulation steps leave the gradient of the whole batch."""
-    return accelerator.num_processes * accelerator.gradient_accumulation_steps
+def _step_only_on_finite_gradients(optimizer):
+    """DeepSpeed's engine finds the norm and steps in one go: let the optimizer inside it look at the norm first."""
+    base, zero = base_optimizer(optimizer), zero_optimizer(optimizer)
+    step = base.step
+    base.step = lambda *args, **kwargs: step(*args, **kwargs) if math.isfinite(zero._global_grad_norm) else None
 
 
-def gradient_norm(accelerator, model, max_norm):
-    """Clip to `max_norm` (None: do not) and return the norm before clipping, over all parameters and ranks, as float.
+# -- a step -----------------------------------------------------------------------------------------------------------
 
-    Right after the backward of the last micro-batch. Under ZeRO the engine has clipped, and stepped, by then.
+
+def backward(accelerator, loss):
+    """Gradients of one micro-batch of a step, inside `accelerator.accumulate`.
+
+    loss: what this rank's micro-batch adds to the mean over all tokens of the global batch: divided by their number already.
+    The scale undoes the strategies' own averaging over ranks and accelerate's over micro-batches. A loss that is not finite
+    is given gradients that are not, so that every rank will see it in the norm.
     """
-    norm = accelerator.clip_grad_norm_(model.parameters(), max_norm if max_norm else float("inf"))
-    if hasattr(norm, "full_tensor"):
-        norm = norm.full_tensor()
-    return float(norm) if norm is not None else float("nan")
-
-
-def sum_over_ranks(accelerator, *values):
-    """Sum over ranks of each of `values` (numbers or one-element tensors), in float64, as a tuple of floats."""
     import torch
 
-    total = torch.tensor([float(v) for v in values], dtype=torch.float64, device=accelerator.device)
+    scale = torch.where(loss.isfinite(), accelerator.num_processes * accelerator.gradient_accumulation_steps, torch.nan)
+    loss = loss * scale
+    if (wrapper := getattr(accelerator, "deepspeed_engine_wrapped", None)) is None:
+        accelerator.backward(loss)
+    else:  # accelerate's own would step as well
+        wrapper.engine.set_gradient_accumulation_boundary(accelerator.sync_gradients)
+        wrapper.engine.backward(loss)
+
+
+def clip_and_step(accelerator, model, optimizer, max_norm):
+    """Clip the gradients to `max_norm` (None: do not), step, and return the norm before clipping, a float.
+
+    The norm is the Euclidean one of all trainable parameters' gradients, the same on every rank. Where it is not finite no
+    step is made: weights, moments and Adam's step stay as they are. The gradients are gone afterwards.
+    """
+    import torch
+
+    if (wrapper := getattr(accelerator, "deepspeed_engine_wrapped", None)) is not None:
+        wrapper.engine.step()
+        return float(wrapper.engine.get_global_grad_norm())
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = _norm(gradients)
+    if math.isfinite(norm):
+        if max_norm and norm > max_norm:
+            torch._foreach_mul_([getattr(g, "_local_tensor", g) for g in gradients], max_norm / (norm + 1e-6))
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def _norm(gradients):
+    """Norms of the tensors in fp32, whatever their dtype, their squares added up in float64; shards over the ranks."""
+    import torch
+
+    local = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]
+    norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in local])
+    square = norms.double().square().sum()
+    for dimension, placement in enumerate(getattr(gradients[0], "placements", ())):
+        if placement.is_shard():
+            torch.distributed.all_reduce(square, group=gradients[0].device_mesh.get_group(dimension))
+    return square.sqrt().item()
+
+
+def gather_over_ranks(accelerator, *values):
+    """`values` (numbers or one-element tensors) of every rank: a float64 CPU tensor of shape (ranks, values)."""
+    import torch
+
+    mine = torch.tensor([[float(v) for v in values]], dtype=torch.float64, device=accelerator.device)
+    if accelerator.num_processes == 1:
+        return mine.cpu()
+    everyones = mine.new_empty(accelerator.num_processes, len(values))
+    torch.distributed.all_gather_into_tensor(everyones, mine)
+    return everyones.cpu()
+
+
+def broadcast(accelerator, value):
+    """Rank 0's `value`, any Python object, on every rank."""
+    import torch
+
+    box = [value]
     if accelerator.num_processes > 1:
-        torch.distributed.all_reduce(total)
-    return tuple(total.tolist())
+        torch.distributed.broadcast_object_list(box)
+    return box[0]

@@ -1,11 +1,14 @@
-"""When to stop before the end: a STOP file, a step, a number of minutes, the end of the Slurm job.
+"""When to stop before the end: a STOP file, a signal, a step, a number of minutes, the end of the Slurm job.
 
 Where the Slurm signal ends up: the trap in slurm/run_stages.sh touches STOP in the stage's folder; rank 0 sees it here,
 between two steps; the loop tells the other ranks, all save the same step and exit 0, and REQUEUE says there is more to do.
+TERM and USR1 sent to the processes themselves, by a launcher that is told to end or by hand, do the same, on any rank.
 """
 
 import os
+import signal
 import subprocess
+import threading
 import time
 from datetime import datetime
 from pathlib import Path
@@ -14,14 +17,27 @@ CLOCK_S = 1.0  # a file's time comes from a coarser clock than time.time(), and 
 
 
 class Interrupt:
-    """Asked by rank 0 once a step. margin_s: seconds before the job's end that saving a checkpoint may need."""
+    """Asked between steps, and between the batches of an evaluation. margin_s: seconds before the job's end that saving a
+    checkpoint may need; `needs` raises it when saving is seen to take longer."""
 
     def __init__(self, folder, max_minutes=None, stop_at_step=None, margin_s=300):
         self.stop_file, self.requeue_file = Path(folder) / "STOP", Path(folder) / "REQUEUE"
-        self.stop_at_step, self.started = stop_at_step, time.time()
-        ends = [_slurm_end_time(), self.started + 60 * max_minutes if max_minutes else None]
-        margins = [margin_s, 0]
-        self.deadline = min((end - margin for end, margin in zip(ends, margins, strict=True) if end), default=None)
+        self.stop_at_step, self.margin_s, self.signalled = stop_at_step, margin_s, None
+        self.started, self.job_end = time.time(), _slurm_end_time()
+        self.minutes_end = self.started + 60 * max_minutes if max_minutes else None
+
+    def listen(self):
+        """From now on TERM and USR1 only leave a note, the second and third as well: a save is not disturbed by them."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, self._note)
+
+    def _note(self, number, frame):
+        self.signalled = signal.Signals(number).name
+
+    def needs(self, seconds):
+        """A step or a save took so long: begin to stop early enough for twice that."""
+        self.margin_s = max(self.margin_s, 2 * seconds)
 
     def clear_stale(self):
         """Remove the markers an earlier run left; a STOP that came while this one was starting stays."""
@@ -32,11 +48,15 @@ class Interrupt:
 
     def stop_reason(self, step):
         """Why to stop after `step` steps, or None."""
+        if self.signalled:
+            return f"{self.signalled} came"
         if self.stop_file.exists():
             return f"{self.stop_file} is there"
         if self.stop_at_step is not None and step >= self.stop_at_step:
             return f"stop_at_step {self.stop_at_step}"
-        if self.deadline is not None and time.time() > self.deadline:
+        if self.job_end is not None and time.time() > self.job_end - self.margin_s:
+            return "the time is up"
+        if self.minutes_end is not None and time.time() > self.minutes_end:
             return "the time is up"
         return None
 

@@ -4,45 +4,65 @@ It knows no strategy: what DDP, FSDP2 and ZeRO do differently is asked of dilqur
 recipe: the same losses on the same number of processes, to the bit, whether or not it was killed on the way.
 """
 
-import json
 import math
 import os
 import time
-from pathlib import Path
 
-from dilqur.atomic import atomic_folder
-from dilqur.batches import IGNORE, evaluation_batches, same_past, split_batch, training_batches
+from dilqur.batches import IGNORE, split_batch, training_batches
 from dilqur.errors import InputError
+from dilqur.evaluation import SANITY_BATCHES, Evaluation
 from dilqur.interrupt import Interrupt
-from dilqur.metrics import Metrics
+from dilqur.metrics import Metrics, gpu_health
 from dilqur.optimizer import freeze_all_but, learning_rate_at, make_optimizer
 from dilqur.recipe import to_dict
-from dilqur.training_settings import check_training, copy_to_node, held_out_samples
+from dilqur.resume import checkpoint_to_resume, load, open_checkpoint, refuse_other_run
+from dilqur.run_summary import summary, write_result
+from dilqur.training_settings import check_training, copy_to_node
+from dilqur.watchdog import Watchdog
 
 
-def train(settings, stage, model, compute_loss, write_model):
+def train(settings, stage, model, compute_loss, write_model, flops_per_token=None):
     """Train `model` as `settings` say, in `stage`'s folder; leave `model/` and a manifest there, or a checkpoint and REQUEUE.
 
     compute_loss(model, batch, tokens): the summed loss of `batch` divided by `tokens`, a 0-d tensor. write_model(trained, folder):
-    write the model with the trained weights {name: fp32 tensor} into an empty folder, on rank 0. Raises InputError as `check_training`.
+    write the model with the trained weights {name: tensor} into an empty folder, on rank 0. flops_per_token: of a step, for
+    the MFU. Raises InputError as `check_training`, and where a checkpoint cannot be read or written.
     """
     import torch
     from accelerate.utils import send_to_device
 
-    from dilqur.checkpoint import CheckpointWriter, load_checkpoint
+    from dilqur.checkpoint import CheckpointWriter, SaveFailed, best_checkpoint
     from dilqur.checkpoint_files import CheckpointReader, complete_checkpoints
-    from dilqur.distributed import backward_scale, gradient_norm, make_accelerator, prepare, strategy, sum_over_ranks
+    from dilqur.cost_model import peak_flops
+    from dilqur.distributed import (
+        backward,
+        broadcast,
+        clip_and_step,
+        gather_over_ranks,
+        make_accelerator,
+        prepare,
+        strategy,
+    )
+    from dilqur.profiling import profiler
+    from dilqur.reproducibility import make_deterministic
 
-    # set-up
-    copies = copy_to_node(
-        settings
-    )  # before the processes know each other: none waits in a collective that could time out
+    # -- set-up: model, optimizer, data -----------------------------------------------------------------------------------
+
+    if settings.deterministic:
+        make_deterministic()
+    copies = copy_to_node(settings)  # before the processes know each other: none waits in a collective that times out
     world = int(os.environ.get("WORLD_SIZE", 1))
     batch_size, accumulation = split_batch(settings.global_batch_size, settings.per_device_train_batch_size, world)
     accelerator = make_accelerator(
-        settings.bf16, batch_size, accumulation, settings.max_grad_norm, settings.report_to, stage.folder
+        settings.bf16,
+        batch_size,
+        accumulation,
+        settings.max_grad_norm,
+        settings.reduce_dtype,
+        settings.report_to,
+        stage.folder,
     )
-    main = accelerator.is_main_process
+    main, on_gpu = accelerator.is_main_process, accelerator.device.type == "cuda"
     if main:
         stage.open()
     with accelerator.main_process_first():  # which writes the plan of packing: best_fit
@@ -50,14 +70,10 @@ def train(settings, stage, model, compute_loss, write_model):
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainable = freeze_all_but(model, settings.unfrozen_parameters)
-    optimizer = make_optimizer(
-        model,
-        settings.learning_rate,
-        (settings.adam_beta1, settings.adam_beta2),
-        settings.adam_epsilon,
-        settings.weight_decay,
-        fused=torch.cuda.is_available(),
-    )
+    if settings.torch_compile:  # layer by layer and in place: few graphs, and the parameters keep their names
+        for layer in (m for m in model.modules() if type(m).__name__ in model._no_split_modules):
+            layer.compile()
+    optimizer = make_optimizer(model, settings, fused=on_gpu)
     model.train()
     sizes = {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -66,9 +82,19 @@ def train(settings, stage, model, compute_loss, write_model):
     model, optimizer = prepare(accelerator, model, optimizer)
     plain = accelerator.unwrap_model(model)
 
+    # -- set-up: where it stands ------------------------------------------------------------------------------------------
+
+    watchdog = Watchdog(stage.folder, accelerator.process_index, settings.hang_minutes)
     interrupt = Interrupt(stage.folder, settings.max_minutes, settings.stop_at_step)
     metrics = Metrics(stage.folder, max_steps, accelerator if settings.report_to else None, settings.logging_steps)
-    writer = CheckpointWriter(stage.folder / "checkpoints", accelerator, keep=settings.save_total_limit)
+    evaluation = Evaluation(settings, accelerator, compute_loss, batch_size)
+    keep = {"keep": settings.save_total_limit, "keep_every": settings.save_keep_every}
+    mirror = None
+    if settings.mirror_to and main:
+        from dilqur.checkpoint_mirror import CheckpointMirror
+
+        mirror = CheckpointMirror(settings.mirror_to, **keep)
+    writer = CheckpointWriter(stage.folder / "checkpoints", accelerator, **keep, mirror=mirror)
     identity = {
         "recipe": to_dict(settings),
         "seed": settings.seed,
@@ -77,50 +103,81 @@ def train(settings, stage, model, compute_loss, write_model):
         "strategy": strategy(accelerator),
         "sizes": sizes,
     }
-    step = 0
-    if checkpoint := _checkpoint_to_resume(settings, complete_checkpoints(writer.folder)):
-        reader = CheckpointReader(checkpoint)
-        _refuse_other_run(settings, reader, identity)
-        load_checkpoint(reader, plain, optimizer)
-        step = reader.trainer["step"]
+    step = skipped = skipped_in_a_row = 0
+    if mirror and settings.resume_from_checkpoint == "auto" and not complete_checkpoints(writer.folder):
+        mirror.fetch_newest(writer.folder)  # a new machine
+    complete = complete_checkpoints(writer.folder) if main else None
+    checkpoint = broadcast(accelerator, checkpoint_to_resume(settings, complete) if main else None)
+    if checkpoint:
+        reader = open_checkpoint(checkpoint, complete or [])
+        refuse_other_run(settings, reader, identity)
+        load(reader, plain, optimizer, complete or [], with_optimizer=not settings.resume_without_optimizer)
+        step, skipped = reader.trainer["step"], reader.trainer.get("skipped_steps", 0)
+    peak = peak_flops(torch.cuda.get_device_name()) if on_gpu else None
     if main:
         interrupt.clear_stale()
         metrics.start(step)
-        where = f"{strategy(accelerator)}, {world} process{'es' * (world > 1)} on {accelerator.device.type}"
-        metrics.say(
-            _summary(settings, samples, start, step, max_steps, sizes, where, batch_size, accumulation, checkpoint)
-        )
-    if settings.report_to:
-        accelerator.init_trackers(
-            "dilqur", config={k: v for k, v in identity["recipe"].items() if isinstance(v, str | int | float)}
-        )
+        where = {
+            "strategy": f"{identity['strategy']}, {world} process{'es' * (world > 1)} on {accelerator.device.type}",
+            "processes": world,
+            "gpu": torch.cuda.get_device_name() if on_gpu else None,
+        }
+        derived = (max_steps, sizes, where, batch_size, accumulation, checkpoint, flops_per_token)
+        metrics.say(summary(settings, samples, start, step, *derived))
+        if settings.report_to:
+            metrics.start_trackers(f"{stage.folder.parent.name}/{stage.name}", step, identity["recipe"])
+    interrupt.listen()
     accelerator.wait_for_everyone()  # clear_stale is over
 
-    def save(after):
-        samples_seen = after * settings.global_batch_size
-        progress = {"position": start + samples_seen, "tokens": samples_seen * settings.max_length}
-        writer.save(plain, optimizer, after, {**identity, **progress})
+    def stopping():
+        return (interrupt.stop_reason(step) if main else interrupt.signalled) is not None
 
-    def evaluate():
-        """Mean loss a token of the held-out samples, over all ranks."""
-        model.eval()
-        total = count = 0.0
-        with torch.no_grad():
-            for dataset in settings.eval_datasets:
-                held_out = held_out_samples(settings, dataset)
-                for batch in evaluation_batches(
-                    held_out, batch_size, accelerator.process_index, world, settings.eval_samples
-                ):
-                    batch = send_to_device(batch, accelerator.device)
-                    total += compute_loss(model, batch, 1).item()
-                    count += (batch["labels"] != IGNORE).sum().item()
-        model.train()
-        total, count = sum_over_ranks(accelerator, total, count)
-        return total / count
+    def evaluate(batches=None):
+        watchdog.at(f"the evaluation of step {step}")
+        return evaluation.run(model, stopping, batches)
 
-    # loop
-    saved_at = step if checkpoint and checkpoint.parent == writer.folder else 0
-    scale, stopped, clock = backward_scale(accelerator), None, time.perf_counter()
+    def save():
+        """Returns the seconds that training waited. Where a save fails, `on_save_failure` decides."""
+        nonlocal saved_at, saved_time
+        watchdog.at(f"saving step {step}")
+        began = time.perf_counter()
+        if step == saved_at:
+            return 0.0
+        progress = {
+            "position": start + step * settings.global_batch_size,
+            "tokens": step * settings.global_batch_size * settings.max_length,
+            "skipped_steps": skipped,
+            "optimizer_steps": step - skipped,
+            "eval_loss": broadcast(accelerator, metrics.last("eval_loss")),
+        }
+        try:
+            writer.save(plain, optimizer, step, {**identity, **progress})
+        except SaveFailed as problem:  # the one before
+            forgive(problem)
+            writer.save(plain, optimizer, step, {**identity, **progress})
+        saved_at, saved_time = step, time.monotonic()
+        interrupt.needs(writer.seconds)
+        return time.perf_counter() - began
+
+    def forgive(problem):
+        nonlocal saved_at
+        if settings.on_save_failure == "stop":
+            raise problem
+        saved_at = None
+        if main:
+            metrics.say(f"warning: {problem}; going on, as on_save_failure says")
+
+    saved_at, saved_time = step if checkpoint and checkpoint.parent == writer.folder else 0, time.monotonic()
+    if step < max_steps and settings.eval_datasets:
+        evaluate(SANITY_BATCHES)
+    if step and evaluation.due(step, max_steps) and broadcast(accelerator, metrics.last("eval_loss")) is None:
+        if (results := evaluate()) and main:  # the run was stopped in the middle of it
+            metrics.add(step, **results)
+        saved_at = None
+
+    # -- loop -------------------------------------------------------------------------------------------------------------
+
+    stopped, stall = None, 0.0
     stream = training_batches(
         samples,
         start + step * settings.global_batch_size,
@@ -130,30 +187,39 @@ def train(settings, stage, model, compute_loss, write_model):
         accelerator.process_index,
         world,
         settings.dataloader_num_workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=on_gpu,
     )
     changes = {change["step"]: change["datasets"] for change in settings.dataset_changes or []}
+    profile = profiler(settings, stage.folder, main)
     while step < max_steps:
         if main and step in changes:
             metrics.say(f"datasets from here on: {changes[step]}")
-        reason = interrupt.stop_reason(step) if main else None
-        asked = time.perf_counter()
+        watchdog.at(f"step {step + 1}, reading its batch")
+        began = time.perf_counter()
         micro_batches = next(stream)
-        data_wait = time.perf_counter() - asked
+        data_wait = time.perf_counter() - began
         valid = sum(int((b["labels"] != IGNORE).sum()) for b in micro_batches)
-        # before the first backward, over ranks and micro-batches: the gradient is that of the mean over all these tokens
-        tokens, stop = sum_over_ranks(accelerator, valid, reason is not None)
+
+        # Before the first backward, over ranks and micro-batches: the gradient is that of the mean over all these tokens.
+        watchdog.at(f"step {step + 1}, waiting for the other ranks")
+        save_due = settings.save_minutes and time.monotonic() - saved_time > 60 * settings.save_minutes
+        asked = (valid, stopping(), writer.failed, main and bool(save_due) and step != saved_at)
+        tokens, stop, failed, save_now = gather_over_ranks(accelerator, *asked).sum(0).tolist()
+        if failed:
+            try:
+                writer.wait()
+            except SaveFailed as problem:
+                forgive(problem)
         if stop:
-            stopped = reason or "rank 0 said so"
+            stopped = broadcast(accelerator, interrupt.stop_reason(step)) or "a signal came to another rank"
             break
-        rate = learning_rate_at(
-            step,
-            settings.lr_scheduler_type,
-            settings.learning_rate,
-            settings.warmup_steps,
-            max_steps,
-            settings.min_lr_ratio,
-        )
+        if save_now:
+            stall += save()
+            began = time.perf_counter()
+
+        watchdog.at(f"step {step + 1}, forward and backward")
+        schedule = (settings.lr_scheduler_type, settings.learning_rate, settings.warmup_steps, max_steps)
+        rate = learning_rate_at(step, *schedule, settings.min_lr_ratio, settings.lr_decay_steps or 0)
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss = 0.0
@@ -161,46 +227,73 @@ def train(settings, stage, model, compute_loss, write_model):
             batch = send_to_device(batch, accelerator.device, non_blocking=True)
             with accelerator.accumulate(model):
                 part = compute_loss(model, batch, tokens)
-                accelerator.backward(part * scale)
+                backward(accelerator, part)
                 loss += part.detach()
-                if accelerator.sync_gradients:
-                    norm = gradient_norm(accelerator, model, settings.max_grad_norm)
-                    (loss,) = sum_over_ranks(accelerator, loss)
-                    if not (math.isfinite(loss) and math.isfinite(norm)):
-                        raise InputError(
-                            f"{stage.folder}: loss {loss}, gradient norm {norm} at step {step + 1}: nothing of it was saved; "
-                            f"the last checkpoint is of step {saved_at}. Lower learning_rate, or look at the data"
-                        )
-                optimizer.step()
-                optimizer.zero_grad()
+        norm = clip_and_step(accelerator, model, optimizer, settings.max_grad_norm)
+
+        watchdog.at(f"step {step + 1}, adding up its numbers over the ranks")
+        memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
+        everyones = gather_over_ranks(accelerator, loss, time.perf_counter() - began, data_wait, memory)
+        slowest = everyones.max(0).values.tolist()
         step += 1
-        seconds, clock = time.perf_counter() - clock, time.perf_counter()
+        seconds, positions = slowest[1], (start + (step - 1) * settings.global_batch_size, settings.global_batch_size)
         values = {
-            "loss": loss,
+            "loss": everyones[:, 0].sum().item(),
             "grad_norm": norm,
             "learning_rate": rate,
             "tokens_per_second": tokens / seconds,
+            "tokens_per_second_all": settings.global_batch_size * settings.max_length / seconds,
             "step_seconds": seconds,
-            "data_wait_seconds": data_wait,
+            "step_seconds_median": everyones[:, 1].median().item(),
+            "data_wait_seconds": slowest[2],
         }
-        if torch.cuda.is_available():
-            values["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
-        if settings.eval_datasets and (step == max_steps or (settings.eval_steps and step % settings.eval_steps == 0)):
-            values["eval_loss"] = evaluate()
-            clock = time.perf_counter()
+        if peak and flops_per_token:
+            values["mfu"] = values["tokens_per_second_all"] * flops_per_token / (world * peak)
+        if on_gpu:
+            values |= {"peak_memory_gb": slowest[3], **(gpu_health() if main and step % 10 == 0 else {})}
+        if stall:
+            values["checkpoint_stall_seconds"], stall = stall, 0.0
+
+        skipped_in_a_row = 0 if math.isfinite(norm) else skipped_in_a_row + 1
+        if skipped_in_a_row:
+            skipped += 1
+            if main:
+                metrics.say(
+                    f"warning: step {step} skipped on all ranks: loss {values['loss']}, gradient norm {norm}; its samples are "
+                    f"the {positions[1]} from position {positions[0]} on"
+                )
+        if skipped:
+            values["skipped_steps"] = skipped
+        if evaluation.due(step, max_steps) and (results := evaluate()):
+            values |= results
+            metrics.pauses["evaluation"] = (evaluation.seconds, settings.eval_steps or max_steps)
         if main:
             metrics.log(step, **values)
-        if step % settings.save_steps == 0:
-            save(step)
-            saved_at, clock = step, time.perf_counter()
+        if skipped_in_a_row >= settings.max_skipped_steps:
+            writer.wait()
+            first = positions[0] - (skipped_in_a_row - 1) * settings.global_batch_size
+            raise InputError(
+                f"{stage.folder}: {skipped_in_a_row} steps in a row had no finite loss or gradient: the samples of positions "
+                f"{first} to {positions[0] + positions[1] - 1}; nothing of them was saved, the last checkpoint is of step "
+                f"{saved_at}. Look at the data there, or lower learning_rate"
+            )
+        if step % settings.save_steps == 0 and not skipped_in_a_row:
+            stall = save()
+            metrics.pauses["checkpoint"] = (stall, settings.save_steps)
+        profile.step()
 
-    # finish
-    if step > saved_at:
-        save(step)
+    # -- finish -----------------------------------------------------------------------------------------------------------
+
+    profile.stop()
+    save()
+    watchdog.at("waiting for the last checkpoint")
     writer.wait()
+    watchdog.stop()
     accelerator.wait_for_everyone()  # from here on rank 0's folder is complete for everyone
     if main:
         metrics.close()
+        if mirror and not mirror.wait():
+            print(f"warning: mirror_to {settings.mirror_to}: {mirror.problem}", flush=True)
         if stopped:
             interrupt.request_requeue()
             print(
@@ -208,106 +301,11 @@ def train(settings, stage, model, compute_loss, write_model):
                 flush=True,
             )
         else:
-            _write_result(
-                settings,
-                stage,
-                samples,
-                start,
-                step,
-                CheckpointReader(complete_checkpoints(writer.folder)[-1]),
-                write_model,
-                world,
-                identity,
-            )
+            best = best_checkpoint(writer.folder) if settings.load_best_model_at_end else None
+            reader = CheckpointReader(best or complete_checkpoints(writer.folder)[-1])
+            write_result(settings, stage, samples, start, step, reader, write_model, world, identity, skipped)
     if settings.report_to:
         accelerator.end_training()
     accelerator.wait_for_everyone()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def _write_result(settings, stage, samples, start, steps, reader, write_model, world, identity):
-    """Rank 0: model/ from the last checkpoint, then the manifest."""
-    with atomic_folder(stage.folder / "model") as folder:
-        write_model(reader.weights(), folder)
-    records = [json.loads(line) for line in (stage.folder / "metrics.jsonl").read_text().splitlines()]
-    tokens, end = steps * settings.global_batch_size * settings.max_length, start + steps * settings.global_batch_size
-    steady = sorted(r["tokens_per_second"] for r in records[min(2, len(records) - 1) :])
-    result = {
-        "steps": steps,
-        "tokens": tokens,
-        "utf8_bytes_seen": samples.utf8_bytes(start, end),
-        "loss": records[-1]["loss"],
-        "eval_loss": records[-1].get("eval_loss"),
-        "tokens_per_second": steady[len(steady) // 2],
-        "strategy": identity["strategy"],
-        "processes": world,
-        **identity["sizes"],
-        "data": {**identity["data"], "end_position": end, "epochs": samples.epochs(end)},
-    }
-    stage.finish(result)
-    print(
-        f"{stage.name}: {steps} steps, loss {result['loss']:.4f}, {result['tokens_per_second']:,.0f} tokens/s; {stage.folder}/model",
-        flush=True,
-    )
-
-
-def _checkpoint_to_resume(settings, complete):
-    if settings.resume_from_checkpoint == "auto":
-        return complete[-1] if complete else None
-    return None if settings.resume_from_checkpoint == "none" else Path(settings.resume_from_checkpoint)
-
-
-def _refuse_other_run(settings, reader, identity):
-    """A checkpoint belongs to its recipe: only `may_change` may differ. Raises InputError with the first key that does."""
-    then, now = reader.trainer, identity
-    for key, value in now["recipe"].items():
-        if key in then["recipe"] and then["recipe"][key] != value and key not in settings.may_change:
-            raise InputError(
-                f"{reader.folder}: made with {key} = {then['recipe'][key]!r}, now {value!r}: that is another run; "
-                "choose another --output_dir, or put it back"
-            )
-    done = [[c for c in run["recipe"].get("dataset_changes") or [] if c["step"] < then["step"]] for run in (then, now)]
-    if done[0] != done[1]:
-        raise InputError(
-            f"{reader.folder}: dataset_changes of steps before its {then['step']} are done and cannot change any more: "
-            "put them back (later ones may change)"
-        )
-    data, was = now["data"], then["data"]
-    same = same_past(was["fingerprint"], data["fingerprint"], then["position"])
-    if was["start_position"] != data["start_position"] or not same:
-        raise InputError(
-            f"{reader.folder}: made on other data: datasets, weights or shards have changed: choose another --output_dir, or "
-            "put them back"
-        )
-    if then["trainable"] != now["trainable"]:
-        raise InputError(f"{reader.folder}: trained other parameters than this run would")
-
-
-def _summary(settings, samples, start, step, max_steps, sizes, where, batch_size, accumulation, checkpoint):
-    """What was derived from the recipe, as a table: the first thing a log shows."""
-    batch, tokens = settings.global_batch_size, settings.global_batch_size * settings.max_length
-    end = start + max_steps * batch
-    text = samples.utf8_bytes(start, end)
-    rows = [
-        ("strategy", where),
-        ("parameters", f"{sizes['parameters']:,}, of them trained {sizes['trainable']:,}"),
-        (
-            "batch",
-            f"{batch} sequences, {tokens:,} tokens a step: {batch_size} a device, {accumulation} times accumulated",
-        ),
-        ("steps", f"{step} to {max_steps}"),
-        ("data", f"{text / 1e6:,.2f} MB of text seen at the end, from position {start}"),
-    ]
-    for (path, epochs), size in zip(samples.epochs(end).items(), samples.sizes, strict=True):
-        rows.append(("", f"{epochs:.2f} epochs of {size:,} samples at the end: {path}"))
-    for mixture in samples.mixtures[1:]:
-        if mixture["position"] >= start:
-            paths = ", ".join(str(d["path"]) for d in mixture["datasets"])
-            rows.append(("", f"from step {(mixture['position'] - start) // batch}: {paths}"))
-    if settings.packing == "best_fit":
-        padding, cut = samples.packing_shares()
-        rows.append(("packing", f"best_fit: {padding:.3%} padding, {cut:.2%} of the documents longer than a sample"))
-    rows.append(("resumed", str(checkpoint or "no")))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

@@ -5,7 +5,7 @@ import math
 
 from dilqur.errors import InputError
 
-SCHEDULES = ("cosine", "linear", "constant")
+SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
 
 
 def freeze_all_but(model, patterns):
@@ -31,28 +31,40 @@ def freeze_all_but(model, patterns):
     return [name for name, p in model.named_parameters() if p.requires_grad]
 
 
-def make_optimizer(model, learning_rate, betas, epsilon, weight_decay, fused):
-    """AdamW over the trainable parameters; decay on matrices only (norms and biases are vectors)."""
+def make_optimizer(model, settings, fused):
+    """AdamW over the trainable parameters; decay on matrices only (norms and biases are vectors).
+
+    settings: TrainingSettings. With dtype: bfloat16 the one that keeps 8 bytes a parameter (dilqur/bf16_adamw.py).
+    """
     import torch
 
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=learning_rate, betas=tuple(betas), eps=epsilon, fused=fused
-    )
+    groups = [g for g in groups if g["params"]]
+    betas = (settings.adam_beta1, settings.adam_beta2)
+    arguments = {"lr": settings.learning_rate, "betas": betas, "eps": settings.adam_epsilon}
+    if settings.dtype == "bfloat16":
+        from dilqur.bf16_adamw import BF16AdamW
+
+        return BF16AdamW(groups, **arguments, seed=settings.seed)
+    return torch.optim.AdamW(groups, **arguments, fused=fused)
 
 
-def learning_rate_at(step, schedule, peak, warmup_steps, max_steps, min_ratio=0.0):
+def learning_rate_at(step, schedule, peak, warmup_steps, max_steps, min_ratio=0.0, decay_steps=0):
     """Learning rate of step `step` (from 0): linear warm-up to `peak`, then the schedule down to min_ratio · peak at max_steps.
 
     cosine: peak · (min_ratio + (1 − min_ratio) · (1 + cos πt) / 2), t the share of the steps after the warm-up
-    (Loshchilov and Hutter 2017, arXiv:1608.03983, eq. 5).
+    (Loshchilov and Hutter 2017, arXiv:1608.03983, eq. 5). warmup_stable_decay: `peak` until the last `decay_steps`, then
+    linearly down (Hu et al. 2024, arXiv:2404.06395, section 4.1, with a linear decay).
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    t = (step - warmup_steps) / max(1, max_steps - warmup_steps)
-    fall = {"cosine": (1 + math.cos(math.pi * t)) / 2, "linear": 1 - t, "constant": 1.0}[schedule]
+    if schedule == "warmup_stable_decay":
+        fall = min(1.0, (max_steps - step) / max(1, decay_steps))
+    else:
+        t = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+        fall = {"cosine": (1 + math.cos(math.pi * t)) / 2, "linear": 1 - t, "constant": 1.0}[schedule]
     return peak * (min_ratio + (1 - min_ratio) * fall)

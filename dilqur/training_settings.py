@@ -9,6 +9,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from dilqur.batches import TokenSamples, same_past, split_batch
+from dilqur.distributed import planned_strategy, refuse_what_it_cannot
 from dilqur.errors import InputError
 from dilqur.local_copy import local_copy
 from dilqur.optimizer import SCHEDULES
@@ -41,10 +42,12 @@ class TrainingSettings(StageSettings):
     harmless: ClassVar = (
         "per_device_train_batch_size", "save_steps", "save_total_limit", "eval_steps", "eval_samples", "logging_steps",
         "report_to", "dataloader_num_workers", "local_dir", "resume_from_checkpoint", "stop_at_step", "max_minutes",
+        "save_minutes", "save_keep_every", "on_save_failure", "mirror_to", "hang_minutes", "profile",
     )  # fmt: skip
     # datasets: their fingerprint decides, not the way they are called; dataset_changes: those of steps not done yet
     may_change: ClassVar = (
-        *harmless, "max_steps", "num_train_epochs", "eval_datasets", "datasets", "dataset_changes",
+        *harmless, "max_steps", "num_train_epochs", "eval_datasets", "datasets", "dataset_changes", "torch_compile",
+        "reduce_dtype", "deterministic", "load_best_model_at_end", "max_skipped_steps", "resume_without_optimizer",
     )  # fmt: skip
 
     model_name_or_path: ModelPath | None = field(
@@ -54,7 +57,18 @@ class TrainingSettings(StageSettings):
         default="sdpa", metadata={"help": "as in transformers"}
     )
     use_liger_kernel: bool = field(default=False, metadata={"help": "Liger's fused loss and layers; on a GPU only"})
-    bf16: bool = field(default=False, metadata={"help": "bfloat16 products; weights and optimizer stay fp32"})
+    bf16: bool = field(default=False, metadata={"help": "bfloat16 products; weights and optimizer stay in `dtype`"})
+    dtype: Literal["float32", "bfloat16"] = field(
+        default="float32",
+        metadata={
+            "help": "of weights and optimizer; bfloat16: 8 bytes a parameter, rounded stochastically; ddp or fsdp2"
+        },
+    )
+    reduce_dtype: Literal["float32", "bfloat16"] = field(
+        default="float32", metadata={"help": "of the gradients on the network"}
+    )
+    torch_compile: bool = field(default=False, metadata={"help": "compile each layer"})
+    deterministic: bool = field(default=False, metadata={"help": "the same bits on the same GPUs; slower"})
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "recompute activations: less memory, a third slower"}
     )
@@ -81,6 +95,9 @@ class TrainingSettings(StageSettings):
         default="concat",
         metadata={"help": "concat cuts the text every max_length tokens; best_fit keeps documents whole"},
     )
+    intra_document_masking: bool = field(
+        default=False, metadata={"help": "the documents of one sample do not see each other"}
+    )
     global_batch_size: Positive = field(metadata={"help": "sequences a step over all GPUs; accumulation is derived"})
     per_device_train_batch_size: Positive = field(
         default=8, metadata={"help": "most sequences a GPU holds at once: a ceiling"}
@@ -94,6 +111,9 @@ class TrainingSettings(StageSettings):
     learning_rate: Annotated[float, Field(gt=0)] = field(metadata={"help": "peak of the schedule"})
     lr_scheduler_type: Literal[SCHEDULES] = field(default="cosine", metadata={"help": "after the warm-up"})
     min_lr_ratio: Ratio = field(default=0.0, metadata={"help": "the schedule's floor, as a share of learning_rate"})
+    lr_decay_steps: Positive | None = field(
+        default=None, metadata={"help": "of warmup_stable_decay: the last so many steps fall"}
+    )
     warmup_steps: Count = field(default=0, metadata={"help": "steps of linear warm-up"})
     adam_beta1: Ratio = field(default=0.9, metadata={"help": "AdamW"})
     adam_beta2: Ratio = field(default=0.95, metadata={"help": "AdamW"})
@@ -107,9 +127,27 @@ class TrainingSettings(StageSettings):
     )
 
     save_steps: Positive = field(default=500, metadata={"help": "steps between checkpoints"})
+    save_minutes: Annotated[float, Field(gt=0)] | None = field(
+        default=None, metadata={"help": "and after so long without one"}
+    )
     save_total_limit: Positive | None = field(default=2, metadata={"help": "complete checkpoints kept; none: all"})
+    save_keep_every: Positive | None = field(
+        default=None, metadata={"help": "those of multiples of so many steps are kept for good"}
+    )
+    on_save_failure: Literal["stop", "continue"] = field(
+        default="stop", metadata={"help": "when a disk is full: stop, or go on without and try again"}
+    )
+    mirror_to: str | None = field(
+        default=None, metadata={"help": "copy complete checkpoints there, a folder or an fsspec address like s3://…"}
+    )
     eval_steps: Positive | None = field(default=None, metadata={"help": "steps between evaluations; none: at the end"})
     eval_samples: Positive | None = field(default=None, metadata={"help": "samples an evaluation; none: all"})
+    load_best_model_at_end: bool = field(
+        default=False, metadata={"help": "model/ from the checkpoint with the lowest eval_loss"}
+    )
+    max_skipped_steps: Positive = field(
+        default=10, metadata={"help": "stop after so many steps in a row whose loss or gradients were not finite"}
+    )
     logging_steps: Positive = field(
         default=1, metadata={"help": "steps between the lines of a log (metrics.jsonl has all)"}
     )
@@ -121,12 +159,20 @@ class TrainingSettings(StageSettings):
     resume_from_checkpoint: str = field(
         default="auto", metadata={"help": "auto (the newest complete one), none, or a folder"}
     )
+    resume_without_optimizer: bool = field(
+        default=False, metadata={"help": "take only the weights of the checkpoint; the moments begin at zero"}
+    )
     stop_at_step: Positive | None = field(
         default=None, metadata={"help": "save and stop after this step; start again to go on"}
     )
     max_minutes: Annotated[float, Field(gt=0)] | None = field(
         default=None, metadata={"help": "save and stop after so long"}
     )
+    hang_minutes: Annotated[float, Field(gt=0)] | None = field(
+        default=60,
+        metadata={"help": "end a run in which nothing happens for so long, saying where it stands; none: never"},
+    )
+    profile: bool = field(default=False, metadata={"help": "trace a few early steps with torch's profiler"})
 
 
 def check_training(settings, folder=None, copies=None):
@@ -141,6 +187,18 @@ def check_training(settings, folder=None, copies=None):
         raise InputError("datasets: an empty list: name at least one folder of token shards")
     if bool(settings.max_steps) == bool(settings.num_train_epochs):
         raise InputError("give max_steps or num_train_epochs, one of them")
+    refuse_what_it_cannot(settings, planned_strategy())
+    if settings.intra_document_masking:
+        from dilqur.document_attention import attention_for
+
+        attention_for(settings.attn_implementation, True)
+    if settings.mirror_to:
+        from dilqur.checkpoint_mirror import check_address
+
+        check_address(settings.mirror_to)
+    decays = settings.lr_scheduler_type == "warmup_stable_decay"
+    if decays != bool(settings.lr_decay_steps):
+        raise InputError("lr_decay_steps: give it with lr_scheduler_type: warmup_stable_decay, and only with that")
     samples, start = _samples(settings, folder, copies)
     steps = settings.max_steps or max(
         1, round(settings.num_train_epochs * samples.samples_per_epoch(start) / settings.global_batch_size)
@@ -149,6 +207,12 @@ def check_training(settings, folder=None, copies=None):
         raise InputError(
             f"warmup_steps {settings.warmup_steps} leaves none of the {steps} steps: lower it, or train longer"
         )
+    if decays and settings.warmup_steps + settings.lr_decay_steps > steps:
+        raise InputError(
+            f"warmup_steps {settings.warmup_steps} and lr_decay_steps {settings.lr_decay_steps} are more than the {steps} steps"
+        )
+    if settings.load_best_model_at_end and not settings.eval_datasets:
+        raise InputError("load_best_model_at_end: which one is best is not known without eval_datasets")
     if late := [change["step"] for change in settings.dataset_changes or [] if change["step"] >= steps]:
         raise InputError(f"dataset_changes: step {late[0]} is never reached, there are {steps} steps: leave it out")
     split_batch(settings.global_batch_size, settings.per_device_train_batch_size, int(os.environ.get("WORLD_SIZE", 1)))
@@ -190,7 +254,8 @@ def check_model(settings, samples, config, tokenizer_path):
 
 def held_out_samples(settings, dataset):
     """TokenSamples of one of `eval_datasets`."""
-    return TokenSamples([dataset], settings.max_length, settings.seed)
+    boundaries = settings.intra_document_masking
+    return TokenSamples([dataset], settings.max_length, settings.seed, document_boundaries=boundaries)
 
 
 def copy_to_node(settings):
@@ -227,7 +292,16 @@ def _samples(settings, folder, copies):
         mixtures.append((start + last * settings.global_batch_size, change["datasets"]))
     (_, first), *changes = mixtures
     plans = Path(folder) / "packing" if folder else None
-    samples = TokenSamples(first, settings.max_length, settings.seed, changes, settings.packing, plans, copies=copies)
+    samples = TokenSamples(
+        first,
+        settings.max_length,
+        settings.seed,
+        changes,
+        settings.packing,
+        plans,
+        document_boundaries=settings.intra_document_masking,
+        copies=copies,
+    )
     comparable = folder or settings.packing == "concat"  # without its plan best_fit's shares are not known exactly
     if before and comparable and not same_past(before["fingerprint"], samples.fingerprint(), start):
         raise InputError(

@@ -9,8 +9,10 @@ The strategy (DDP, FSDP2, ZeRO) is the accelerate config's; the recipe gives the
 the same command goes on from the newest complete checkpoint. At the end OUTPUT_DIR/model is a Hugging Face folder.
 """
 
+import contextlib
 from dataclasses import dataclass, field
 
+from dilqur.cost_model import UnknownArchitecture, training_flops_per_token
 from dilqur.errors import InputError, program
 from dilqur.loop import train
 from dilqur.quiet import quiet_libraries
@@ -44,9 +46,11 @@ def check(settings):
 
 
 def load_model(settings):
-    """The model in fp32: from its folder, or new with weights drawn from `seed`."""
+    """The model in `dtype`: from its folder, or new with weights drawn from `seed`."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
+
+    # from dilqur.document_attention import attention_for
 
     if settings.use_liger_kernel and not torch.cuda.is_available():
         print("use_liger_kernel: no GPU here, going on without (its kernels are Triton's)", flush=True)
@@ -54,13 +58,17 @@ def load_model(settings):
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama()
+    dtype = getattr(torch, settings.dtype)
+    attention = settings.attn_implementation
+    if settings.intra_document_masking:
+        attention = attention_for(attention)
     if settings.model_name_or_path:
         return AutoModelForCausalLM.from_pretrained(
-            settings.model_name_or_path, dtype=torch.float32, attn_implementation=settings.attn_implementation
+            settings.model_name_or_path, dtype=dtype, attn_implementation=attention
         )
     set_seed(settings.seed)
-    config = LlamaConfig(**settings.model_config, attn_implementation=settings.attn_implementation)
-    return LlamaForCausalLM(config).to(torch.float32)
+    config = LlamaConfig(**settings.model_config, attn_implementation=attention)
+    return LlamaForCausalLM(config).to(dtype)
 
 
 def causal_loss(model, batch, tokens):
@@ -90,7 +98,10 @@ def main():
 
         write_model_folder(folder, config, trained, tied, settings.model_name_or_path, settings.tokenizer)
 
-    train(settings, stage, model, causal_loss, write_model)
+    flops = None
+    with contextlib.suppress(UnknownArchitecture):
+        flops = training_flops_per_token(config.to_dict(), settings.max_length, bool(settings.unfrozen_parameters))
+    train(settings, stage, model, causal_loss, write_model, flops)
     return None
 
 

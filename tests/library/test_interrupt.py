@@ -77,7 +77,7 @@ def test_before_slurm_23_squeue_is_asked_for_the_end(tmp_path, monkeypatch, answ
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert (Interrupt(tmp_path).stop_reason(0) == "the time is up") is stops
     monkeypatch.setenv("RANK", "1")  # 10,000 ranks asking would be an attack on the controller
-    assert Interrupt(tmp_path).deadline is None
+    assert Interrupt(tmp_path).job_end is None
 
 
 def test_a_job_without_squeue_has_no_end(tmp_path, monkeypatch):

@@ -1,9 +1,15 @@
 """What is trained, and how fast: schedules, weight decay, frozen parameters."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from dilqur.errors import InputError
 from dilqur.optimizer import SCHEDULES, freeze_all_but, learning_rate_at, make_optimizer
+
+ADAMW = SimpleNamespace(
+    learning_rate=1e-4, adam_beta1=0.9, adam_beta2=0.95, adam_epsilon=1e-8, weight_decay=0.1, dtype="float32", seed=1
+)
 
 
 @pytest.fixture
@@ -62,6 +68,12 @@ def test_no_step_of_a_run_is_without_a_rate_and_it_never_rises_after_the_warm_up
         assert after == sorted(after, reverse=True)
 
 
+def test_warmup_stable_decay_stays_at_the_peak_and_falls_at_the_end_to_its_floor():
+    rates = [learning_rate_at(step, "warmup_stable_decay", 1.0, 10, 100, 0.1, decay_steps=20) for step in range(101)]
+    assert rates[10:81] == [1.0] * 71
+    assert (rates[90], rates[100]) == pytest.approx((0.55, 0.1))  # half of the way down, and all of it
+
+
 # -- AdamW ------------------------------------------------------------------------------------------------------------
 
 
@@ -69,7 +81,7 @@ def test_matrices_decay_norms_do_not_and_frozen_weights_are_not_there(llama):
     model = llama()
     freeze_all_but(model, ["*layers.1*", "*norm*"])
     names = {parameter: name for name, parameter in model.named_parameters()}
-    decay, plain = make_optimizer(model, 1e-4, (0.9, 0.95), 1e-8, 0.1, fused=False).param_groups
+    decay, plain = make_optimizer(model, ADAMW, fused=False).param_groups
     assert (decay["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     assert (decay["betas"], decay["eps"], decay["lr"]) == ((0.9, 0.95), 1e-8, 1e-4)
     assert len(decay["params"]) == 7  # q, k, v, o, gate, up, down of one layer
@@ -81,7 +93,7 @@ def test_matrices_decay_norms_do_not_and_frozen_weights_are_not_there(llama):
 def test_embeddings_alone_make_one_group_and_a_tied_weight_is_in_it_once(llama):
     model = llama()
     freeze_all_but(model, ["*embed_tokens*"])
-    (group,) = make_optimizer(model, 1e-4, (0.9, 0.95), 1e-8, 0.1, fused=False).param_groups
+    (group,) = make_optimizer(model, ADAMW, fused=False).param_groups
     assert [p is model.lm_head.weight for p in group["params"]] == [True]
 
 

@@ -230,9 +230,16 @@ def test_a_second_phase_goes_on_in_the_data_with_its_own_schedule(cpt, base, tmp
     assert loss == pytest.approx(metrics(base, "loss")[-1][0], abs=0.3)  # the first phase's weights, other samples
 
 
-def test_a_loss_that_is_not_a_number_ends_the_run_in_one_line(cpt, tmp_path):
-    done = cpt("--learning_rate", "1e30", "--max_steps", 5, "--output_dir", tmp_path / "run", code=2)
-    refused(done, "at step 2: nothing of it was saved; the last checkpoint is of step 0. Lower learning_rate")
+def test_steps_without_a_finite_loss_are_skipped_and_too_many_in_a_row_end_the_run_in_one_line(cpt, tmp_path):
+    flags = ("--learning_rate", "1e30", "--max_steps", 9, "--save_steps", 1, "--max_skipped_steps", 3)
+    done = cpt(*flags, "--output_dir", tmp_path / "run", code=2)
+    refused(
+        done,
+        "3 steps in a row had no finite loss or gradient: the samples of positions 8 to 31; nothing of them was saved, the "
+        "last checkpoint is of step 1. Look at the data there, or lower learning_rate",
+    )
+    assert metrics(tmp_path / "run", "grad_norm", "skipped_steps")[1:] == [(None, 1), (None, 2), (None, 3)]
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000001"]
 
 
 # -- refused before a GPU is touched ----------------------------------------------------------------------------------

@@ -1,0 +1,67 @@
+"""How well the model predicts text it is not trained on, while it trains: loss a token and bits a byte of `eval_datasets`."""
+
+import math
+import time
+
+from dilqur.batches import IGNORE, evaluation_batches
+from dilqur.training_settings import held_out_samples
+
+SANITY_BATCHES = 2  # before the first step: an evaluation that cannot work fails now and not in hours
+
+
+class Evaluation:
+    """compute_loss: as the loop has it. seconds: how long the last whole one took."""
+
+    def __init__(self, settings, accelerator, compute_loss, batch_size):
+        self.settings, self.accelerator, self.compute_loss, self.batch_size = (
+            settings,
+            accelerator,
+            compute_loss,
+            batch_size,
+        )
+        self.seconds = 0.0
+
+    def due(self, step, max_steps):
+        """Is one due after `step` steps? At the end always."""
+        every = self.settings.eval_steps
+        return bool(self.settings.eval_datasets) and (step == max_steps or bool(every and step % every == 0))
+
+    def run(self, model, interrupted, batches=None):
+        """{"eval_loss": mean nats a token, "eval_bits_per_byte": …, "eval_seconds"} over all ranks; None if it was interrupted.
+
+        interrupted: function without arguments, asked on every rank before every batch. batches: no more than so many. Bits a byte: all
+        predicted tokens' bits / the bytes of text they stand for, by the mean tokens a byte of the shards; of whole shards that is exact.
+        """
+        import torch
+        from accelerate.utils import send_to_device
+
+        from dilqur.distributed import gather_over_ranks
+
+        began, nats, tokens, utf8_bytes = time.perf_counter(), 0.0, 0.0, 0.0
+        model.eval()
+        with torch.no_grad():
+            for dataset in self.settings.eval_datasets:
+                samples, total, count = held_out_samples(self.settings, dataset), 0.0, 0
+                stream = evaluation_batches(
+                    samples,
+                    self.batch_size,
+                    self.accelerator.process_index,
+                    self.accelerator.num_processes,
+                    self.settings.eval_samples,
+                )
+                for number, batch in enumerate(stream):
+                    if number == batches:
+                        break
+                    if gather_over_ranks(self.accelerator, interrupted()).any():
+                        model.train()
+                        return None
+                    count += int((batch["labels"] != IGNORE).sum())
+                    total += self.compute_loss(model, send_to_device(batch, self.accelerator.device), 1).item()
+                total, count = gather_over_ranks(self.accelerator, total, count).sum(0).tolist()
+                nats, tokens = nats + total, tokens + count
+                utf8_bytes += count * samples.shards[0].bytes_per_token
+        model.train()
+        seconds = time.perf_counter() - began
+        self.seconds = self.seconds if batches else seconds
+        bits = nats / math.log(2) / utf8_bytes if utf8_bytes else None
+        return {"eval_loss": nats / tokens, "eval_bits_per_byte": bits, "eval_seconds": seconds}

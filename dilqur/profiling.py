@@ -1,0 +1,45 @@
+"""`profile: true`: a torch profiler trace of a few early steps of rank 0, the operations that took longest, and whether the
+kernels that were asked for are in it."""
+
+from dilqur.errors import InputError
+
+WAIT, WARMUP, ACTIVE = 2, 1, 3  # steps: not looked at, profiled and thrown away, kept
+
+
+class _Off:
+    def step(self):
+        pass
+
+    stop = step
+
+
+def profiler(settings, folder, main):
+    """An object with `step()`, to call after each step, and `stop()`. The trace goes to FOLDER/profile/trace.json.gz (for
+    https://ui.perfetto.dev). Raises InputError, when the trace is there, where use_liger_kernel left no Liger kernel in it."""
+    if not settings.profile or not main:
+        return _Off()
+    import torch
+    from torch.profiler import ProfilerActivity, profile, schedule
+
+    on_gpu = torch.cuda.is_available()
+    target = folder / "profile" / "trace.json.gz"
+
+    def report(trace):
+        target.parent.mkdir(exist_ok=True)
+        trace.export_chrome_trace(str(target))
+        events = trace.key_averages()
+        by = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+        table = events.table(sort_by=by, row_limit=20, max_name_column_width=60)
+        (folder / "profile" / "operations.txt").write_text(table)
+        print(f"{table}\nprofile of {ACTIVE} steps: {target}", flush=True)
+        names = [event.key.lower() for event in events]
+        if settings.use_liger_kernel and on_gpu and not any("liger_cross_entropy" in name for name in names):
+            raise InputError(
+                f"use_liger_kernel: Liger's fused cross-entropy is not among the kernels that ran ({target}): the model's "
+                "class is not one it patches, or torch_compile replaced it"
+            )
+
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    tracer = profile(activities=activities, schedule=schedule(WAIT, WARMUP, ACTIVE, repeat=1), on_trace_ready=report)
+    tracer.start()
+    return tracer

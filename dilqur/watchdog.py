@@ -1,0 +1,58 @@
+"""Finds a hang: a rank that makes no progress writes where every thread of it is, names its node, and ends the run.
+
+One rank that waits for a broken disk makes all others wait for it in a collective, without end and without a word. The rank to
+look at is the one whose line does not say that it waits for the others.
+"""
+
+import faulthandler
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+GIL_HELD_S = 120  # if Python's own thread cannot run either, faulthandler's does, this much later
+
+
+class Watchdog:
+    """Tell it what comes next by `at`; when nothing has been told for `minutes` (None: never), it writes
+    FOLDER/hang-rank-00003.txt, has rank 0 leave a REQUEUE marker, and exits with code 1: the launcher ends the other ranks."""
+
+    def __init__(self, folder, rank, minutes):
+        self.folder, self.rank, self.seconds = Path(folder), rank, minutes and 60 * minutes
+        self.doing, self.since, self._file, self._ended = "starting", time.monotonic(), None, threading.Event()
+        if self.seconds:
+            self.path = self.folder / f"hang-rank-{rank:05d}.txt"
+            self._file = self.path.open("w")
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+            self.at("starting")
+
+    def at(self, doing):
+        """doing: what begins now, e.g. "step 12, waiting for the other ranks"."""
+        self.doing, self.since = doing, time.monotonic()
+        if self._file:
+            faulthandler.dump_traceback_later(self.seconds + GIL_HELD_S, exit=True, file=self._file)
+
+    def stop(self):
+        """The training is over: nobody watches any more, and no empty file stays."""
+        self._ended.set()
+        if self._file:
+            faulthandler.cancel_dump_traceback_later()
+            self._file.close()
+            self.path.unlink(missing_ok=True)
+            self._file = None
+
+    def _watch(self):
+        while not self._ended.wait(min(10, self.seconds / 4)):
+            quiet = time.monotonic() - self.since
+            if quiet > self.seconds:
+                who = f"rank {self.rank} on {socket.gethostname()}"
+                line = f"{who}: nothing happened for {quiet / 60:.1f} minutes, while {self.doing}"
+                self._file.write(f"{line}\n\n")
+                self._file.flush()
+                faulthandler.dump_traceback(self._file, all_threads=True)
+                print(f"error: {line}; where it stands: {self.path}", file=sys.stderr, flush=True)
+                if self.rank == 0:
+                    (self.folder / "REQUEUE").touch()
+                os._exit(1)
