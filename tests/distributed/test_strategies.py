@@ -24,15 +24,16 @@ ROUNDING = 1e-5  # relative: fp32 sums in another order, some 100 roundings of 6
 
 
 @contextlib.contextmanager
-def launch(strategy, flags, log):
+def launch(strategy, flags, log, program=ROOT / "scripts" / "cpt.py", processes=2, **environment):
     """The process of `accelerate launch`; it and all its workers are gone at the end, whatever happens."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
-    config = ["--config_file", ROOT / "accelerate_configs" / f"{strategy}.yaml", ROOT / "scripts" / "cpt.py"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+    launcher += ["--num_machines", "1", "--main_process_port", "0"]
+    config = ["--config_file", ROOT / "accelerate_configs" / f"{strategy}.yaml", program]
     with log.open("w") as out:
         process = subprocess.Popen(
             [*launcher, *config, *map(str, flags)],
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
             stdout=out,
             stderr=subprocess.STDOUT,
         )

@@ -1,0 +1,158 @@
+"""The checkpoint matrix: a state saved under every strategy and number of processes goes on under every other.
+
+    python tests/distributed/matrix.py --output benchmarks/checkpoint_matrix.json                        225 cells in fp32
+    python tests/distributed/matrix.py --bf16 --output benchmarks/checkpoint_matrix_bf16.json            and in bf16
+    python tests/distributed/matrix.py --strategies ddp zero3 --worlds 1 2 --controls false              a part
+
+A run of 30 steps under each of them is stopped by nothing; its checkpoint of step 10 is then loaded under each, and the 20 losses that
+follow are compared with those of the loading one's own uninterrupted run. Controls show what the comparison would see: moments that
+were not loaded, a step that was not, two pieces of a file that changed places.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+
+import fork_launch
+from fork_launch import ROOT, run
+
+STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+SAVED, STEPS = 10, 30
+MODEL = (
+    "{vocab_size: 1280, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 3, num_attention_heads: 4, "
+    "num_key_value_heads: 2, tie_word_embeddings: true, bos_token_id: 1024, eos_token_id: 1025, pad_token_id: 1028}"
+)
+
+
+def make_data(folder):
+    """Tokenizer, shards and a tiny model of 180,000 random weights, by the programs a user would use."""
+    corpus = ROOT / "recipes" / "quickstart" / "corpus" / "az"
+
+    def program(name, *flags):
+        subprocess.run([sys.executable, name, *map(str, flags)], cwd=ROOT, check=True, capture_output=True)
+
+    tokenizer, shards = folder / "tokenizer", folder / "shards"
+    program("data_tools/train_tokenizer.py", "--input", corpus, "--vocab_size", 1024, "--output_dir", tokenizer)
+    program("data_tools/pack_mmap.py", "--input", corpus, "--tokenizer", tokenizer, "--output_dir", shards)
+    new = ("--model_config", MODEL, "--tokenizer", tokenizer, "--max_steps", 1, "--learning_rate", "1e-9")
+    data = ("--datasets", f"{{path: {shards}}}", "--max_length", 64, "--global_batch_size", 8)
+    program("scripts/cpt.py", *new, *data, "--output_dir", folder / "made")
+    return folder / "made" / "model", shards
+
+
+class Matrix:
+    def __init__(self, folder, bf16):
+        self.folder, self.bf16 = folder, bf16
+        self.model, self.shards = make_data(folder)
+
+    def train(self, strategy, world, name, *flags):
+        """{step: loss} of one run."""
+        out = self.folder / "runs" / f"{strategy}-{world}" / name
+        shape = f"--max_length 64 --global_batch_size 8 --per_device_train_batch_size 1 --max_steps {STEPS}".split()
+        rest = f"--learning_rate 1e-3 --warmup_steps 5 --save_steps {SAVED} --save_total_limit none".split()
+        data = ("--model_name_or_path", self.model, "--datasets", f"{{path: {self.shards}}}", "--bf16", self.bf16)
+        log = self.folder / f"{strategy}-{world}-{name}.log"
+        run(strategy, world, (*data, *shape, *rest, *flags, "--output_dir", out), log)
+        records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        if name != "whole":
+            shutil.rmtree(out)
+        return {record["step"]: record["loss"] for record in records}
+
+    def checkpoint(self, strategy, world):
+        return self.folder / "runs" / f"{strategy}-{world}" / "whole" / "checkpoints" / f"step-{SAVED:07d}"
+
+    def resumed(self, target, checkpoint, whole, name, *flags):
+        """Largest difference of the 20 losses after `checkpoint` to those of `whole`."""
+        losses = self.train(*target, name, "--resume_from_checkpoint", checkpoint, *flags)
+        assert list(losses) == list(range(SAVED + 1, STEPS + 1)), losses
+        return max(abs(losses[step] - whole[step]) for step in losses)
+
+    def without_step(self, checkpoint):
+        """A copy that says the optimizer has made no step."""
+        return self._rewritten(checkpoint, "no-step", {"optimizer_steps": 0}, lambda names: {})
+
+    def swapped(self, checkpoint):
+        """A copy in which two parameters of one shape have changed places, with checksums that fit."""
+        names = [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 2)]
+        return self._rewritten(checkpoint, "swapped", {}, lambda _: dict(zip(names, names[::-1], strict=True)))
+
+    def _rewritten(self, checkpoint, name, trainer, renamed):
+        from dilqur.checkpoint_files import KINDS, CheckpointReader, pieces_of, publish, tensor_bytes, write_rank
+
+        reader = CheckpointReader(checkpoint)
+        takes = renamed(reader.shapes)
+        part, final = self.folder / f".tmp-{name}", self.folder / f"{name}-{checkpoint.parent.parent.parent.name}"
+        part.mkdir()
+        tensors = {(k, n): reader.tensor(k, takes.get(n, n)).view(-1) for n in reader.shapes for k in KINDS}
+        pieces = [p for (k, n), t in tensors.items() for p in pieces_of(k, n, 0, t.numel(), t.dtype)]
+        data = (tensor_bytes(tensors[p["kind"], p["name"]][p["start"] : p["start"] + p["length"]]) for p in pieces)
+        write_rank(part, 0, pieces, reader.shapes, data)
+        own = {k: v for k, v in reader.trainer.items() if k not in ("version", "step", "world_size")}
+        publish(part, final, reader.trainer["step"], 1, {**own, **trainer})
+        return final
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--strategies", nargs="+", default=STRATEGIES, choices=STRATEGIES)
+    parser.add_argument("--worlds", nargs="+", type=int, default=[1, 2, 4])
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--controls", choices=["true", "false"], default="true")
+    parser.add_argument("--output", help="JSON")
+    arguments = parser.parse_args()
+    fork_launch.import_everything()
+    from dilqur.stage import _git, hardware
+
+    began, places = time.monotonic(), [(s, w) for s in arguments.strategies for w in arguments.worlds]
+    with tempfile.TemporaryDirectory() as folder:
+        matrix = Matrix(Path(folder), arguments.bf16)
+        whole = {place: matrix.train(*place, "whole") for place in places}
+        cells, controls = [], []
+        for source in places:
+            for target in places:
+                name = f"from-{source[0]}-{source[1]}"
+                difference = matrix.resumed(target, matrix.checkpoint(*source), whole[target], name)
+                cells.append({"saved_by": source, "read_by": target, "largest_difference": difference})
+            worst = max(c["largest_difference"] for c in cells if c["saved_by"] == source)
+            print(f"saved by {source[0]} × {source[1]}: largest loss difference {worst:.2e}", flush=True)
+        for place in [p for p in places if p[1] == max(arguments.worlds[:2]) and arguments.controls == "true"]:
+            saved = matrix.checkpoint(*place)
+            ways = {
+                "moments not loaded": (saved, "--resume_without_optimizer", "true"),
+                "step not loaded": (matrix.without_step(saved),),
+                "two pieces swapped": (matrix.swapped(saved),),
+            }
+            for what, (checkpoint, *flags) in ways.items():
+                difference = matrix.resumed(place, checkpoint, whole[place], "control", *flags)
+                controls.append({"read_by": place, "control": what, "largest_difference": difference})
+                print(f"control, {place[0]} × {place[1]}, {what}: {difference:.2e}", flush=True)
+    same = [c["largest_difference"] for c in cells if c["saved_by"] == c["read_by"]]
+    result = {
+        "dtype": "bf16" if arguments.bf16 else "fp32",
+        "cells": len(cells),
+        "largest_difference": max(c["largest_difference"] for c in cells),
+        "largest_difference_same_place": max(same),
+        "uninterrupted_runs_differ_by": max(
+            abs(a[s] - b[s]) for a in whole.values() for b in whole.values() for s in a
+        ),
+        "smallest_control": min((c["largest_difference"] for c in controls), default=None),
+        "seconds": round(time.monotonic() - began),
+        "commit": _git(),
+        "machine": hardware(),
+        "versions": {name: metadata.version(name) for name in ("torch", "accelerate", "deepspeed", "transformers")},
+    }
+    print(json.dumps({k: v for k, v in result.items() if k not in ("machine", "versions", "commit")}))
+    if arguments.output:
+        Path(arguments.output).write_text(
+            json.dumps({**result, "matrix": cells, "controls": controls}, indent=1) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

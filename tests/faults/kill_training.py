@@ -1,0 +1,166 @@
+"""SIGKILL for all processes of a training run at random moments, again and again, until it is done: nothing may be lost.
+
+    python tests/faults/kill_training.py --kills 100 --output benchmarks/kill_training.json
+    python tests/faults/kill_training.py --kills 4 --strategies fsdp2                          a short one
+
+Half of the kills wait for a save to be under way. After each, every complete checkpoint must be whole and the newest must not be older than
+before. In the end the losses must be those of a run that was never killed, bit for bit, the weights too, and a ledger of the
+positions that each step drew must have each exactly once.
+"""
+
+import argparse
+import itertools
+import json
+import random
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "distributed"))
+import fork_launch
+from fork_launch import Run, run
+from matrix import make_data
+
+STEPS, BATCH, WORLD = 400, 8, 2
+
+
+def keep_ledger(folder):
+    """From the next fork on, workers write {"step", "positions"} of every step they draw, one file for each start and rank."""
+    import os
+
+    import dilqur.loop
+
+    original = dilqur.loop.training_batches
+
+    def recorded(samples, start, steps, batch, accumulation, rank, *more, **named):
+        drawn, batch_of = [], samples.batch
+        samples.batch = lambda positions: (drawn.extend(map(int, positions)), batch_of(positions))[1]
+        first = start // (batch * accumulation * int(os.environ.get("WORLD_SIZE", 1)))
+        with (folder / f"{time.time_ns()}-{rank}.jsonl").open("w") as file:
+            steps_of = original(samples, start, steps, batch, accumulation, rank, *more, **named)
+            for step, micro_batches in enumerate(steps_of, first + 1):
+                file.write(json.dumps({"step": step, "positions": drawn}) + "\n")
+                file.flush()
+                drawn.clear()
+                yield micro_batches
+
+    dilqur.loop.training_batches = recorded
+
+
+def positions_of_the_surviving_steps(folder):
+    """Of each step, what the last start that did it drew, over all ranks."""
+    by_step = {}
+    for file in sorted(folder.iterdir()):
+        for line in file.read_text().splitlines():
+            record = json.loads(line)
+            rank = file.stem.rpartition("-")[2]
+            by_step.setdefault(record["step"], {})[rank] = record["positions"]
+    return sorted(itertools.chain.from_iterable(p for step in by_step.values() for p in step.values()))
+
+
+def check_checkpoints(folder, newest):
+    """All complete ones are whole; returns the newest step. AssertionError if it went back."""
+    from dilqur.checkpoint_files import KINDS, CheckpointReader, complete_checkpoints, step_of
+
+    found = complete_checkpoints(folder)
+    for checkpoint in found:
+        reader = CheckpointReader(checkpoint)
+        for kind, name in itertools.product(KINDS, reader.shapes):
+            reader.tensor(kind, name)
+        assert reader.trainer["step"] == step_of(checkpoint)
+    now = step_of(found[-1]) if found else 0
+    assert now >= newest, f"{folder}: the newest checkpoint is of step {now}, and was of {newest}"
+    return now
+
+
+def campaign(strategy, kills, folder, flags, seed):
+    """(kills, kills inside a save) of one strategy. AssertionError where anything was lost."""
+    moments, made, inside, newest = random.Random(seed), 0, 0, 0
+    whole, out, ledger = folder / f"{strategy}-whole", folder / f"{strategy}-killed", folder / f"{strategy}-ledger"
+    ledger.mkdir()
+    began = time.monotonic()
+    run(strategy, WORLD, (*flags, "--output_dir", whole), folder / "whole.log")
+    seconds = time.monotonic() - began
+    keep_ledger(ledger)
+    while made < kills:
+        running = Run(strategy, WORLD, (*flags, "--output_dir", out), folder / "killed.log")
+        if made % 2:  # when a save is under way
+            while running.poll() is None and not list(out.glob("checkpoints/.tmp-*")):
+                time.sleep(0.0002)
+            time.sleep(moments.uniform(0, 0.01))
+        else:
+            end = time.monotonic() + moments.uniform(0.1, seconds)
+            while running.poll() is None and time.monotonic() < end:
+                time.sleep(0.01)
+        if running.poll() is not None:
+            assert running.poll() == 0, running.log.read_text()[-3000:]
+            break  # done, before all kills were made
+        running.kill()
+        made, inside = made + 1, inside + bool(list(out.glob("checkpoints/.tmp-*")))
+        newest = check_checkpoints(out / "checkpoints", newest)
+    if not (out / "manifest.json").exists():
+        run(strategy, WORLD, (*flags, "--output_dir", out), folder / "killed.log")
+    from safetensors.torch import load_file
+
+    numbers = [
+        [
+            (r["step"], r["loss"], r["grad_norm"])
+            for r in map(json.loads, (f / "metrics.jsonl").read_text().splitlines())
+        ]
+        for f in (whole, out)
+    ]
+    assert numbers[0] == numbers[1], "the losses are not those of the uninterrupted run"
+    ours, theirs = (load_file(f / "model" / "model.safetensors") for f in (out, whole))
+    assert all(ours[name].equal(theirs[name]) for name in theirs), "other weights"
+    assert positions_of_the_surviving_steps(ledger) == list(range(STEPS * BATCH)), "a position was lost or seen twice"
+    return made, inside
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100, help="in all")
+    parser.add_argument("--strategies", nargs="+", default=["ddp", "fsdp2", "zero2", "zero3"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", help="JSON")
+    arguments = parser.parse_args()
+    fork_launch.import_everything()
+    from dilqur.stage import _git, hardware
+
+    made, began = {}, time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model, shards = make_data(folder)
+        flags = ("--model_name_or_path", model, "--datasets", f"{{path: {shards}}}", "--max_length", 64)
+        flags += ("--global_batch_size", BATCH, "--per_device_train_batch_size", 2, "--max_steps", STEPS)
+        flags += ("--learning_rate", "1e-3", "--save_steps", 3, "--save_total_limit", 3)
+        for number, strategy in enumerate(arguments.strategies):
+            share = len(range(number, arguments.kills, len(arguments.strategies)))
+            total = [0, 0]
+            for attempt in itertools.count():  # a run may be done before it was killed often enough: then once more
+                (place := folder / f"{strategy}-{attempt}").mkdir()
+                done = campaign(strategy, share - total[0], place, flags, arguments.seed + attempt)
+                total = [a + b for a, b in zip(total, done, strict=True)]
+                if total[0] >= share:
+                    break
+            made[strategy] = {"kills": total[0], "inside_a_save": total[1], "runs": attempt + 1}
+            print(f"{strategy}: {made[strategy]}: same losses, weights and positions, no checkpoint lost", flush=True)
+    result = {
+        "kills": sum(m["kills"] for m in made.values()),
+        "inside_a_save": sum(m["inside_a_save"] for m in made.values()),
+        "by_strategy": made,
+        "steps": STEPS,
+        "processes": WORLD,
+        "seconds": round(time.monotonic() - began),
+        "commit": _git(),
+        "machine": hardware(),
+        "versions": {name: metadata.version(name) for name in ("torch", "accelerate", "deepspeed", "transformers")},
+    }
+    print(json.dumps({k: result[k] for k in ("kills", "inside_a_save", "seconds")}))
+    if arguments.output:
+        Path(arguments.output).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
