@@ -1,13 +1,13 @@
 """AdamW in bfloat16 alone, 8 bytes a parameter: weight, gradient and both moments; what does not fit is rounded by chance.
 
-A step of 1e-4 on a weight of 1.0 is a fortieth of the distance to its neighbour: rounded to the nearest bfloat16, it never
-moves. So what a step makes, in fp32, goes to one of its two neighbours, up with a probability that is the fraction of the way it
-has gone: right on average, however small the steps (stochastic rounding; for bfloat16 training Zamirai et al. 2020,
-arXiv:2010.06192). The moments need it as much: at beta2 = 0.999 a step changes exp_avg_sq by less than half a last digit.
+A step of 1e-4 on a weight of 1.0 is a fortieth of the way to the next bfloat16: rounded to the nearest, the weight never moves.
+So what a step makes, in fp32, goes to one of its two neighbours, up with a probability that is the fraction of the way it has
+come: right on average, however small the steps (stochastic rounding; for bfloat16 training Zamirai et al. 2020,
+arXiv:2010.06192). The moments need it as much: at beta2 = 0.999 a step takes less than half of the last digit off exp_avg_sq.
 
-The chance is a pure function of seed, optimizer step, the parameter's name and the element's index in the whole parameter, and
-the optimizers of torchao (stochastic rounding by the running generator) and optimi (a Kahan sum, 2 bytes more; moments rounded
-to the nearest) do not have that: a run that is resumed, or goes on over other ranks, would round otherwise than without.
+The chance is a pure function of seed, optimizer step, the parameter's name and the element's index in the whole parameter: that
+of torchao's optimizers comes from a running generator, so that a run resumed, or sharded otherwise, would round otherwise from
+there on. (They round the moments to the nearest, too; and so does optimi, whose Kahan sum takes 2 bytes more.)
 
 The class of an optimizer is made from torch's: importing this imports torch.
 """
@@ -17,10 +17,8 @@ import math
 
 import torch
 
-CHUNK = {
-    "cpu": 1 << 15,
-    "cuda": 1 << 22,
-}  # elements at a time: 64 bytes each; in a core's cache, and 0.25 GB of a GPU's
+# elements at a time, with some 64 bytes each of temporaries: what a core's cache holds, and 0.25 GB of a GPU
+CHUNK = {"cpu": 1 << 15, "cuda": 1 << 22}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 LARGEST = 0x7F7F0000  # the bits of the largest finite bfloat16
 
@@ -60,9 +58,8 @@ class BF16AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, parameter in _named(group):
                 if parameter.grad is not None:
-                    _refuse_other_dtypes(
-                        name, parameter
-                    )  # again: accelerate's FSDP2 makes them fp32 unless told not to
+                    # again: under mixed precision, accelerate's FSDP2 has made them fp32
+                    _refuse_other_dtypes(name, parameter)
                     self._step(group, name, parameter)
         return loss
 
@@ -101,11 +98,11 @@ class BF16AdamW(torch.optim.Optimizer):
 def update_(weight, gradient, exp_avg, exp_avg_sq, start, key, numbers):
     """One step on the elements [start, start + n) of a flattened parameter, in place: four 1-D tensors of n elements.
 
-    key: 0-d int64, of this parameter and step. numbers: fp32 (8,), as below.
+    key: 0-d int64, of this parameter and step. numbers: fp32 (8,), on the CPU, in the order of the first line.
     """
-    # products and sums one by one: a fused multiply-add, as `lerp` or `alpha=` have in a CPU's vectorised loops, but not in
-    # their remainders, would make a result depend on where a shard ends
     keep, beta1, new1, beta2, new2, rate, correction, eps = numbers.unbind()
+    # one operation at a time: those every processor rounds alike, while `lerp`, `addcmul` and `alpha=` fuse a product with a sum
+    # on some (measured between ATEN_CPU_CAPABILITY=default and avx2)
     gradient = gradient.float()
     mean = exp_avg.float() * beta1 + gradient * new1
     square = exp_avg_sq.float() * beta2 + gradient * gradient * new2
@@ -124,16 +121,14 @@ def round_by_chance(x, bits):
     """
     whole = x.view(torch.int32)
     up = bits.to(torch.int32) & 0xFFFF
-    room = (LARGEST - (whole & 0x7FFFFFFF)).clamp(
-        min=0
-    )  # up to the largest; none for infinities and NaN, which lie above
+    room = (LARGEST - (whole & 0x7FFFFFFF)).clamp(min=0)  # infinities and NaN lie above the largest, and have none
     return ((whole + torch.minimum(up, room)) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
 def noise(start, n, key, device):
     """int64 (n,): 64 random bits for each of the elements [start, start + n), by the finaliser of splitmix64 (Steele, Lea and
     Flood 2014). key: 0-d int64."""
-    # ^ and not +: of a multiplied sum, compilers conclude that it cannot overflow, and that the loop ends after an element
+    # ^ and not +: of a sum that is multiplied, compilers conclude that it cannot overflow, so that their loop ends at once
     x = torch.arange(start, start + n, device=device) ^ key
     x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)

@@ -100,6 +100,16 @@ def test_the_noise_of_weight_and_moments_is_even_and_nothing_in_it_repeats():
     assert max(map(abs, scores)) < SIGMAS
 
 
+def test_weight_and_moments_of_an_element_are_rounded_independently():
+    n = 1 << 16
+    weight = nn.Parameter(torch.ones(n).bfloat16())
+    optimizer = BF16AdamW([("w", weight)])
+    repeat(optimizer, weight, torch.ones(n).bfloat16(), 1)  # 0.999, 0.1 and 0.001: each between two bfloat16
+    rounded = torch.stack([weight.detach(), *(optimizer.state[weight][m] for m in MOMENTS)]).double()
+    together = torch.corrcoef(rounded)[[0, 0, 1], [1, 2, 2]]
+    assert together.abs().max().item() < SIGMAS / math.sqrt(n)
+
+
 # -- it is AdamW ------------------------------------------------------------------------------------------------------
 
 
@@ -398,9 +408,9 @@ def test_compiled_it_steps_to_the_same_bfloat16_but_where_fp32_itself_was_rounde
 
 def test_parameters_without_names_and_of_other_dtypes_are_refused():
     model = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="model[.]named_parameters"):
+    with pytest.raises(ValueError, match=r"model\.named_parameters"):
         BF16AdamW(model.bfloat16().parameters())
-    with pytest.raises(ValueError, match="weight is torch[.]float32, not torch[.]bfloat16"):
+    with pytest.raises(ValueError, match=r"weight is torch\.float32, not torch\.bfloat16"):
         BF16AdamW(model.float().named_parameters())
 
 
@@ -408,5 +418,5 @@ def test_weights_that_became_fp32_after_the_optimizer_was_made_are_refused():
     model = nn.Linear(2, 2).bfloat16()
     optimizer = BF16AdamW(model.named_parameters())
     model.float()(torch.ones(1, 2)).sum().backward()
-    with pytest.raises(ValueError, match="weight is torch[.]float32, not torch[.]bfloat16"):
+    with pytest.raises(ValueError, match=r"weight is torch\.float32, not torch\.bfloat16"):
         optimizer.step()
