@@ -17,9 +17,10 @@ import math
 
 import torch
 
+from dilqur.owned_state import MOMENTS, first_element
+
 # elements at a time, with some 64 bytes each of temporaries: what a core's cache holds, and 0.25 GB of a GPU
 CHUNK = {"cpu": 1 << 15, "cuda": 1 << 22}
-MOMENTS = ("exp_avg", "exp_avg_sq")
 LARGEST = 0x7F7F0000  # the bits of the largest finite bfloat16
 
 
@@ -167,10 +168,4 @@ def _local(tensor):
 
 def _elements_before(parameter):
     """How many elements of the whole flattened parameter lie before those of this rank."""
-    if not hasattr(parameter, "to_local"):
-        return 0
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    size, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    assert tuple(size[1:]) == tuple(parameter.shape[1:]), "only shards of whole rows are one flat range"
-    return offset[0] * math.prod(parameter.shape[1:]) if offset else 0
+    return first_element(parameter) if hasattr(parameter, "to_local") else 0

@@ -54,7 +54,7 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
     world = int(os.environ.get("WORLD_SIZE", 1))
     batch_size, accumulation = split_batch(settings.global_batch_size, settings.per_device_train_batch_size, world)
     accelerator = make_accelerator(
-        settings.bf16,
+        settings.bf16 and settings.dtype == "float32",
         batch_size,
         accumulation,
         settings.max_grad_norm,

@@ -38,10 +38,10 @@ def make_optimizer(model, settings, fused):
     """
     import torch
 
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [(name, p) for name, p in trainable if p.ndim >= 2], "weight_decay": settings.weight_decay},
+        {"params": [(name, p) for name, p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [g for g in groups if g["params"]]
     betas = (settings.adam_beta1, settings.adam_beta2)
@@ -49,7 +49,7 @@ def make_optimizer(model, settings, fused):
     if settings.dtype == "bfloat16":
         from dilqur.bf16_adamw import BF16AdamW
 
-        return BF16AdamW(groups, **arguments, seed=settings.seed)
+        return BF16AdamW(groups, **arguments, seed=settings.seed, compiled=fused)
     return torch.optim.AdamW(groups, **arguments, fused=fused)
 
 

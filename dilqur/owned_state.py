@@ -10,6 +10,8 @@
 All ranks together own every element of every trainable parameter once.
 """
 
+import math
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -89,7 +91,7 @@ def first_element(parameter):
 
     size, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     assert tuple(size[1:]) == tuple(parameter.shape[1:]), "only shards of whole rows are one flat range"
-    return offset[0] * (parameter.numel() // parameter.shape[0])
+    return offset[0] * math.prod(parameter.shape[1:]) if offset else 0
 
 
 def _owned_zero12(parameter, base, zero):

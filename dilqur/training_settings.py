@@ -60,9 +60,7 @@ class TrainingSettings(StageSettings):
     bf16: bool = field(default=False, metadata={"help": "bfloat16 products; weights and optimizer stay in `dtype`"})
     dtype: Literal["float32", "bfloat16"] = field(
         default="float32",
-        metadata={
-            "help": "of weights and optimizer; bfloat16: 8 bytes a parameter, rounded stochastically; ddp or fsdp2"
-        },
+        metadata={"help": "of weights and optimizer; bfloat16: 8 bytes a parameter, stochastic rounding; ddp, fsdp2"},
     )
     reduce_dtype: Literal["float32", "bfloat16"] = field(
         default="float32", metadata={"help": "of the gradients on the network"}
