@@ -27,7 +27,7 @@ import numpy as np
 from dilqur.atomic import write_json
 from dilqur.batches import TokenSamples
 from dilqur.document_attention import attention_for, document_kwargs, register_document_attention
-from dilqur.errors import program
+from dilqur.errors import InputError, program
 from dilqur.quiet import quiet_libraries
 from dilqur.recipe import parse
 from dilqur.stage import ShardsPath, _git, hardware
@@ -56,6 +56,8 @@ class BenchmarkSettings:
 @program
 def main():
     settings = parse(BenchmarkSettings, __doc__)
+    if unknown := [length for length in settings.max_lengths if ("cpu", length) not in SHAPES]:
+        raise InputError(f"max_lengths: there is no model for {unknown[0]}: take 2048, 131072 or both")
     quiet_libraries()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch starts its threads
     import torch
@@ -162,12 +164,12 @@ def table(result):
     packages = ", ".join(f"{name} {version}" for name, version in result["packages"].items())
     lines = [f"{where}; {packages}; documents: {result['documents']}", ""]
     lines += [
-        "| max_length | model | pairs within documents | attention | tokens/s, median (range) | × | tokens/CPU-s | × |"
+        "| max_length | layers × width | pairs within documents | attention | tokens/s, median (range) | × | tokens/CPU-s | × |"
     ]
     lines += ["|---:|---|---:|---|---:|---:|---:|---:|"]
     for length, found in result["max_lengths"].items():
         config, clocks = found["config"], (found["tokens_per_second"], found["tokens_per_cpu_second"])
-        model = f"{config['num_hidden_layers']} layers of {config['hidden_size']}, {found['dtype']}"
+        model = f"{config['num_hidden_layers']} × {config['hidden_size']}, {found['dtype']}"
         for row in clocks[0]:
             cells = [f"{int(length):,}", model, f"{found['pairs_within_documents']:.1%}", row]
             for clock in clocks:

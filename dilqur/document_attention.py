@@ -71,7 +71,8 @@ def register_document_attention():
     """Make "document_sdpa" known to transformers, before a model is made with it; once more does no harm.
 
     It gets no mask function: without one transformers makes no mask, and does not search position_ids for documents either,
-    for which it would wait for the GPU in every forward (masking_utils, `_preprocess_mask_arguments`).
+    for which it would wait for the GPU in every forward (masking_utils, `_preprocess_mask_arguments`). Nor does it hand on a
+    2-D attention_mask: padding is no part of it but a document of its own.
     """
     import torch
     from torch.nn.attention import varlen
@@ -100,7 +101,7 @@ def register_document_attention():
         """As transformers calls it. query: (batch, heads, length, head_dim), key and value with as many heads or fewer;
         returns (batch, length, heads, head_dim) and None. is_causal: else the module's own."""
         if cu_seq_lens_q is None or attention_mask is not None:
-            raise ValueError(f"{NAME} goes by document_kwargs(position_ids), and by no mask: padding is a document too")
+            raise ValueError(f"{NAME} goes by document_kwargs(position_ids), and by no attention_mask")
         if any(kwargs.get(name) is not None for name in ("sliding_window", "softcap", "s_aux", "position_bias")):
             raise ValueError(f"{NAME} knows no sliding window, softcap, sinks or position bias, and this model has one")
         batch, _, length, _ = query.shape

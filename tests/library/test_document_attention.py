@@ -21,6 +21,9 @@ DOCUMENTS = [  # (row, first token, token after the last)
     for begin, end in itertools.pairwise([0, *itertools.accumulate(lengths)])
 ]
 
+# other numbers of documents, and other longest ones
+OTHER_DOCUMENTS = [PACKED, [[24, 24], [48]], [[16, 32], [1, 47]], [[2] * 24, [3] * 16], [[20, 28], [28, 20]]]
+
 
 @pytest.fixture
 def llama():
@@ -161,7 +164,7 @@ def test_a_compiled_model_gives_the_same_and_is_not_compiled_again_for_other_doc
 
     model, compiled_after = llama(num_hidden_layers=1), []
     compiled = torch.compile(model, backend=count)
-    for packed in (PACKED, [[24, 24], [48]], [[16, 16, 16], [1, 47]], [[2] * 24, [3] * 16], [[40, 8], [8, 40]]):
+    for packed in OTHER_DOCUMENTS:
         documents = document_kwargs(positions(packed))
         eager, graph = gradients(model, words, documents), gradients(compiled, words, documents)
         assert all(torch.equal(eager[name], graph[f"_orig_mod.{name}"]) for name in eager)
@@ -282,17 +285,24 @@ def test_under_autocast_the_kernel_gets_sixteen_bits(llama, words, kernel):
     assert {call[name].dtype for call in kernel for name in ("query", "key", "value")} == {torch.bfloat16}
 
 
-def test_the_kernel_takes_what_it_is_given_and_the_model_stays_one_graph(llama, monkeypatch):
+def test_with_the_kernel_the_model_is_compiled_whole_and_not_again_for_every_batch(llama, monkeypatch):
     import torch
+    from torch._dynamo.testing import CompileCounterWithBackend
 
+    torch._dynamo.reset()
     monkeypatch.setattr(document_attention, "_has_varlen_kernel", lambda query: True)
     # no numbers, but the kernel's own rules for shapes, forward and backward
     model = llama(num_hidden_layers=1).to("meta", torch.bfloat16)
-    documents = document_kwargs(positions(PACKED))
-    on_device = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in documents.items()}
-    model = torch.compile(model, backend="aot_eager", fullgraph=True)
     words = torch.zeros(2, LENGTH, dtype=torch.int64, device="meta")
-    model(words, use_cache=False, **on_device).logits.sum().backward()
+    counter, compiled_after = CompileCounterWithBackend("eager"), []
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for packed in OTHER_DOCUMENTS:
+        documents = document_kwargs(positions(packed))
+        on_device = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in documents.items()}
+        compiled(words, use_cache=False, **on_device).logits.sum().backward()
+        compiled_after.append(counter.frame_count)
+    # the second batch says that the number of documents changes, the first with a shorter longest one that this does, too
+    assert compiled_after == [1, 2, 2, 3, 3]
     assert all(parameter.grad.shape == parameter.shape for parameter in model.parameters())
     torch._dynamo.reset()
 
