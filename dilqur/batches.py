@@ -286,7 +286,12 @@ def evaluation_batches(samples, batch, rank, world_size, limit=None):
 
 
 def _as_tensors(arrays):
-    """The batch comes whole from `TokenSamples.batch`: nothing to stack."""
+    """The batch comes whole from `TokenSamples.batch`: nothing to stack. Beside position_ids, what attention needs of them."""
     import torch
 
-    return {name: torch.from_numpy(values) for name, values in arrays.items()}
+    tensors = {name: torch.from_numpy(values) for name, values in arrays.items()}
+    if "position_ids" in tensors:
+        from dilqur.document_attention import document_kwargs
+
+        tensors |= document_kwargs(tensors["position_ids"])
+    return tensors

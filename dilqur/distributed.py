@@ -37,6 +37,14 @@ def planned_strategy():
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         return _zero_stage(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        replicas, shards = (
+            int(os.environ.get(f"PARALLELISM_CONFIG_DP_{name}_SIZE", 1)) for name in ("REPLICATE", "SHARD")
+        )
+        if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true" and replicas * shards != world:
+            raise InputError(
+                f"parallelism_config: dp_replicate_size {replicas} x dp_shard_size {shards} are not the {world} processes: give "
+                "--parallelism_config_dp_replicate_size (nodes) and --parallelism_config_dp_shard_size (GPUs of a node)"
+            )
         return _fsdp_version(os.environ.get("FSDP_VERSION", "1"))
     if world > 1 and (config := os.environ.get("DILQUR_STRATEGY")) and "LOCAL_RANK" not in os.environ:
         import yaml
@@ -86,11 +94,12 @@ def make_accelerator(bf16, batch, accumulation, max_grad_norm, reduce_dtype="flo
 
     # rank 0 alone writes model/ at the end, and the others wait: an 8B on a slow file system takes longer than NCCL's 10 min
     process_group = InitProcessGroupKwargs(timeout=timedelta(hours=1))
-    low = reduce_dtype == "bfloat16"
+    low, on_gpu = reduce_dtype == "bfloat16", torch.cuda.is_available()
     ddp = DistributedDataParallelKwargs(
-        comm_hook=DDPCommunicationHookType.BF16 if low else DDPCommunicationHookType.NO, gradient_as_bucket_view=True
+        comm_hook=DDPCommunicationHookType.BF16 if low and on_gpu else DDPCommunicationHookType.NO,  # it wants NCCL
+        gradient_as_bucket_view=True,
     )
-    arguments = {} if torch.cuda.is_available() else _allow_cpu(process_group)
+    arguments = {} if on_gpu else _allow_cpu(process_group)
     accelerator = Accelerator(
         mixed_precision="bf16" if bf16 else "no",
         gradient_accumulation_steps=accumulation,
@@ -111,8 +120,10 @@ def make_accelerator(bf16, batch, accumulation, max_grad_norm, reduce_dtype="flo
         if bf16:  # else micro-batch gradients are added up in bf16
             plugin.deepspeed_config["data_types"] = {"grad_accum_dtype": "fp32"}
     elif strategy(accelerator) == "fsdp2":
-        from torch.distributed.fsdp import MixedPrecisionPolicy
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
+        if isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy) and not on_gpu:
+            accelerator.state.fsdp_plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if bf16 else None,
             reduce_dtype=torch.bfloat16 if low else torch.float32,

@@ -27,7 +27,6 @@ from pathlib import Path
 
 from dilqur.atomic import atomic_file
 
-
 ONLY_IN_THE_FILE = ("tokens_per_second_all", "step_seconds_median")  # a log's lines stay short
 
 

@@ -10,6 +10,7 @@ from typing_extensions import TypedDict
 
 from dilqur.batches import TokenSamples, same_past, split_batch
 from dilqur.distributed import planned_strategy, refuse_what_it_cannot
+from dilqur.document_attention import attention_for
 from dilqur.errors import InputError
 from dilqur.local_copy import local_copy
 from dilqur.optimizer import SCHEDULES
@@ -186,10 +187,7 @@ def check_training(settings, folder=None, copies=None):
     if bool(settings.max_steps) == bool(settings.num_train_epochs):
         raise InputError("give max_steps or num_train_epochs, one of them")
     refuse_what_it_cannot(settings, planned_strategy())
-    if settings.intra_document_masking:
-        from dilqur.document_attention import attention_for
-
-        attention_for(settings.attn_implementation, True)
+    attention_for(settings.attn_implementation, settings.intra_document_masking)
     if settings.mirror_to:
         from dilqur.checkpoint_mirror import check_address
 

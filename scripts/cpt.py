@@ -50,7 +50,7 @@ def load_model(settings):
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 
-    # from dilqur.document_attention import attention_for
+    from dilqur.document_attention import attention_for, register_document_attention
 
     if settings.use_liger_kernel and not torch.cuda.is_available():
         print("use_liger_kernel: no GPU here, going on without (its kernels are Triton's)", flush=True)
@@ -58,10 +58,9 @@ def load_model(settings):
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama()
+    register_document_attention()
     dtype = getattr(torch, settings.dtype)
-    attention = settings.attn_implementation
-    if settings.intra_document_masking:
-        attention = attention_for(attention)
+    attention = attention_for(settings.attn_implementation, settings.intra_document_masking)
     if settings.model_name_or_path:
         return AutoModelForCausalLM.from_pretrained(
             settings.model_name_or_path, dtype=dtype, attn_implementation=attention
@@ -72,11 +71,12 @@ def load_model(settings):
 
 
 def causal_loss(model, batch, tokens):
-    """Sum of the next-token losses of `batch` / `tokens`. The labels are shifted already: label i is the token after i."""
-    labels = batch["labels"]
-    return model(
-        input_ids=batch["input_ids"], labels=labels, shift_labels=labels, num_items_in_batch=tokens, use_cache=False
-    ).loss
+    """Sum of the next-token losses of `batch` / `tokens`. The labels are shifted already: label i is the token after i.
+
+    With intra_document_masking the batch also says where documents begin; without use_cache=False some kinds of attention
+    would not look at that.
+    """
+    return model(**batch, shift_labels=batch["labels"], num_items_in_batch=tokens, use_cache=False).loss
 
 
 @program

@@ -84,7 +84,7 @@ if ((node > 0)); then
 fi
 for ((try = 1; ; try++)); do
   code=0
-  said=$(WORLD_SIZE=$processes python "$program" "$@" --check 2>&1) || code=$?
+  said=$(WORLD_SIZE=$processes DILQUR_STRATEGY=$strategy python "$program" "$@" --check 2>&1) || code=$?
   ((code != 0 && try < tries)) || break
   sleep 10
 done
@@ -102,6 +102,9 @@ if ((nodes > 1)); then
   where=(--machine_rank "$node" --main_process_ip "${hosts[0]}" --main_process_port "$((20000 + SLURM_JOB_ID % 10000))" --rdzv_backend static)
 else
   where=(--machine_rank 0 --main_process_port 0) # 0: a free one, several runs may share the node
+fi
+if grep -q '^parallelism_config:' "$strategy"; then # HSDP: sharded over a node's GPUs, replicated over nodes
+  where+=(--parallelism_config_dp_replicate_size "$nodes" --parallelism_config_dp_shard_size "$here")
 fi
 threads=$(($(nproc) / here))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))} # accelerate's default is one
