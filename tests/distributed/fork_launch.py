@@ -1,44 +1,41 @@
-"""Starts many runs of scripts/cpt.py quickly, for campaigns of hundreds: torch and the rest are imported once, and forked.
+"""Starts many training runs quickly, for tests and campaigns of hundreds: torch and the rest are imported once, and forked.
 
-A process of `accelerate launch` spends ten seconds on imports before its first step. Here it is asked once for each strategy and
-number of processes what environment it would give its workers; after that each worker is a fork of this process, which must have
-no threads: a program of its own, not a test runner. What runs in the workers is the same as ever: the program's `main`, the
-process group, FSDP2, DeepSpeed. That real launches work is what tests/distributed/test_strategies.py shows.
+A process of `accelerate launch` spends ten seconds of a core on imports before its first step. Here accelerate is asked what environment
+it would give its workers, and each worker is a fork of this process, which must have no threads: a program of its own, not a test
+runner (`Server` starts one). What runs in the workers is the same as ever: the program, the process group, FSDP2, DeepSpeed. That
+real launches work is what tests/distributed/test_strategies.py shows.
 """
 
 import contextlib
 import functools
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
-DUMP = "import json, os, sys; os.environ['RANK'] == '0' and json.dump(dict(os.environ), open(sys.argv[1], 'w'))"
+CPT = ROOT / "scripts" / "cpt.py"
 
 
 def import_everything():
     """What a run imports; once, before the first fork."""
+    sys.path.insert(0, str(ROOT))
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import torch
 
     torch.set_num_threads(1)  # a pool of threads would not survive the fork
-    import accelerate  # noqa: F401
     import torch.distributed.fsdp
+    import torch.distributed.tensor
     import transformers.models.llama.modeling_llama  # noqa: F401
-    from torch.distributed.tensor import DTensor  # noqa: F401
-
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import cpt  # noqa: F401
-    import deepspeed  # noqa: F401
 
     import dilqur.checkpoint
+    import dilqur.document_attention
     import dilqur.loop
     import dilqur.model_folder  # noqa: F401
 
@@ -48,59 +45,51 @@ def workers_environment(strategy, world):
     """What `accelerate launch` gives the workers of `strategy` (the name of an accelerate config, or "single")."""
     if strategy == "single":
         return {}
-    with tempfile.TemporaryDirectory() as folder:
-        (script := Path(folder) / "dump.py").write_text(DUMP)
-        launcher = [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--num_processes",
-            str(world),
-            "--num_machines",
-            "1",
-        ]
-        config = ["--config_file", str(ROOT / "accelerate_configs" / f"{strategy}.yaml"), "--main_process_port", "0"]
-        done = subprocess.run(
-            [*launcher, *config, str(script), f"{folder}/environment.json"], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        found = json.loads((Path(folder) / "environment.json").read_text())
-    changed = {k: v for k, v in found.items() if os.environ.get(k) != v}
-    # the launcher's own store and agent are not there
-    return {k: v for k, v in changed.items() if not k.startswith(("TORCHELASTIC", "TORCH_NCCL", "PWD", "MASTER"))}
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    config = ["--config_file", str(ROOT / "accelerate_configs" / f"{strategy}.yaml"), "--num_processes", str(world)]
+    if strategy == "hsdp":
+        config += ["--parallelism_config_dp_replicate_size", "2", "--parallelism_config_dp_shard_size", str(world // 2)]
+    words = [*config, "--num_machines", "1", "--main_process_port", "0", str(CPT)]
+    arguments, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    deepspeed = arguments.use_deepspeed
+    environment = prepare_deepspeed_cmd_env(arguments)[1] if deepspeed else prepare_multi_gpu_env(arguments)
+    changed = {k: v for k, v in environment.items() if os.environ.get(k) != v}
+    return {**changed, "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
 
 
 class Run:
-    """`world` forked workers of one run of cpt.py with `flags`; their output goes to the file `log`."""
+    """`world` forked workers of one run of `program` with `flags`; their output goes to the file `log`."""
 
-    def __init__(self, strategy, world, flags, log, **environment):
-        environment = {**workers_environment(strategy, world), **environment, "MASTER_ADDR": "127.0.0.1"}
+    def __init__(self, strategy, world, flags, log, program=CPT, **environment):
+        environment = {**workers_environment(strategy, world), **environment}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             environment["MASTER_PORT"] = str(free.getsockname()[1])
         self.log, self.codes = Path(log), {}
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        self.pids = [self._fork(rank, world, flags, output, environment) for rank in range(world)]
+        self.pids = [self._fork(rank, program, flags, output, environment) for rank in range(world)]
         os.close(output)
 
-    def _fork(self, rank, world, flags, output, environment):
+    def _fork(self, rank, program, flags, output, environment):
         sys.stdout.flush()
         if pid := os.fork():
             return pid
         code = 1
         try:
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(output, 1)
             os.dup2(output, 2)
             os.environ.update(environment)
-            if environment.get("WORLD_SIZE"):  # not "single"
+            if "WORLD_SIZE" in environment:  # not "single"
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-            sys.argv = [str(ROOT / "scripts" / "cpt.py"), *map(str, flags)]
-            import cpt
-
-            cpt.main()
+            sys.argv = [str(program), *map(str, flags)]
+            runpy.run_path(str(program), run_name="__main__")
             code = 0
         except SystemExit as left:
-            code = left.code if isinstance(left.code, int) else 1
+            code = left.code if isinstance(left.code, int) else int(left.code is not None)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -139,7 +128,86 @@ class Run:
                 self.codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def run(strategy, world, flags, log, **environment):
+def run(strategy, world, flags, log, **more):
     """One run to its end; AssertionError with the log unless it ends with 0."""
-    code = Run(strategy, world, flags, log, **environment).wait()
+    code = Run(strategy, world, flags, log, **more).wait()
     assert code == 0, f"exit code {code}\n{Path(log).read_text()[-5000:]}"
+
+
+# -- for a test runner ------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """This file as a process of its own, which forks the runs that a test asks for. A context manager."""
+
+    def __enter__(self):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, __file__]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        return self
+
+    def __exit__(self, *exception):
+        self.process.stdin.close()
+        self.process.wait(60)
+
+    def ask(self, what, *arguments, **named):
+        self.process.stdin.write(json.dumps([what, arguments, named]) + "\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline())
+        assert "error" not in answer, answer["error"]
+        return answer["value"]
+
+    @contextlib.contextmanager
+    def launch(self, strategy, flags, log, processes=2, program=CPT, **environment):
+        """A run, as an object with `poll`, `wait`, `kill` and `pids`; it is gone at the end, whatever happens."""
+        words = (strategy, processes, [*map(str, flags)], str(log))
+        started = _Started(self, self.ask("start", *words, program=str(program), **environment))
+        try:
+            yield started
+        finally:
+            started.kill()
+
+
+class _Started:
+    def __init__(self, server, pids):
+        self.server, self.pids = server, pids
+
+    def poll(self):
+        return self.server.ask("poll", self.pids[0])
+
+    def wait(self, seconds):
+        end = time.monotonic() + seconds
+        while (code := self.poll()) is None:
+            assert time.monotonic() < end, f"still running after {seconds} s"
+            time.sleep(0.02)
+        return code
+
+    def kill(self):
+        self.server.ask("kill", self.pids[0])
+
+
+def serve():
+    """One JSON request a line on standard input, one answer a line on standard output."""
+    import_everything()
+    runs = {}
+    for line in sys.stdin:
+        what, arguments, named = json.loads(line)
+        try:
+            if what == "start":
+                started = Run(*arguments, **named)
+                runs[started.pids[0]] = started
+                value = started.pids
+            else:
+                value = getattr(runs[arguments[0]], what)()
+            answer = {"value": value}
+        except Exception:
+            answer = {"error": traceback.format_exc()}
+        print(json.dumps(answer), flush=True)
+    for started in runs.values():
+        started.kill()
+
+
+if __name__ == "__main__":
+    serve()

@@ -6,10 +6,10 @@ import re
 import signal
 import time
 
-import psutil
 import pytest
 from conftest import ROOT
-from test_strategies import STRATEGIES, kill, launch
+from fork_launch import Server
+from test_strategies import STRATEGIES, launch
 
 STEPS = 6
 
@@ -26,39 +26,40 @@ def numbers(folder, *names):
     return [tuple(r.get(name) for name in names) for r in records]
 
 
-def poisoned(strategy, flags, log, poison, seconds=300):
-    """(exit code, log) of a run whose loss tests/faults/poisoned_cpt.py spoils."""
-    environment = {"POISON": poison}
-    with launch(strategy, flags, log, ROOT / "tests" / "faults" / "poisoned_cpt.py", **environment) as process:
-        return process.wait(seconds), log.read_text()
+POISONED = ROOT / "tests" / "faults" / "poisoned_cpt.py"
+
+
+@pytest.fixture(scope="module")
+def server():
+    with Server() as started:
+        yield started
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_loss_that_is_no_number_on_one_rank_is_skipped_by_all_and_the_run_goes_on(run, flags, strategy, tmp_path):
-    code, said = poisoned(
-        strategy, (*flags, "--output_dir", tmp_path / "run"), tmp_path / "log", "rank=1 steps=3 value=inf"
-    )
-    assert code == 0, said
+def test_a_loss_that_is_no_number_on_one_rank_is_skipped_by_all_and_the_run_goes_on(server, flags, strategy, tmp_path):
+    log, poison = tmp_path / "log", {"program": POISONED, "POISON": "rank=1 steps=3 value=inf"}
+    with server.launch(strategy, (*flags, "--output_dir", tmp_path / "run"), log, **poison) as process:
+        assert process.wait(300) == 0, log.read_text()
     found = numbers(tmp_path / "run", "grad_norm", "skipped_steps")
     assert [norm is None for norm, _ in found] == [False, False, True, False, False, False]
     assert [skipped for _, skipped in found] == [None, None, 1, 1, 1, 1]
-    assert "its samples are the 8 from position 16 on" in said
+    assert "its samples are the 8 from position 16 on" in log.read_text()
     trainer = json.loads((tmp_path / "run/checkpoints/step-0000006/trainer.json").read_text())
     assert (trainer["skipped_steps"], trainer["optimizer_steps"]) == (1, 5)
     # resumed after the skip: the same numbers, so Adam's own step was counted right
     again = (*flags, "--output_dir", tmp_path / "again", "--resume_from_checkpoint")
     again += (tmp_path / "run/checkpoints/step-0000005", "--max_steps", STEPS)
-    with launch(strategy, again, tmp_path / "again.log") as process:
-        assert process.wait(300) == 0, (tmp_path / "again.log").read_text()
+    with server.launch(strategy, again, log) as process:
+        assert process.wait(300) == 0, log.read_text()
     assert numbers(tmp_path / "again", "loss", "grad_norm") == numbers(tmp_path / "run", "loss", "grad_norm")[5:]
 
 
 def test_a_rank_that_dies_takes_the_others_with_it_within_a_minute_and_its_traceback_is_the_one_shown(flags, tmp_path):
     began = time.monotonic()
-    code, said = poisoned(
-        "ddp", (*flags, "--output_dir", tmp_path / "run"), tmp_path / "log", "rank=1 steps=3 value=raise"
-    )
-    assert code != 0
+    poison = {"program": POISONED, "POISON": "rank=1 steps=3 value=raise"}
+    with launch("ddp", (*flags, "--output_dir", tmp_path / "run"), tmp_path / "log", **poison) as process:
+        assert process.wait(300) != 0
+    said = (tmp_path / "log").read_text()
     assert time.monotonic() - began < 100  # a minute, and the start
     cause = said[said.index("Root Cause") :] if "Root Cause" in said else said
     assert re.search(r"rank\s*:\s*1 ", cause), said[-3000:]
@@ -69,8 +70,10 @@ def test_a_rank_that_dies_takes_the_others_with_it_within_a_minute_and_its_trace
 
 def test_a_hang_is_found_every_rank_says_where_it_stands_and_the_job_can_be_requeued(flags, tmp_path):
     more = ("--hang_minutes", "0.15", "--output_dir", tmp_path / "run")
-    code, said = poisoned("fsdp2", (*flags, *more), tmp_path / "log", "rank=1 steps=3 value=hang", seconds=120)
-    assert code != 0
+    poison = {"program": POISONED, "POISON": "rank=1 steps=3 value=hang"}
+    with launch("fsdp2", (*flags, *more), tmp_path / "log", **poison) as process:
+        assert process.wait(120) != 0
+    said = (tmp_path / "log").read_text()
     assert re.search(
         r"error: rank 1 on \S+: nothing happened for 0\.\d minutes, while step 3, forward and backward", said
     )
@@ -81,14 +84,14 @@ def test_a_hang_is_found_every_rank_says_where_it_stands_and_the_job_can_be_requ
 
 
 @pytest.mark.parametrize("to", ["a rank", "the launcher"])
-def test_a_signal_saves_and_more_of_them_do_no_harm(flags, to, tmp_path):
+def test_a_signal_saves_and_more_of_them_do_no_harm(server, flags, to, tmp_path):
     long = (*flags, "--max_steps", 2000, "--save_steps", 500, "--output_dir", tmp_path / "run")
-    with launch("ddp", long, tmp_path / "log") as process:
+    start = server.launch if to == "a rank" else launch
+    with start("ddp", long, tmp_path / "log") as process:
         while not (tmp_path / "run/metrics.jsonl").exists() or len(numbers(tmp_path / "run", "step")) < 5:
             assert process.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.05)
-        ranks = psutil.Process(process.pid).children()
-        target = ranks[1].pid if to == "a rank" else process.pid
+        target = process.pids[1] if to == "a rank" else process.pid
         for _ in range(3):
             os.kill(target, signal.SIGUSR1 if to == "a rank" else signal.SIGTERM)
             time.sleep(0.01)
@@ -102,12 +105,11 @@ def test_a_signal_saves_and_more_of_them_do_no_harm(flags, to, tmp_path):
     assert len(numbers(tmp_path / "run", "step")) == int(stopped[1])
 
 
-def test_a_second_process_on_the_same_folder_is_refused(run, flags, tmp_path):
+def test_a_second_process_on_the_same_folder_is_refused(server, run, flags, tmp_path):
     long = (*flags, "--max_steps", 2000, "--output_dir", tmp_path / "run")
-    with launch("ddp", long, tmp_path / "log") as process:
+    with server.launch("ddp", long, tmp_path / "log") as process:
         while not (tmp_path / "run/metrics.jsonl").exists():
             assert process.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.05)
         done = run("scripts/cpt.py", *long, code=2)
         assert "is writing this folder; wait for it, or choose another --output_dir" in done.stderr
-        kill(process)

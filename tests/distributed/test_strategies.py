@@ -1,6 +1,7 @@
 """DDP, FSDP2 and ZeRO-1, 2, 3 on two processes: the same run under each, killed or not.
 
-Real launches on a CPU with the accelerate files of a cluster. A launch costs some 10 s, so runs are shared between tests.
+The first phase under each strategy is a real launch on a CPU with the accelerate file of a cluster; all other runs are forked from
+a process that has imported everything (fork_launch.py), and shared between tests.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT
+from fork_launch import Server
 from safetensors.torch import load_file
 
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
@@ -25,7 +27,7 @@ ROUNDING = 1e-5  # relative: fp32 sums in another order, some 100 roundings of 6
 
 @contextlib.contextmanager
 def launch(strategy, flags, log, program=ROOT / "scripts" / "cpt.py", processes=2, **environment):
-    """The process of `accelerate launch`; it and all its workers are gone at the end, whatever happens."""
+    """The process of a real `accelerate launch`; it and all its workers are gone at the end, whatever happens."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
     launcher += ["--num_machines", "1", "--main_process_port", "0"]
     config = ["--config_file", ROOT / "accelerate_configs" / f"{strategy}.yaml", program]
@@ -57,8 +59,8 @@ def kill(process):
 class Runs:
     """Runs of cpt.py by name, each done once; "single" is one process without a launcher."""
 
-    def __init__(self, folder, run, made, tiny_model):
-        self.folder, self.run, self.tiny_model, self.shards = folder, run, tiny_model, made / "shards"
+    def __init__(self, folder, server, made, tiny_model):
+        self.folder, self.server, self.tiny_model, self.shards = folder, server, tiny_model, made / "shards"
 
     def flags(self, *flags, model):
         # two sequences a device at once: two processes accumulate two micro-batches
@@ -72,13 +74,13 @@ class Runs:
         if (folder / "manifest.json").exists():
             return folder
         flags = self.flags(*flags, "--output_dir", folder, model=model)
-        if strategy == "single":
-            log.write_text(self.run("scripts/cpt.py", *flags, OMP_NUM_THREADS="1").stdout)
-        else:
-            with launch(strategy, flags, log) as process:
-                assert process.wait(300) == 0, log.read_text()
-        processes = "1 process" if strategy == "single" else "2 processes"
-        assert re.search(rf"^strategy +{strategy}, {processes} on cpu$", log.read_text(), re.M), log.read_text()
+        processes = {"single": 1, "hsdp": 4}.get(strategy, 2)
+        start = launch if name == "phase-1" and strategy in STRATEGIES else self.server.launch
+        with start(strategy, flags, log, processes=processes) as process:
+            assert process.wait(300) == 0, log.read_text()
+        shown = "1 process" if processes == 1 else f"{processes} processes"
+        named = {"hsdp": "fsdp2", "fsdp2_offload": "fsdp2"}.get(strategy, strategy)
+        assert re.search(rf"^strategy +{named}, {shown} on cpu$", log.read_text(), re.M), log.read_text()
         return folder
 
     def embeddings(self, strategy):
@@ -95,8 +97,9 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, run, made, tiny_model):
-    return Runs(tmp_path_factory.mktemp("strategies"), run, made, tiny_model)
+def runs(tmp_path_factory, made, tiny_model):
+    with Server() as server:
+        yield Runs(tmp_path_factory.mktemp("strategies"), server, made, tiny_model)
 
 
 def metrics(folder, *names):
@@ -139,13 +142,13 @@ def test_killed_and_started_again_it_gives_the_numbers_of_an_uninterrupted_run_t
     )
     flags = runs.flags(*runs.full_flags(), "--output_dir", folder, model=runs.embeddings(strategy))
     log = runs.folder / f"{strategy}-killed.log"
-    with launch(strategy, flags, log) as process:
+    with runs.server.launch(strategy, flags, log) as process:
         while not steps_beyond_a_checkpoint(folder):
             assert process.poll() is None, log.read_text()
-            time.sleep(0.01)
-        kill(process)
+            time.sleep(0.005)
+        process.kill()
     assert not (folder / "manifest.json").exists(), "it had finished before it was killed: the test did not test"
-    with launch(strategy, flags, log) as process:
+    with runs.server.launch(strategy, flags, log) as process:
         assert process.wait(300) == 0, log.read_text()
     resumed = int(re.search(rf"^resumed +{folder}/checkpoints/step-(\d+)$", log.read_text(), re.M)[1])
     assert 4 <= resumed < STEPS
@@ -166,7 +169,14 @@ def steps_beyond_a_checkpoint(folder):
 
 @pytest.mark.parametrize(
     ("saved_by", "read_by"),  # every way to own pieces is written and read by another; zero1 has that of zero2
-    [("single", "fsdp2"), ("fsdp2", "zero2"), ("zero2", "zero3"), ("zero3", "single")],
+    [
+        ("single", "fsdp2"),
+        ("fsdp2", "zero2"),
+        ("zero2", "zero3"),
+        ("zero3", "hsdp"),
+        ("hsdp", "fsdp2_offload"),
+        ("fsdp2_offload", "single"),
+    ],
 )
 def test_a_checkpoint_of_one_strategy_goes_on_under_another_and_on_another_number_of_processes(runs, saved_by, read_by):
     checkpoint = runs.full(saved_by) / "checkpoints" / f"step-{SAVED:07d}"
@@ -176,3 +186,47 @@ def test_a_checkpoint_of_one_strategy_goes_on_under_another_and_on_another_numbe
     found, expected = metrics(folder, "loss", "grad_norm"), metrics(runs.full(saved_by), "loss", "grad_norm")
     assert list(found) == list(range(SAVED + 1, STEPS + 1))
     assert flat(found) == pytest.approx(flat({step: expected[step] for step in found}), rel=ROUNDING)
+
+
+# -- what a recipe can ask of them ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2"])
+def test_compiled_layer_by_layer_it_learns_the_same(runs, strategy):
+    folder = runs.start(strategy, "compiled", "--max_steps", 4, "--torch_compile", "true", model=runs.tiny_model)
+    plain = runs.start(strategy, "plain", "--max_steps", 4, model=runs.tiny_model)
+    expected, found = metrics(plain, "loss", "grad_norm"), metrics(folder, "loss", "grad_norm")
+    assert flat(found) == pytest.approx(flat(expected), rel=ROUNDING)
+
+
+def test_in_bfloat16_alone_a_resume_under_another_strategy_goes_on_and_a_parameter_has_two_bytes(runs):
+    only = ("--max_steps", 8, "--dtype", "bfloat16")
+    ddp = runs.start("ddp", "bf16", *only, model=runs.tiny_model)
+    resume = ("--resume_from_checkpoint", ddp / "checkpoints" / "step-0000004")
+    fsdp2 = runs.start("fsdp2", "bf16", *only, *resume, model=runs.tiny_model)
+    expected, found = metrics(ddp, "loss"), metrics(fsdp2, "loss")
+    # gradients are summed in bfloat16 here and in fp32 there: 3 significant digits of them, of a loss that moves by 0.1
+    assert flat(found) == pytest.approx([expected[step][0] for step in found], abs=2e-3)
+    weights = load_file(ddp / "model" / "model.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.bfloat16}
+    state = sum(f.stat().st_size for f in (ddp / "checkpoints" / "step-0000008").glob("*.safetensors"))
+    assert state / sum(w.numel() for w in weights.values()) == pytest.approx(6, rel=0.1)  # weight and two moments
+
+
+@pytest.mark.parametrize(
+    ("strategy", "flags", "says"),
+    [
+        (
+            "zero2",
+            ("--dtype", "bfloat16"),
+            "dtype: bfloat16 does not work under zero2: DeepSpeed keeps fp32 master weights",
+        ),
+        ("zero3", ("--torch_compile", "true"), "torch_compile: true does not work under zero3"),
+    ],
+)
+def test_what_a_strategy_cannot_do_is_an_error_before_anything_is_loaded(runs, tmp_path, strategy, flags, says):
+    flags = runs.flags(*flags, "--max_steps", 4, "--output_dir", tmp_path / "run", model=runs.tiny_model)
+    with runs.server.launch(strategy, flags, tmp_path / "log") as process:
+        assert process.wait(120) == 2
+    assert says in (tmp_path / "log").read_text()
+    assert not (tmp_path / "run").exists()
