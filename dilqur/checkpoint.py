@@ -129,9 +129,9 @@ class CheckpointWriter:
             self._own_part.set()
             if self.rank == 0 and self._everyone_wrote(part):
                 publish(part, step_folder(self.folder, step), step, self.world, trainer)
-                self._rotate(step)
-                if self.mirror:
+                if self.mirror:  # before an older one goes that it need not copy any more
                     self.mirror.push(step_folder(self.folder, step))
+                self._rotate(step)
             self.seconds = max(self.seconds, time.monotonic() - began)
         except BaseException as error:
             self._error = error

@@ -9,13 +9,14 @@ import os
 import time
 
 from dilqur.batches import IGNORE, split_batch, training_batches
+from dilqur.checkpoint_mirror import CheckpointMirror
 from dilqur.errors import InputError
 from dilqur.evaluation import SANITY_BATCHES, Evaluation
 from dilqur.interrupt import Interrupt
 from dilqur.metrics import Metrics, gpu_health
 from dilqur.optimizer import freeze_all_but, learning_rate_at, make_optimizer
 from dilqur.recipe import to_dict
-from dilqur.resume import checkpoint_to_resume, load, open_checkpoint, refuse_other_run
+from dilqur.resume import checkpoint_to_resume, fetch_from_mirror, load, open_checkpoint, refuse_other_run
 from dilqur.run_summary import summary, write_result
 from dilqur.training_settings import check_training, copy_to_node
 from dilqur.watchdog import Watchdog
@@ -50,7 +51,11 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
 
     if settings.deterministic:
         make_deterministic()
-    copies = copy_to_node(settings)  # before the processes know each other: none waits in a collective that times out
+    # before the processes know each other: none waits in a collective that times out
+    copies = copy_to_node(settings)
+    if os.environ.get("RANK", "0") == "0":
+        stage.open()
+        fetch_from_mirror(settings, stage.folder / "checkpoints")
     world = int(os.environ.get("WORLD_SIZE", 1))
     batch_size, accumulation = split_batch(settings.global_batch_size, settings.per_device_train_batch_size, world)
     accelerator = make_accelerator(
@@ -63,8 +68,6 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
         stage.folder,
     )
     main, on_gpu = accelerator.is_main_process, accelerator.device.type == "cuda"
-    if main:
-        stage.open()
     with accelerator.main_process_first():  # which writes the plan of packing: best_fit
         samples, start, max_steps = check_training(settings, stage.folder, copies)
     if settings.gradient_checkpointing:
@@ -89,11 +92,7 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
     metrics = Metrics(stage.folder, max_steps, accelerator if settings.report_to else None, settings.logging_steps)
     evaluation = Evaluation(settings, accelerator, compute_loss, batch_size)
     keep = {"keep": settings.save_total_limit, "keep_every": settings.save_keep_every}
-    mirror = None
-    if settings.mirror_to and main:
-        from dilqur.checkpoint_mirror import CheckpointMirror
-
-        mirror = CheckpointMirror(settings.mirror_to, **keep)
+    mirror = CheckpointMirror(settings.mirror_to, **keep) if settings.mirror_to and main else None
     writer = CheckpointWriter(stage.folder / "checkpoints", accelerator, **keep, mirror=mirror)
     identity = {
         "recipe": to_dict(settings),
@@ -104,8 +103,6 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
         "sizes": sizes,
     }
     step = skipped = skipped_in_a_row = 0
-    if mirror and settings.resume_from_checkpoint == "auto" and not complete_checkpoints(writer.folder):
-        mirror.fetch_newest(writer.folder)  # a new machine
     complete = complete_checkpoints(writer.folder) if main else None
     checkpoint = broadcast(accelerator, checkpoint_to_resume(settings, complete) if main else None)
     if checkpoint:
@@ -113,6 +110,8 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
         refuse_other_run(settings, reader, identity)
         load(reader, plain, optimizer, complete or [], with_optimizer=not settings.resume_without_optimizer)
         step, skipped = reader.trainer["step"], reader.trainer.get("skipped_steps", 0)
+        if mirror and checkpoint.parent == writer.folder:
+            mirror.push(checkpoint)  # it may have been killed while that was copied
     peak = peak_flops(torch.cuda.get_device_name()) if on_gpu else None
     if main:
         interrupt.clear_stale()
@@ -177,7 +176,7 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
 
     # -- loop -------------------------------------------------------------------------------------------------------------
 
-    stopped, stall = None, 0.0
+    stopped, stall, mirror_problem = None, 0.0, None
     stream = training_batches(
         samples,
         start + step * settings.global_batch_size,
@@ -269,6 +268,9 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
             metrics.pauses["evaluation"] = (evaluation.seconds, settings.eval_steps or max_steps)
         if main:
             metrics.log(step, **values)
+        if mirror and mirror.problem != mirror_problem:
+            mirror_problem = mirror.problem
+            metrics.say(f"warning: mirror_to {settings.mirror_to}: {mirror_problem or 'works again'}")
         if skipped_in_a_row >= settings.max_skipped_steps:
             writer.wait()
             first = positions[0] - (skipped_in_a_row - 1) * settings.global_batch_size

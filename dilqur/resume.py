@@ -13,6 +13,20 @@ def checkpoint_to_resume(settings, complete):
     return None if settings.resume_from_checkpoint == "none" else Path(settings.resume_from_checkpoint)
 
 
+def fetch_from_mirror(settings, checkpoints):
+    """On a new machine, where there are no checkpoints: bring the newest complete one from `mirror_to`. For rank 0, before the
+    processes know each other: it may take longer than a collective waits. Raises InputError where the mirror cannot be read."""
+    from dilqur.checkpoint_files import complete_checkpoints
+    from dilqur.checkpoint_mirror import CheckpointMirror
+
+    if settings.mirror_to and settings.resume_from_checkpoint == "auto" and not complete_checkpoints(checkpoints):
+        mirror = CheckpointMirror(settings.mirror_to)
+        if (newest := mirror.newest()) is not None:
+            print(f"bringing the checkpoint of step {newest} from {settings.mirror_to}", flush=True)
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            mirror.fetch(newest, checkpoints)
+
+
 def open_checkpoint(folder, complete):
     """A CheckpointReader. Raises InputError naming the damaged file, and what to do to go on from the one before it."""
     from dilqur.checkpoint_files import CheckpointReader

@@ -9,6 +9,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from dilqur.batches import TokenSamples, same_past, split_batch
+from dilqur.checkpoint_mirror import check_address
 from dilqur.distributed import planned_strategy, refuse_what_it_cannot
 from dilqur.document_attention import attention_for
 from dilqur.errors import InputError
@@ -189,9 +190,9 @@ def check_training(settings, folder=None, copies=None):
     refuse_what_it_cannot(settings, planned_strategy())
     attention_for(settings.attn_implementation, settings.intra_document_masking)
     if settings.mirror_to:
-        from dilqur.checkpoint_mirror import check_address
-
         check_address(settings.mirror_to)
+        if folder and os.path.realpath(settings.mirror_to) == os.path.realpath(Path(folder) / "checkpoints"):
+            raise InputError("mirror_to: the run's own checkpoints are no copy: give another folder")
     decays = settings.lr_scheduler_type == "warmup_stable_decay"
     if decays != bool(settings.lr_decay_steps):
         raise InputError("lr_decay_steps: give it with lr_scheduler_type: warmup_stable_decay, and only with that")
