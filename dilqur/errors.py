@@ -41,12 +41,25 @@ def program(main):
                 _leave(
                     f"{who}error: {problem.strerror.lower()}{where}: look at its permissions, or choose another path", 2
                 )
+            _tell_launcher(problem)
             raise
         except KeyboardInterrupt:
             _leave(f"{who}interrupted", 130)
+        except Exception as problem:
+            _tell_launcher(problem)
+            raise
         return None
 
     return run
+
+
+def _tell_launcher(problem):
+    """Several ranks may end in a traceback, all but one because the others are gone: the launcher's last words are then of the
+    first that failed, with its traceback."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(problem)
 
 
 def _leave(line, code):

@@ -17,7 +17,7 @@ GIL_HELD_S = 120  # if Python's own thread cannot run either, faulthandler's doe
 
 class Watchdog:
     """Tell it what comes next by `at`; when nothing has been told for `minutes` (None: never), it writes
-    FOLDER/hang-rank-00003.txt, has rank 0 leave a REQUEUE marker, and exits with code 1: the launcher ends the other ranks."""
+    FOLDER/hang-rank-00003.txt, leaves a REQUEUE marker, and exits with code 1: the launcher ends the other ranks."""
 
     def __init__(self, folder, rank, minutes):
         self.folder, self.rank, self.seconds = Path(folder), rank, minutes and 60 * minutes
@@ -44,7 +44,8 @@ class Watchdog:
             self._file = None
 
     def _watch(self):
-        while not self._ended.wait(min(10, self.seconds / 4)):
+        often = min(10, self.seconds / 4)
+        while not self._ended.wait(often):
             quiet = time.monotonic() - self.since
             if quiet > self.seconds:
                 who = f"rank {self.rank} on {socket.gethostname()}"
@@ -53,6 +54,6 @@ class Watchdog:
                 self._file.flush()
                 faulthandler.dump_traceback(self._file, all_threads=True)
                 print(f"error: {line}; where it stands: {self.path}", file=sys.stderr, flush=True)
-                if self.rank == 0:
-                    (self.folder / "REQUEUE").touch()
+                (self.folder / "REQUEUE").touch()
+                time.sleep(2 * often)  # the others wait for this one, and find out as well: let them write
                 os._exit(1)
