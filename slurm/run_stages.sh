@@ -131,13 +131,13 @@ for row in "${rows[@]}"; do
   took="$((tenths / 10)).$((tenths % 10)) s"
   if ((code != 0)); then
     say "$title: exit code $code after $took" >&2
-    exit "$code"
+    [[ -e $folder/REQUEUE ]] || exit "$code" # a hang leaves one, and what was saved goes on
   fi
   if [[ -e $folder/REQUEUE ]]; then
     say "$title: stopped after $took"
     if [[ $slurm && ! -e $folder/STOP && $(checkpoints "$stage") == "$before" ]]; then
-      say "$title: no step was made and nobody asked to stop (stop_at_step or max_minutes reached, or less than five minutes of" \
-        "the job left at its start): requeueing would go on for ever" >&2
+      say "$title: no step was made and nobody asked to stop (stop_at_step or max_minutes reached, a hang, or less than five" \
+        "minutes of the job left at its start): requeueing would go on for ever" >&2
       exit 1
     fi
     leave_for_more "$row"

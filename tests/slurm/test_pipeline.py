@@ -28,6 +28,11 @@ stage = sys.argv[sys.argv.index("--stage") + 1] if "--stage" in sys.argv else co
 folder = pathlib.Path("runs") / config.parent.name / stage
 what = dict(line.split(": ") for line in config.read_text().splitlines())
 print(stage, "said", *sys.argv[3:], flush=True)
+if "hang" in what:  # the watchdog's way out, with a checkpoint made before or without
+    (folder / what["hang"]).mkdir(parents=True, exist_ok=True)
+    (folder / what["hang"] / "COMPLETE").touch()
+    (folder / "REQUEUE").touch()
+    sys.exit(1)
 if "fail" in what:
     sys.exit(int(what["fail"]))
 (folder / "started").touch()
@@ -457,6 +462,14 @@ def test_a_job_that_makes_no_step_is_not_requeued_for_ever(tree, job):
     slurm = job(two="requeue: 1\n")
     done = tree.run("bash", "slurm/cpt_p5.sbatch", "new", code=1, **slurm)
     assert "requeueing would go on for ever" in done.stderr and not tree.noted("scontrol")
+
+
+def test_a_hang_after_a_checkpoint_requeues_the_job_and_one_without_ends_it(tree, job):
+    slurm = job(two="hang: checkpoints/step-0000500\n")
+    done = tree.run("bash", "slurm/cpt_p5.sbatch", "new", **slurm)
+    assert "exit code 1" in done.stderr and tree.noted("scontrol") == ["scontrol requeue 4242"]
+    done = tree.run("bash", "slurm/cpt_p5.sbatch", "new", code=1, **slurm)  # again, at the same step
+    assert "requeueing would go on for ever" in done.stderr and len(tree.noted("scontrol")) == 1
 
 
 def test_asked_to_stop_before_the_first_step_a_job_is_requeued(tree, job):
