@@ -42,6 +42,7 @@ from dilqur.token_shards import TokenShards
 from dilqur.tokenizer import TextTokenizer
 from dilqur.training_settings import TrainingSettings, check_training
 
+BYTES = {"float32": 4, "bfloat16": 2}
 ROOT = Path(__file__).resolve().parent.parent
 DRIVERS = {"cu126": 560, "cu128": 570}  # NVIDIA's oldest for CUDA 12.6 and 12.8; torch 2.13 from PyPI is CUDA 13: 580
 
@@ -233,10 +234,13 @@ def check_space(planned, preflight):
     if not planned.config:
         return None
     settings, folder, (trained, total) = planned.settings, planned.stage.folder, parameters(planned)
-    need, what = 4 * total, f"a model of about {total:,} parameters"
+    number = BYTES[getattr(settings, "dtype", "float32")]
+    need, what = number * total, f"a model of about {total:,} parameters"
     if isinstance(settings, TrainingSettings):
-        kept = settings.save_total_limit or max(1, (settings.max_steps or 0) // settings.save_steps)
-        need += 12 * trained * (kept + 1)  # the new one stands before the oldest goes
+        steps = settings.max_steps or 0
+        kept = settings.save_total_limit or max(1, steps // settings.save_steps)
+        kept += steps // settings.save_keep_every if settings.save_keep_every else 0
+        need += 3 * number * trained * (kept + 1)  # weight and two moments; the new one stands before the oldest goes
         what = f"about {total:,} parameters, {trained:,} of them trained, {kept} checkpoints"
     there = 0
     for file in folder.rglob("*"):
@@ -256,7 +260,9 @@ def check_memory(planned, preflight):
     if not isinstance(planned.settings, TrainingSettings) or not preflight.gpus or not planned.config:
         return None
     trained, total = parameters(planned)
-    need, has = (16 * trained + 4 * (total - trained)) / planned.processes, min(gpu["bytes"] for gpu in preflight.gpus)
+    number = BYTES[planned.settings.dtype]  # of weight, gradient and two moments
+    share = (4 * number * trained + number * (total - trained)) / planned.processes
+    need, has = share, min(gpu["bytes"] for gpu in preflight.gpus)
     text = f"{gb(need)} a GPU if sharded over {planned.processes}, without activations; the smallest here has {gb(has)}"
     if need > has:
         raise InputError(f"{text}: take more GPUs, or freeze more")

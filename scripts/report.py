@@ -290,7 +290,7 @@ def training(found, run_dir):
     for name, (folder, manifest) in by_program(found, *TRAINING).items():
         result, steps = manifest["result"], records(folder / "metrics.jsonl")
         a_step, a_token = result["tokens"] / result["steps"], result["utf8_bytes_seen"] / result["tokens"]
-        losses[name] = thin([(s["step"] * a_step, s["loss"]) for s in steps])
+        losses[name] = thin([(s["step"] * a_step, s["loss"]) for s in steps if s["loss"] is not None])
         evaluations[name] = [(s["step"] * a_step, s["eval_loss"]) for s in steps if "eval_loss" in s]
         memory = max((s["peak_memory_gb"] for s in steps if "peak_memory_gb" in s), default=None)
         rows[name] = {**result, "seen": short(result["utf8_bytes_seen"], "B"), "memory": memory}
@@ -305,6 +305,7 @@ def training(found, run_dir):
         "text seen": "{seen}",
         "loss": "{loss:.4f}",
         "eval_loss": "{eval_loss:.4f}",
+        "held-out bits a byte": "{eval_bits_per_byte:.4f}",
         "tokens/s": "{tokens_per_second:,.0f}",
         "peak memory": "{memory:.1f} GB",
         "parameters": "{parameters:,}",

@@ -54,7 +54,7 @@ class Matrix:
     def train(self, strategy, world, name, *flags):
         """{step: loss} of one run."""
         out = self.folder / "runs" / f"{strategy}-{world}" / name
-        shape = f"--max_length 64 --global_batch_size 8 --per_device_train_batch_size 1 --max_steps {STEPS}".split()
+        shape = f"--max_length 64 --global_batch_size 8 --per_device_train_batch_size 2 --max_steps {STEPS}".split()
         rest = f"--learning_rate 1e-3 --warmup_steps 5 --save_steps {SAVED} --save_total_limit none".split()
         data = ("--model_name_or_path", self.model, "--datasets", f"{{path: {self.shards}}}", "--bf16", self.bf16)
         log = self.folder / f"{strategy}-{world}-{name}.log"
