@@ -16,7 +16,14 @@ from dilqur.interrupt import Interrupt
 from dilqur.metrics import Metrics, gpu_health
 from dilqur.optimizer import freeze_all_but, learning_rate_at, make_optimizer
 from dilqur.recipe import to_dict
-from dilqur.resume import checkpoint_to_resume, fetch_from_mirror, load, open_checkpoint, refuse_other_run
+from dilqur.resume import (
+    checkpoint_to_resume,
+    fetch_from_mirror,
+    load,
+    open_checkpoint,
+    refuse_other_run,
+    with_optimizer,
+)
 from dilqur.run_summary import summary, write_result
 from dilqur.training_settings import check_training, copy_to_node
 from dilqur.watchdog import Watchdog
@@ -32,7 +39,7 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
     import torch
     from accelerate.utils import send_to_device
 
-    from dilqur.checkpoint import CheckpointWriter, SaveFailed, best_checkpoint
+    from dilqur.checkpoint import CheckpointWriter, best_checkpoint
     from dilqur.checkpoint_files import CheckpointReader, complete_checkpoints
     from dilqur.cost_model import peak_flops
     from dilqur.distributed import (
@@ -46,6 +53,7 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
     )
     from dilqur.profiling import profiler
     from dilqur.reproducibility import make_deterministic
+    from dilqur.saving import Saving
 
     # -- set-up: model, optimizer, data -----------------------------------------------------------------------------------
 
@@ -102,14 +110,17 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
         "strategy": strategy(accelerator),
         "sizes": sizes,
     }
-    step = skipped = skipped_in_a_row = 0
+    step = skipped = skipped_in_a_row = optimizer_steps = 0
+    begun_from = None
     complete = complete_checkpoints(writer.folder) if main else None
     checkpoint = broadcast(accelerator, checkpoint_to_resume(settings, complete) if main else None)
     if checkpoint:
         reader = open_checkpoint(checkpoint, complete or [])
         refuse_other_run(settings, reader, identity)
-        load(reader, plain, optimizer, complete or [], with_optimizer=not settings.resume_without_optimizer)
+        load(reader, plain, optimizer, complete or [], moments := with_optimizer(settings, reader))
         step, skipped = reader.trainer["step"], reader.trainer.get("skipped_steps", 0)
+        optimizer_steps = reader.trainer.get("optimizer_steps", step) if moments else 0
+        begun_from = reader.trainer.get("resumed_from")
         if mirror and checkpoint.parent == writer.folder:
             mirror.push(checkpoint)  # it may have been killed while that was copied
     peak = peak_flops(torch.cuda.get_device_name()) if on_gpu else None
@@ -136,43 +147,26 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
         return evaluation.run(model, stopping, batches)
 
     def save():
-        """Returns the seconds that training waited. Where a save fails, `on_save_failure` decides."""
-        nonlocal saved_at, saved_time
+        """Returns the seconds that training waited."""
         watchdog.at(f"saving step {step}")
-        began = time.perf_counter()
-        if step == saved_at:
-            return 0.0
         progress = {
             "position": start + step * settings.global_batch_size,
             "tokens": step * settings.global_batch_size * settings.max_length,
             "skipped_steps": skipped,
-            "optimizer_steps": step - skipped,
+            "optimizer_steps": optimizer_steps,
+            "resumed_from": given if (given := settings.resume_from_checkpoint) not in ("auto", "none") else begun_from,
             "eval_loss": broadcast(accelerator, metrics.last("eval_loss")),
         }
-        try:
-            writer.save(plain, optimizer, step, {**identity, **progress})
-        except SaveFailed as problem:  # the one before
-            forgive(problem)
-            writer.save(plain, optimizer, step, {**identity, **progress})
-        saved_at, saved_time = step, time.monotonic()
-        interrupt.needs(writer.seconds)
-        return time.perf_counter() - began
+        return saving.save(plain, optimizer, step, {**identity, **progress})
 
-    def forgive(problem):
-        nonlocal saved_at
-        if settings.on_save_failure == "stop":
-            raise problem
-        saved_at = None
-        if main:
-            metrics.say(f"warning: {problem}; going on, as on_save_failure says")
-
-    saved_at, saved_time = step if checkpoint and checkpoint.parent == writer.folder else 0, time.monotonic()
+    saved = step if checkpoint and checkpoint.parent == writer.folder else 0
+    saving = Saving(settings, writer, interrupt, metrics.say if main else None, saved)
     if step < max_steps and settings.eval_datasets:
         evaluate(SANITY_BATCHES)
     if step and evaluation.due(step, max_steps) and broadcast(accelerator, metrics.last("eval_loss")) is None:
         if (results := evaluate()) and main:  # the run was stopped in the middle of it
             metrics.add(step, **results)
-        saved_at = None
+        saving.last = None  # that checkpoint does not know its evaluation
 
     # -- loop -------------------------------------------------------------------------------------------------------------
 
@@ -201,14 +195,10 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
 
         # Before the first backward, over ranks and micro-batches: the gradient is that of the mean over all these tokens.
         watchdog.at(f"step {step + 1}, waiting for the other ranks")
-        save_due = settings.save_minutes and time.monotonic() - saved_time > 60 * settings.save_minutes
-        asked = (valid, stopping(), writer.failed, main and bool(save_due) and step != saved_at)
+        asked = (valid, stopping(), writer.failed, main and saving.is_overdue(step))
         tokens, stop, failed, save_now = gather_over_ranks(accelerator, *asked).sum(0).tolist()
         if failed:
-            try:
-                writer.wait()
-            except SaveFailed as problem:
-                forgive(problem)
+            saving.hear_of_failure()
         if stop:
             stopped = broadcast(accelerator, interrupt.stop_reason(step)) or "a signal came to another rank"
             break
@@ -254,6 +244,7 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
             values["checkpoint_stall_seconds"], stall = stall, 0.0
 
         skipped_in_a_row = 0 if math.isfinite(norm) else skipped_in_a_row + 1
+        optimizer_steps += not skipped_in_a_row
         if skipped_in_a_row:
             skipped += 1
             if main:
@@ -277,7 +268,7 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
             raise InputError(
                 f"{stage.folder}: {skipped_in_a_row} steps in a row had no finite loss or gradient: the samples of positions "
                 f"{first} to {positions[0] + positions[1] - 1}; nothing of them was saved, the last checkpoint is of step "
-                f"{saved_at}. Look at the data there, or lower learning_rate"
+                f"{saving.last}. Look at the data there, or lower learning_rate"
             )
         if step % settings.save_steps == 0 and not skipped_in_a_row:
             stall = save()

@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from, and whether it may: a checkpoint belongs to its recipe and its data."""
 
+import json
 from pathlib import Path
 
 from dilqur.batches import same_past
@@ -7,10 +8,25 @@ from dilqur.errors import InputError
 
 
 def checkpoint_to_resume(settings, complete):
-    """The folder to go on from, or None to begin. complete: the complete checkpoints of this stage, oldest first."""
-    if settings.resume_from_checkpoint == "auto":
-        return complete[-1] if complete else None
-    return None if settings.resume_from_checkpoint == "none" else Path(settings.resume_from_checkpoint)
+    """The folder to go on from, or None to begin. complete: the complete checkpoints of this stage, oldest first.
+
+    A folder given by name is where the run begins; started again by the same command, after a requeue, it goes on from what it
+    has made since.
+    """
+    given = settings.resume_from_checkpoint
+    if given == "none" or (given == "auto" and not complete):
+        return None
+    if given == "auto":
+        return complete[-1]
+    if complete and json.loads((complete[-1] / "trainer.json").read_text()).get("resumed_from") == given:
+        return complete[-1]
+    return Path(given)
+
+
+def with_optimizer(settings, reader):
+    """Does this run take over the moments? Not where it was told not to; but those that it made itself since."""
+    made_by_it = reader.trainer.get("recipe", {}).get("resume_without_optimizer", False)
+    return made_by_it or not settings.resume_without_optimizer
 
 
 def fetch_from_mirror(settings, checkpoints):

@@ -27,6 +27,8 @@ def import_everything():
     """What a run imports; once, before the first fork."""
     sys.path.insert(0, str(ROOT))
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # another ninja, of another version, would have DeepSpeed compile its extension again
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     import torch
 
     torch.set_num_threads(1)  # a pool of threads would not survive the fork

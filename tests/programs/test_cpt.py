@@ -1,6 +1,7 @@
 """cpt.py in one process: it learns, stops, goes on to the bit, and refuses in one line what would waste GPU hours."""
 
 import json
+import math
 import re
 import shutil
 
@@ -74,7 +75,7 @@ def refused(done, *says):
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_loss_falls(base):
+def test_the_loss_falls(base, made):
     losses = metrics(base, "loss")
     # the model knows nothing but the size of its vocabulary: ln 1,280 = 7.15; then it learns which tokens are frequent
     assert losses[0][0] == pytest.approx(7.15, abs=0.1)
@@ -82,6 +83,9 @@ def test_the_loss_falls(base):
     evaluated = {step: loss for step, (loss,) in enumerate(metrics(base, "eval_loss"), 1) if loss}
     assert list(evaluated) == [10, 20, 30]
     assert evaluated[30] < evaluated[10] < 7.1
+    manifest = json.loads((made / "held_out" / "manifest.json").read_text())
+    bits = evaluated[30] / math.log(2) * manifest["tokens"] / manifest["utf8_bytes"]
+    assert metrics(base, "eval_bits_per_byte")[-1][0] == pytest.approx(bits)
 
 
 def test_the_model_loads_with_transformers_as_it_is(base):
@@ -201,6 +205,57 @@ def test_the_same_command_goes_on_and_the_losses_are_those_of_an_uninterrupted_r
     assert metrics(folder, *names) == metrics(base, *names)
     assert equal(weights(folder / "model"), weights(base / "model"))
     assert not (folder / "REQUEUE").exists()
+
+
+def test_a_run_begun_from_a_given_checkpoint_goes_on_from_its_own_after_a_requeue(cpt, base, made, stopped, tmp_path):
+    given = ("--resume_from_checkpoint", stopped / "checkpoints" / "step-0000006", "--output_dir", tmp_path / "run")
+    cpt(*training(made), *given, "--stop_at_step", 9)
+    done = cpt(*training(made), *given, "--stop_at_step", 12)
+    assert re.search(rf"resumed +{tmp_path}/run/checkpoints/step-0000009", done.stdout)
+    done = cpt(*training(made), *given)
+    assert re.search(rf"resumed +{tmp_path}/run/checkpoints/step-0000012", done.stdout)
+    assert equal(weights(tmp_path / "run" / "model"), weights(base / "model"))
+
+
+def test_without_the_optimizer_the_moments_begin_at_zero_once_and_not_after_every_requeue(
+    cpt, base, made, stopped, tmp_path
+):
+    folder = shutil.copytree(stopped, tmp_path / "run")
+    without = (*training(made), "--resume_without_optimizer", "true", "--output_dir", folder)
+    cpt(*without, "--stop_at_step", 9)
+    cpt(*without)
+    begun_at_six = metrics(folder, "loss")
+    assert begun_at_six[:6] == metrics(base, "loss")[:6]
+    assert begun_at_six[7] != metrics(base, "loss")[7]
+    (through := tmp_path / "through").mkdir()
+    shutil.copytree(stopped, through / "run")
+    cpt(*without[:-1], through / "run")  # the same without the stop at 9
+    assert metrics(through / "run", "loss") == begun_at_six
+    assert json.loads((folder / "checkpoints/step-0000030/trainer.json").read_text())["optimizer_steps"] == 24
+
+
+def test_the_best_checkpoint_stays_and_can_become_the_model(cpt, made, tmp_path):
+    # the rate climbs until it does harm: 8.2, 12.2, 7.1, 9.4, 10.1, 10.7
+    flags = (*training(made), "--eval_steps", 2, "--save_steps", 2, "--max_grad_norm", "none", "--warmup_steps", 11)
+    flags += ("--learning_rate", "1", "--load_best_model_at_end", "true", "--max_steps", 12)
+    cpt(*flags, "--output_dir", tmp_path / "run")
+    evaluated = {step: loss for step, (loss,) in enumerate(metrics(tmp_path / "run", "eval_loss"), 1) if loss}
+    best = min(evaluated, key=evaluated.get)
+    assert best < 10, "the test does not test"
+    names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == [f"step-{step:07d}" for step in (best, 10, 12)]
+    result = json.loads((tmp_path / "run" / "manifest.json").read_text())["result"]
+    assert result["model_of_step"] == best
+
+
+def test_what_is_saved_by_the_clock_and_kept_for_good(cpt, made, tmp_path):
+    flags = (*training(made), "--save_steps", 1000, "--save_minutes", "0.0001", "--save_keep_every", 5)
+    cpt(*flags, "--output_dir", tmp_path / "run")
+    names = [int(p.name.removeprefix("step-")) for p in (tmp_path / "run" / "checkpoints").iterdir()]
+    # one is due after every step, but by the time it is asked for a step may have gone by; of those, 5, 10, … stay, and the last two
+    assert max(names) == STEPS
+    assert len(names) > 3
+    assert all(step % 5 == 0 for step in sorted(names)[:-2])
 
 
 def test_a_run_killed_while_it_wrote_its_result_writes_it_again(cpt, base, made, tmp_path):
