@@ -19,6 +19,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 import fork_launch
 from fork_launch import ROOT, run
 

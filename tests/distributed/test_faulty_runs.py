@@ -8,7 +8,6 @@ import time
 
 import pytest
 from conftest import ROOT
-from fork_launch import Server
 from test_strategies import STRATEGIES, launch
 
 STEPS = 6
@@ -27,12 +26,6 @@ def numbers(folder, *names):
 
 
 POISONED = ROOT / "tests" / "faults" / "poisoned_cpt.py"
-
-
-@pytest.fixture(scope="module")
-def server():
-    with Server() as started:
-        yield started
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

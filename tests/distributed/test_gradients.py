@@ -9,7 +9,6 @@ import os
 import pytest
 import torch
 from conftest import ROOT
-from fork_launch import Server
 
 from dilqur.checkpoint_files import CheckpointReader
 
@@ -32,12 +31,6 @@ TELLING = [
     ("zero3", 2, 2),
 ]
 GRID = ALL if os.environ.get("DILQUR_ALL_GRIDS") else TELLING
-
-
-@pytest.fixture(scope="module")
-def server():
-    with Server() as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT
-from fork_launch import Server
 from safetensors.torch import load_file
 
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
@@ -97,9 +96,8 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, made, tiny_model):
-    with Server() as server:
-        yield Runs(tmp_path_factory.mktemp("strategies"), server, made, tiny_model)
+def runs(tmp_path_factory, server, made, tiny_model):
+    return Runs(tmp_path_factory.mktemp("strategies"), server, made, tiny_model)
 
 
 def metrics(folder, *names):

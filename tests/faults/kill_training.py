@@ -18,7 +18,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "distributed"))
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "distributed")]
 import fork_launch
 from fork_launch import Run, run
 from matrix import make_data

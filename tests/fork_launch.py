@@ -1,11 +1,12 @@
-"""Starts many training runs quickly, for tests and campaigns of hundreds: torch and the rest are imported once, and forked.
+"""Starts programs and training runs quickly, for tests and campaigns of hundreds: torch and the rest are imported once, and forked.
 
-A process of `accelerate launch` spends ten seconds of a core on imports before its first step. Here accelerate is asked what environment
-it would give its workers, and each worker is a fork of this process, which must have no threads: a program of its own, not a test
-runner (`Server` starts one). What runs in the workers is the same as ever: the program, the process group, FSDP2, DeepSpeed. That
-real launches work is what tests/distributed/test_strategies.py shows.
+A process of `accelerate launch` spends ten seconds of a core on imports before its first step, a program five. Here accelerate is asked
+what environment it would give its workers, and each worker is a fork of this process, which must have no threads: a program of its
+own, not a test runner (`Server` starts one). What runs in the workers is the same as ever: the program, the process group, FSDP2,
+DeepSpeed. That real launches work is what tests/distributed/test_strategies.py shows.
 """
 
+import atexit
 import contextlib
 import functools
 import json
@@ -15,11 +16,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent
 CPT = ROOT / "scripts" / "cpt.py"
 
 
@@ -63,27 +66,29 @@ def workers_environment(strategy, world):
 
 
 class Run:
-    """`world` forked workers of one run of `program` with `flags`; their output goes to the file `log`."""
+    """`world` forked workers of one run of `program` with `flags`; their output goes to the file `log`, and what they say on standard
+    error to `errors`, if given."""
 
-    def __init__(self, strategy, world, flags, log, program=CPT, **environment):
+    def __init__(self, strategy, world, flags, log, program=CPT, errors=None, **environment):
         environment = {**workers_environment(strategy, world), **environment}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             environment["MASTER_PORT"] = str(free.getsockname()[1])
         self.log, self.codes = Path(log), {}
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        self.pids = [self._fork(rank, program, flags, output, environment) for rank in range(world)]
-        os.close(output)
+        files = [os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for file in (log, errors) if file]
+        self.pids = [self._fork(rank, program, flags, files, environment) for rank in range(world)]
+        for file in files:
+            os.close(file)
 
-    def _fork(self, rank, program, flags, output, environment):
+    def _fork(self, rank, program, flags, files, environment):
         sys.stdout.flush()
         if pid := os.fork():
             return pid
         code = 1
         try:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
+            os.dup2(files[0], 1)
+            os.dup2(files[-1], 2)
             os.environ.update(environment)
             if "WORLD_SIZE" in environment:  # not "single"
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
@@ -95,6 +100,9 @@ class Run:
         except BaseException:
             traceback.print_exc()
         finally:
+            with contextlib.suppress(BaseException):  # what an interpreter does at its end
+                threading._shutdown()
+                atexit._run_exitfuncs()
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
@@ -170,6 +178,19 @@ class Server:
             yield started
         finally:
             started.kill()
+
+    def run(self, program, flags, **environment):
+        """Run a program to its end, in one process, as a CompletedProcess."""
+        with tempfile.TemporaryDirectory() as folder:
+            log, errors = f"{folder}/stdout", f"{folder}/stderr"
+            words = ("single", 1, [*map(str, flags)], log)
+            started = _Started(self, self.ask("start", *words, program=str(program), errors=errors, **environment))
+            try:
+                code = started.wait(600)
+            finally:
+                started.kill()
+            out, said = (Path(file).read_text(encoding="utf-8") for file in (log, errors))
+        return subprocess.CompletedProcess([str(program), *map(str, flags)], code, out, said)
 
 
 class _Started:
