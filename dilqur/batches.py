@@ -247,7 +247,8 @@ def split_batch(global_batch_size, ceiling, world_size):
 def training_batches(samples, start, steps, batch, accumulation, rank, world_size, num_workers=0, pin_memory=False):
     """Yield, for each of `steps` steps from position `start`, this rank's list of `accumulation` micro-batches, tensors.
 
-    num_workers: processes that read ahead, AHEAD micro-batches each; they live as long as this generator.
+    num_workers: processes that read ahead, AHEAD micro-batches each; they live as long as this generator, which must be
+    closed: they do not hear a signal.
     """
     from torch.utils.data import DataLoader
 
@@ -264,6 +265,7 @@ def training_batches(samples, start, steps, batch, accumulation, rank, world_siz
         num_workers=num_workers,
         prefetch_factor=AHEAD if num_workers else None,
         pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_run,
     )
     stream = iter(loader)
     for _ in range(steps):
@@ -283,6 +285,14 @@ def evaluation_batches(samples, batch, rank, world_size, limit=None):
         arrays = samples.batch(np.where(positions < count, positions, 0))
         arrays["labels"][positions >= count] = IGNORE
         yield _as_tensors(arrays)
+
+
+def _leave_signals_to_the_run(worker):
+    """TERM and USR1 are sent to every process of a job: the run saves, and needs its readers until then."""
+    import signal
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_tensors(arrays):

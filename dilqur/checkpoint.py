@@ -26,13 +26,16 @@ from dilqur.checkpoint_files import (
     step_folder,
     step_of,
     tensor_bytes,
+    tidy_up_after_a_kill,
     write_rank,
 )
-from dilqur.errors import InputError
+from dilqur.errors import EveryRankError, InputError
 from dilqur.owned_state import owned_slices, refresh, set_optimizer_step
 
+LAST_WORDS_S = 25
 
-class SaveFailed(InputError):
+
+class SaveFailed(EveryRankError):
     """A checkpoint could not be written; the ones before it stand."""
 
 
@@ -52,8 +55,7 @@ class CheckpointWriter:
         run = [secrets.token_hex(4)]
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for stale in self.folder.glob(".tmp-*"):  # of a run that was killed
-                shutil.rmtree(stale)
+            tidy_up_after_a_kill(self.folder)
         if self.world > 1:  # a word of this run in the name: what a killed run left must not complete a later save
             dist.broadcast_object_list(run)
         self.run = run[0]
@@ -84,6 +86,14 @@ class CheckpointWriter:
         arguments = (step, pieces, shapes, trainer)
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *exception):
+        """Where training fails, what this rank is writing may still become a checkpoint; but the other ranks must not wait for it."""
+        if kind and self._thread:
+            self._thread.join(LAST_WORDS_S)
 
     @property
     def failed(self):
@@ -157,9 +167,8 @@ class CheckpointWriter:
     def _rotate(self, step):
         """Remove what is not to be kept now that `step` stands; the newest complete one never goes."""
         kept = complete_checkpoints(self.folder)
-        later = [
-            c for c in kept if step_of(c) > step
-        ]  # of a run this one went back from: `auto` must not go on from them
+        # later ones are of a run that this one went back from: `auto` must not go on from them
+        later = [c for c in kept if step_of(c) > step]
         earlier = [c for c in kept if step_of(c) < step]
         stay = {best_checkpoint(self.folder)} | (self.mirror.copying() if self.mirror else set())
         old = earlier[: max(0, len(earlier) + 1 - self.keep)] if self.keep else []
@@ -167,7 +176,10 @@ class CheckpointWriter:
             if self.keep_every and step_of(checkpoint) % self.keep_every == 0:
                 stay.add(checkpoint)
         for checkpoint in [*later, *(c for c in old if c not in stay)]:
-            remove_checkpoint(checkpoint)
+            try:
+                remove_checkpoint(checkpoint)
+            except OSError as problem:  # the new one stands all the same
+                print(f"warning: {checkpoint} could not be removed: {problem}", flush=True)
 
 
 def best_checkpoint(folder):

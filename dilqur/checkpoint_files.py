@@ -111,10 +111,27 @@ def complete_checkpoints(checkpoints):
 
 
 def remove_checkpoint(folder):
-    """Rename, then delete: killed in the middle of a removal, half a checkpoint must not lie under its name."""
-    aside = folder.with_name(f".tmp-old-{folder.name}")
+    """Rename, then delete: killed in the middle of a removal, half a checkpoint must not lie under its name. What cannot be
+    deleted now, as a file that somebody has open on NFS, the next start deletes."""
+    aside = folder.with_name(f".tmp-gone-{folder.name}")
     folder.rename(aside)
-    shutil.rmtree(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def tidy_up_after_a_kill(checkpoints):
+    """Delete what a killed run left under temporary names; but where the kill fell between the two renames of `publish`, the
+    checkpoint that was to be replaced, or the one that was to replace it, gets its name."""
+    left = sorted(Path(checkpoints).glob(".tmp-*"), key=lambda folder: folder.name.startswith(".tmp-old-"))
+    for folder in left:  # the replacement first
+        published = (
+            folder.name.startswith(".tmp-old-") or folder.name[len(".tmp-")].isdigit()
+        )  # not fetched, not removed
+        if published and (folder / "COMPLETE").exists():
+            name = step_folder(checkpoints, json.loads((folder / "index.json").read_text())["step"])
+            if not name.exists():
+                folder.rename(name)
+                continue
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def checksum(data):
@@ -198,8 +215,8 @@ class CheckpointReader:
         return out
 
     def weights(self):
-        """{name: tensor} of all trained parameters."""
-        return {name: self.tensor("weight", name) for name in self.shapes}
+        """{name: fp32 tensor} of all trained parameters."""
+        return {name: self.tensor("weight", name).float() for name in self.shapes}
 
 
 def tensor_bytes(tensor):

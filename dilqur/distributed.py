@@ -82,18 +82,34 @@ def refuse_what_it_cannot(settings, strategy):
 # -- setting up -------------------------------------------------------------------------------------------------------
 
 
-def make_accelerator(bf16, batch, accumulation, max_grad_norm, reduce_dtype="float32", report_to=(), folder=None):
+def make_accelerator(
+    bf16,
+    batch,
+    accumulation,
+    max_grad_norm,
+    reduce_dtype="float32",
+    report_to=(),
+    folder=None,
+    hang_minutes=None,
+    fp32=True,
+):
     """An `Accelerator` for whatever strategy `accelerate launch` asked for.
 
     batch, accumulation: sequences a micro-batch and micro-batches a step. bf16: matrix products in bfloat16; weights,
-    gradients and optimizer stay in the model's dtype. reduce_dtype: of the gradients on the network.
+    gradients and optimizer stay in the model's dtype. reduce_dtype: of the gradients on the network. hang_minutes: the
+    watchdog's, which is to find a hang before a collective gives up waiting. fp32: are weights and gradients.
     """
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, InitProcessGroupKwargs
+    from accelerate.utils import (
+        DDPCommunicationHookType,
+        DistributedDataParallelKwargs,
+        GradientAccumulationPlugin,
+        InitProcessGroupKwargs,
+    )
 
     # rank 0 alone writes model/ at the end, and the others wait: an 8B on a slow file system takes longer than NCCL's 10 min
-    process_group = InitProcessGroupKwargs(timeout=timedelta(hours=1))
+    process_group = InitProcessGroupKwargs(timeout=timedelta(minutes=max(60, (hang_minutes or 0) + 10)))
     low, on_gpu = reduce_dtype == "bfloat16", torch.cuda.is_available()
     ddp = DistributedDataParallelKwargs(
         comm_hook=DDPCommunicationHookType.BF16 if low and on_gpu else DDPCommunicationHookType.NO,  # it wants NCCL
@@ -102,7 +118,9 @@ def make_accelerator(bf16, batch, accumulation, max_grad_norm, reduce_dtype="flo
     arguments = {} if on_gpu else _allow_cpu(process_group)
     accelerator = Accelerator(
         mixed_precision="bf16" if bf16 else "no",
-        gradient_accumulation_steps=accumulation,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=accumulation, sync_each_batch=_reduces_each_micro_batch(fp32)
+        ),
         log_with=list(report_to) or None,
         project_dir=folder,
         step_scheduler_with_optimizer=False,
@@ -130,6 +148,12 @@ def make_accelerator(bf16, batch, accumulation, max_grad_norm, reduce_dtype="flo
             output_dtype=torch.float32 if bf16 else None,
         )
     return accelerator
+
+
+def _reduces_each_micro_batch(fp32):
+    """FSDP2 that adds up micro-batches before it reduces them holds an unsharded fp32 gradient on every GPU, which an 8B has no
+    room for: it reduces each, for more traffic. Not in pure bfloat16, where that fp32 sum is what is wanted."""
+    return fp32 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def _allow_cpu(process_group):
@@ -192,6 +216,18 @@ def _step_only_on_finite_gradients(optimizer):
 
 
 # -- a step -----------------------------------------------------------------------------------------------------------
+
+
+def settle(accelerator, model, loss_of_a_batch):
+    """Before a checkpoint is loaded: a backward whose gradients are thrown away, where the strategy adds up otherwise after it.
+
+    DDP puts its buckets into the order in which gradients came, so that on three ranks and more the sums of the first step are
+    of another order: a resumed run would not have the bits of one that was never interrupted.
+    """
+    if strategy(accelerator) == "ddp":
+        accelerator.backward(loss_of_a_batch())
+        for parameter in model.parameters():
+            parameter.grad = None
 
 
 def backward(accelerator, loss):

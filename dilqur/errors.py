@@ -11,6 +11,10 @@ class InputError(Exception):
     """What is wrong, where (file and line), and what to do about it, in one line. Exit code 2."""
 
 
+class EveryRankError(InputError):
+    """One that all ranks meet alike, at the same step: rank 0 says it."""
+
+
 class AlreadyFinished(Exception):
     """The stage's result is there and still belongs to its inputs: nothing to do. Exit code 0."""
 
@@ -29,6 +33,8 @@ def program(main):
             if rank == "0":
                 print(done, file=sys.stderr if "--json" in sys.argv else sys.stdout)
         except InputError as mistake:
+            if isinstance(mistake, EveryRankError) and rank != "0":
+                sys.exit(2)
             _leave(f"{who}error: {mistake}", 2)
         except BrokenPipeError:  # `| head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -18,11 +18,12 @@ CLOCK_S = 1.0  # a file's time comes from a coarser clock than time.time(), and 
 
 class Interrupt:
     """Asked between steps, and between the batches of an evaluation. margin_s: seconds before the job's end that saving a
-    checkpoint may need; `needs` raises it when saving is seen to take longer."""
+    checkpoint may need; `reserve` raises it when steps and saves are seen to take longer."""
 
     def __init__(self, folder, max_minutes=None, stop_at_step=None, margin_s=300):
         self.stop_file, self.requeue_file = Path(folder) / "STOP", Path(folder) / "REQUEUE"
         self.stop_at_step, self.margin_s, self.signalled = stop_at_step, margin_s, None
+        self._longest = {}
         self.started, self.job_end = time.time(), _slurm_end_time()
         self.minutes_end = self.started + 60 * max_minutes if max_minutes else None
 
@@ -35,9 +36,10 @@ class Interrupt:
     def _note(self, number, frame):
         self.signalled = signal.Signals(number).name
 
-    def needs(self, seconds):
-        """A step or a save took so long: begin to stop early enough for twice that."""
-        self.margin_s = max(self.margin_s, 2 * seconds)
+    def reserve(self, what, seconds):
+        """A step or a save took so long: begin to stop early enough for twice both."""
+        self._longest[what] = max(seconds, self._longest.get(what, 0.0))
+        self.margin_s = max(self.margin_s, 2 * sum(self._longest.values()))
 
     def clear_stale(self):
         """Remove the markers an earlier run left; a STOP that came while this one was starting stays."""
@@ -48,12 +50,16 @@ class Interrupt:
 
     def stop_reason(self, step):
         """Why to stop after `step` steps, or None."""
+        if self.stop_at_step is not None and step >= self.stop_at_step:
+            return f"stop_at_step {self.stop_at_step}"
+        return self.urgent_reason()
+
+    def urgent_reason(self):
+        """Why to stop even in the middle of an evaluation, or None."""
         if self.signalled:
             return f"{self.signalled} came"
         if self.stop_file.exists():
             return f"{self.stop_file} is there"
-        if self.stop_at_step is not None and step >= self.stop_at_step:
-            return f"stop_at_step {self.stop_at_step}"
         if self.job_end is not None and time.time() > self.job_end - self.margin_s:
             return "the time is up"
         if self.minutes_end is not None and time.time() > self.minutes_end:

@@ -4,29 +4,26 @@ It knows no strategy: what DDP, FSDP2 and ZeRO do differently is asked of dilqur
 recipe: the same losses on the same number of processes, to the bit, whether or not it was killed on the way.
 """
 
+import contextlib
+import functools
 import math
 import os
 import time
 
 from dilqur.batches import IGNORE, split_batch, training_batches
 from dilqur.checkpoint_mirror import CheckpointMirror
-from dilqur.errors import InputError
+from dilqur.errors import EveryRankError
 from dilqur.evaluation import SANITY_BATCHES, Evaluation
 from dilqur.interrupt import Interrupt
 from dilqur.metrics import Metrics, gpu_health
 from dilqur.optimizer import freeze_all_but, learning_rate_at, make_optimizer
 from dilqur.recipe import to_dict
-from dilqur.resume import (
-    checkpoint_to_resume,
-    fetch_from_mirror,
-    load,
-    open_checkpoint,
-    refuse_other_run,
-    with_optimizer,
-)
+from dilqur.resume import checkpoint_to_resume, fetch_from_mirror, resume
 from dilqur.run_summary import summary, write_result
 from dilqur.training_settings import check_training, copy_to_node
 from dilqur.watchdog import Watchdog
+
+STOPPED_MIRROR_S = 60  # for the copy of the last checkpoint, where the job is about to end
 
 
 def train(settings, stage, model, compute_loss, write_model, flops_per_token=None):
@@ -49,6 +46,7 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
         gather_over_ranks,
         make_accelerator,
         prepare,
+        settle,
         strategy,
     )
     from dilqur.profiling import profiler
@@ -74,6 +72,8 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
         settings.reduce_dtype,
         settings.report_to,
         stage.folder,
+        settings.hang_minutes,
+        fp32=settings.dtype == "float32",
     )
     main, on_gpu = accelerator.is_main_process, accelerator.device.type == "cuda"
     with accelerator.main_process_first():  # which writes the plan of packing: best_fit
@@ -95,8 +95,8 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
 
     # -- set-up: where it stands ------------------------------------------------------------------------------------------
 
-    watchdog = Watchdog(stage.folder, accelerator.process_index, settings.hang_minutes)
     interrupt = Interrupt(stage.folder, settings.max_minutes, settings.stop_at_step)
+    watchdog = Watchdog(stage.folder, accelerator.process_index, settings.hang_minutes, interrupt)
     metrics = Metrics(stage.folder, max_steps, accelerator if settings.report_to else None, settings.logging_steps)
     evaluation = Evaluation(settings, accelerator, compute_loss, batch_size)
     keep = {"keep": settings.save_total_limit, "keep_every": settings.save_keep_every}
@@ -110,19 +110,26 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
         "strategy": strategy(accelerator),
         "sizes": sizes,
     }
-    step = skipped = skipped_in_a_row = optimizer_steps = 0
-    begun_from = None
-    complete = complete_checkpoints(writer.folder) if main else None
-    checkpoint = broadcast(accelerator, checkpoint_to_resume(settings, complete) if main else None)
+    batches_of = functools.partial(
+        training_batches,
+        samples,
+        batch=batch_size,
+        accumulation=accumulation,
+        rank=accelerator.process_index,
+        world_size=world,
+        pin_memory=on_gpu,
+    )
+    first_batch = send_to_device(next(batches_of(start, 1))[0], accelerator.device)
+    settle(accelerator, model, lambda: compute_loss(model, first_batch, 1))
+    complete = broadcast(accelerator, complete_checkpoints(writer.folder) if main else None)
+    checkpoint, trainer = checkpoint_to_resume(settings, complete), {}
     if checkpoint:
-        reader = open_checkpoint(checkpoint, complete or [])
-        refuse_other_run(settings, reader, identity)
-        load(reader, plain, optimizer, complete or [], moments := with_optimizer(settings, reader))
-        step, skipped = reader.trainer["step"], reader.trainer.get("skipped_steps", 0)
-        optimizer_steps = reader.trainer.get("optimizer_steps", step) if moments else 0
-        begun_from = reader.trainer.get("resumed_from")
+        trainer = resume(settings, checkpoint, complete, identity, plain, optimizer)
         if mirror and checkpoint.parent == writer.folder:
             mirror.push(checkpoint)  # it may have been killed while that was copied
+    step, skipped, optimizer_steps = (trainer.get(name, 0) for name in ("step", "skipped_steps", "optimizer_steps"))
+    skipped_in_a_row, given = 0, settings.resume_from_checkpoint
+    begun_from = given if given != "auto" else trainer.get("resumed_from")
     peak = peak_flops(torch.cuda.get_device_name()) if on_gpu else None
     if main:
         interrupt.clear_stale()
@@ -142,151 +149,155 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
     def stopping():
         return (interrupt.stop_reason(step) if main else interrupt.signalled) is not None
 
-    def evaluate(batches=None):
+    def interrupted():
         watchdog.at(f"the evaluation of step {step}")
-        return evaluation.run(model, stopping, batches)
+        return (interrupt.urgent_reason() if main else interrupt.signalled) is not None
 
     def save():
         """Returns the seconds that training waited."""
-        watchdog.at(f"saving step {step}")
+        watchdog.at(f"saving step {step}", patient=True)
         progress = {
             "position": start + step * settings.global_batch_size,
             "tokens": step * settings.global_batch_size * settings.max_length,
             "skipped_steps": skipped,
             "optimizer_steps": optimizer_steps,
-            "resumed_from": given if (given := settings.resume_from_checkpoint) not in ("auto", "none") else begun_from,
-            "eval_loss": broadcast(accelerator, metrics.last("eval_loss")),
+            "resumed_from": begun_from,
+            "eval_loss": broadcast(accelerator, metrics.last(step, "eval_loss")),
         }
         return saving.save(plain, optimizer, step, {**identity, **progress})
 
     saved = step if checkpoint and checkpoint.parent == writer.folder else 0
     saving = Saving(settings, writer, interrupt, metrics.say if main else None, saved)
     if step < max_steps and settings.eval_datasets:
-        evaluate(SANITY_BATCHES)
-    if step and evaluation.due(step, max_steps) and broadcast(accelerator, metrics.last("eval_loss")) is None:
-        if (results := evaluate()) and main:  # the run was stopped in the middle of it
+        evaluation.run(model, interrupted, SANITY_BATCHES)
+    missing_evaluation = False
+    if step and evaluation.due(step, max_steps) and trainer.get("eval_loss") is None:
+        # the run was stopped in the middle of it
+        results = evaluation.run(model, interrupted)
+        missing_evaluation = results is None
+        if results and main:
             metrics.add(step, **results)
-        saving.last = None  # that checkpoint does not know its evaluation
+        saving.forget(step if results else None)  # that checkpoint does not know its evaluation
 
     # -- loop -------------------------------------------------------------------------------------------------------------
 
     stopped, stall, mirror_problem = None, 0.0, None
-    stream = training_batches(
-        samples,
-        start + step * settings.global_batch_size,
-        max_steps - step,
-        batch_size,
-        accumulation,
-        accelerator.process_index,
-        world,
-        settings.dataloader_num_workers,
-        pin_memory=on_gpu,
-    )
+    position = start + step * settings.global_batch_size
+    stream = batches_of(position, max_steps - step, num_workers=settings.dataloader_num_workers)
     changes = {change["step"]: change["datasets"] for change in settings.dataset_changes or []}
     profile = profiler(settings, stage.folder, main)
-    while step < max_steps:
-        if main and step in changes:
-            metrics.say(f"datasets from here on: {changes[step]}")
-        watchdog.at(f"step {step + 1}, reading its batch")
-        began = time.perf_counter()
-        micro_batches = next(stream)
-        data_wait = time.perf_counter() - began
-        valid = sum(int((b["labels"] != IGNORE).sum()) for b in micro_batches)
-
-        # Before the first backward, over ranks and micro-batches: the gradient is that of the mean over all these tokens.
-        watchdog.at(f"step {step + 1}, waiting for the other ranks")
-        asked = (valid, stopping(), writer.failed, main and saving.is_overdue(step))
-        tokens, stop, failed, save_now = gather_over_ranks(accelerator, *asked).sum(0).tolist()
-        if failed:
-            saving.hear_of_failure()
-        if stop:
-            stopped = broadcast(accelerator, interrupt.stop_reason(step)) or "a signal came to another rank"
-            break
-        if save_now:
-            stall += save()
+    with writer, contextlib.closing(stream):  # what is being written and who reads ahead end with it, however it ends
+        while step < max_steps:
+            if main and step in changes:
+                metrics.say(f"datasets from here on: {changes[step]}")
+            watchdog.at(f"step {step + 1}, reading its batch")
             began = time.perf_counter()
+            micro_batches = next(stream)
+            data_wait = time.perf_counter() - began
+            valid = sum(int((b["labels"] != IGNORE).sum()) for b in micro_batches)
 
-        watchdog.at(f"step {step + 1}, forward and backward")
-        schedule = (settings.lr_scheduler_type, settings.learning_rate, settings.warmup_steps, max_steps)
-        rate = learning_rate_at(step, *schedule, settings.min_lr_ratio, settings.lr_decay_steps or 0)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss = 0.0
-        for batch in micro_batches:
-            batch = send_to_device(batch, accelerator.device, non_blocking=True)
-            with accelerator.accumulate(model):
-                part = compute_loss(model, batch, tokens)
-                backward(accelerator, part)
-                loss += part.detach()
-        norm = clip_and_step(accelerator, model, optimizer, settings.max_grad_norm)
+            # Before the first backward, over ranks and micro-batches: the gradient is that of the mean over all these tokens.
+            watchdog.at(f"step {step + 1}, waiting for the other ranks")
+            asked = (valid, stopping(), writer.failed, main and saving.is_overdue(step))
+            tokens, stop, failed, save_now = gather_over_ranks(accelerator, *asked).sum(0).tolist()
+            if failed:
+                saving.hear_of_failure()
+            if stop:
+                stopped = broadcast(accelerator, interrupt.stop_reason(step)) or "a signal came to another rank"
+                break
+            if save_now and not skipped_in_a_row:
+                stall += save()
+                began = time.perf_counter()
 
-        watchdog.at(f"step {step + 1}, adding up its numbers over the ranks")
-        memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
-        everyones = gather_over_ranks(accelerator, loss, time.perf_counter() - began, data_wait, memory)
-        slowest = everyones.max(0).values.tolist()
-        step += 1
-        seconds, positions = slowest[1], (start + (step - 1) * settings.global_batch_size, settings.global_batch_size)
-        values = {
-            "loss": everyones[:, 0].sum().item(),
-            "grad_norm": norm,
-            "learning_rate": rate,
-            "tokens_per_second": tokens / seconds,
-            "tokens_per_second_all": settings.global_batch_size * settings.max_length / seconds,
-            "step_seconds": seconds,
-            "step_seconds_median": everyones[:, 1].median().item(),
-            "data_wait_seconds": slowest[2],
-        }
-        if peak and flops_per_token:
-            values["mfu"] = values["tokens_per_second_all"] * flops_per_token / (world * peak)
-        if on_gpu:
-            values |= {"peak_memory_gb": slowest[3], **(gpu_health() if main and step % 10 == 0 else {})}
-        if stall:
-            values["checkpoint_stall_seconds"], stall = stall, 0.0
+            watchdog.at(f"step {step + 1}, forward and backward")
+            schedule = (settings.lr_scheduler_type, settings.learning_rate, settings.warmup_steps, max_steps)
+            rate = learning_rate_at(step, *schedule, settings.min_lr_ratio, settings.lr_decay_steps or 0)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss = 0.0
+            for batch in micro_batches:
+                batch = send_to_device(batch, accelerator.device, non_blocking=True)
+                with accelerator.accumulate(model):
+                    part = compute_loss(model, batch, tokens)
+                    backward(accelerator, part)
+                    loss += part.detach()
+            norm = clip_and_step(accelerator, model, optimizer, settings.max_grad_norm)
 
-        skipped_in_a_row = 0 if math.isfinite(norm) else skipped_in_a_row + 1
-        optimizer_steps += not skipped_in_a_row
-        if skipped_in_a_row:
-            skipped += 1
-            if main:
-                metrics.say(
-                    f"warning: step {step} skipped on all ranks: loss {values['loss']}, gradient norm {norm}; its samples are "
-                    f"the {positions[1]} from position {positions[0]} on"
-                )
-        if skipped:
-            values["skipped_steps"] = skipped
-        if evaluation.due(step, max_steps) and (results := evaluate()):
-            values |= results
-            metrics.pauses["evaluation"] = (evaluation.seconds, settings.eval_steps or max_steps)
-        if main:
-            metrics.log(step, **values)
-        if mirror and mirror.problem != mirror_problem:
-            mirror_problem = mirror.problem
-            metrics.say(f"warning: mirror_to {settings.mirror_to}: {mirror_problem or 'works again'}")
-        if skipped_in_a_row >= settings.max_skipped_steps:
-            writer.wait()
-            first = positions[0] - (skipped_in_a_row - 1) * settings.global_batch_size
-            raise InputError(
-                f"{stage.folder}: {skipped_in_a_row} steps in a row had no finite loss or gradient: the samples of positions "
-                f"{first} to {positions[0] + positions[1] - 1}; nothing of them was saved, the last checkpoint is of step "
-                f"{saving.last}. Look at the data there, or lower learning_rate"
+            watchdog.at(f"step {step + 1}, adding up its numbers over the ranks")
+            loss = float(loss)  # on a GPU this waits for all of the step, the optimizer too: only now it is over
+            memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
+            everyones = gather_over_ranks(accelerator, loss, time.perf_counter() - began, data_wait, memory)
+            slowest = everyones.max(0).values.tolist()
+            step += 1
+            interrupt.reserve("a step", slowest[1])
+            seconds, positions = (
+                slowest[1],
+                (start + (step - 1) * settings.global_batch_size, settings.global_batch_size),
             )
-        if step % settings.save_steps == 0 and not skipped_in_a_row:
-            stall = save()
-            metrics.pauses["checkpoint"] = (stall, settings.save_steps)
-        profile.step()
+            values = {
+                "loss": everyones[:, 0].sum().item(),
+                "grad_norm": norm,
+                "learning_rate": rate,
+                "tokens_per_second": tokens / seconds,
+                "tokens_per_second_all": settings.global_batch_size * settings.max_length / seconds,
+                "step_seconds": seconds,
+                "step_seconds_median": everyones[:, 1].median().item(),
+                "data_wait_seconds": slowest[2],
+            }
+            if peak and flops_per_token:
+                values["mfu"] = values["tokens_per_second_all"] * flops_per_token / (world * peak)
+            if on_gpu:
+                values |= {"peak_memory_gb": slowest[3], **(gpu_health() if main and step % 10 == 0 else {})}
+            if stall:
+                values["checkpoint_stall_seconds"], stall = stall, 0.0
+
+            skipped_in_a_row = 0 if math.isfinite(norm) else skipped_in_a_row + 1
+            optimizer_steps += not skipped_in_a_row
+            if skipped_in_a_row:
+                skipped += 1
+                if main:
+                    metrics.say(
+                        f"warning: step {step} skipped on all ranks: loss {values['loss']}, gradient norm {norm}; its samples are "
+                        f"the {positions[1]} from position {positions[0]} on"
+                    )
+            if skipped:
+                values["skipped_steps"] = skipped
+            if evaluation.due(step, max_steps):
+                results = evaluation.run(model, interrupted)
+                missing_evaluation = results is None
+                values |= results or {}
+                metrics.pauses["evaluation"] = (evaluation.seconds, settings.eval_steps or max_steps)
+            if main:
+                metrics.log(step, **values)
+            if mirror and mirror.problem != mirror_problem:
+                mirror_problem = mirror.problem
+                metrics.say(f"warning: mirror_to {settings.mirror_to}: {mirror_problem or 'works again'}")
+            if skipped_in_a_row >= settings.max_skipped_steps:
+                writer.wait()
+                standing = complete_checkpoints(writer.folder)
+                first = positions[0] - (skipped_in_a_row - 1) * settings.global_batch_size
+                raise EveryRankError(
+                    f"{stage.folder}: {skipped_in_a_row} steps in a row had no finite loss or gradient: the samples of positions "
+                    f"{first} to {positions[0] + positions[1] - 1}; nothing of them was saved, the last checkpoint is "
+                    f"{standing[-1].name if standing else 'none'}. Look at the data there, or lower learning_rate"
+                )
+            if step % settings.save_steps == 0 and not skipped_in_a_row:
+                stall = save()
+                metrics.pauses["checkpoint"] = (stall, settings.save_steps)
+            profile.step()
 
     # -- finish -----------------------------------------------------------------------------------------------------------
 
     profile.stop()
+    if missing_evaluation and not stopped:  # the last one was cut short
+        stopped = broadcast(accelerator, interrupt.urgent_reason()) or "a signal came to another rank"
     save()
-    watchdog.at("waiting for the last checkpoint")
+    watchdog.at("waiting for the last checkpoint", patient=True)
     writer.wait()
     watchdog.stop()
     accelerator.wait_for_everyone()  # from here on rank 0's folder is complete for everyone
     if main:
         metrics.close()
-        if mirror and not mirror.wait():
-            print(f"warning: mirror_to {settings.mirror_to}: {mirror.problem}", flush=True)
         if stopped:
             interrupt.request_requeue()
             print(
@@ -297,6 +308,9 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
             best = best_checkpoint(writer.folder) if settings.load_best_model_at_end else None
             reader = CheckpointReader(best or complete_checkpoints(writer.folder)[-1])
             write_result(settings, stage, samples, start, step, reader, write_model, world, identity, skipped)
+        # all that matters here is done; a stopped run pushes it again when it goes on
+        if mirror and not mirror.wait(STOPPED_MIRROR_S if stopped else None):
+            print(f"warning: mirror_to {settings.mirror_to}: {mirror.problem or 'not all is copied yet'}", flush=True)
     if settings.report_to:
         accelerator.end_training()
     accelerator.wait_for_everyone()

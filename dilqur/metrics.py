@@ -80,17 +80,19 @@ class Metrics:
             self.say(f"step {step}/{self.max_steps} | {_line(values)} | left {left}")
 
     def add(self, step, **values):
-        """More numbers of the step that was logged last: those of its evaluation, or of its checkpoint."""
-        self._last = {**self._last, **values}
+        """More numbers of a step that was logged before a resume: those of its evaluation."""
         lines = self.path.read_text(encoding="utf-8").splitlines()
+        if self.last(step, "step") is None:  # its line did not come to this machine, or not to the disk
+            self._last, lines = {"step": step}, [*lines, ""]
+        self._last = {**self._last, **values}
         self.file.close()
         self._write([*lines[:-1], json.dumps(self._last)])
         self._track(step, values)
         self.say(f"step {step}/{self.max_steps} | {_line(values)}")
 
-    def last(self, name):
-        """A number of the step that was logged last, or None."""
-        return (self._last or {}).get(name)
+    def last(self, step, name):
+        """A number of `step`, if that is what was logged last, or None."""
+        return self._last.get(name) if self._last and self._last["step"] == step else None
 
     def seconds_left(self, step):
         """By the median of the last hundred steps, and what evaluations and checkpoints will take."""

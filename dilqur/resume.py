@@ -4,64 +4,70 @@ import json
 from pathlib import Path
 
 from dilqur.batches import same_past
-from dilqur.errors import InputError
+from dilqur.errors import EveryRankError, InputError
 
 
 def checkpoint_to_resume(settings, complete):
     """The folder to go on from, or None to begin. complete: the complete checkpoints of this stage, oldest first.
 
-    A folder given by name is where the run begins; started again by the same command, after a requeue, it goes on from what it
-    has made since.
+    A folder given by name, or none, is where the run begins; started again by the same command, after a requeue, it goes on from
+    what it has made since.
     """
     given = settings.resume_from_checkpoint
-    if given == "none" or (given == "auto" and not complete):
-        return None
+    newest = complete[-1] if complete else None
     if given == "auto":
-        return complete[-1]
-    if complete and json.loads((complete[-1] / "trainer.json").read_text()).get("resumed_from") == given:
-        return complete[-1]
-    return Path(given)
-
-
-def with_optimizer(settings, reader):
-    """Does this run take over the moments? Not where it was told not to; but those that it made itself since."""
-    made_by_it = reader.trainer.get("recipe", {}).get("resume_without_optimizer", False)
-    return made_by_it or not settings.resume_without_optimizer
+        return newest
+    if newest and json.loads((newest / "trainer.json").read_text()).get("resumed_from") == given:
+        return newest
+    return None if given == "none" else Path(given)
 
 
 def fetch_from_mirror(settings, checkpoints):
-    """On a new machine, where there are no checkpoints: bring the newest complete one from `mirror_to`. For rank 0, before the
-    processes know each other: it may take longer than a collective waits. Raises InputError where the mirror cannot be read."""
-    from dilqur.checkpoint_files import complete_checkpoints
+    """On a new machine, or one that has only older checkpoints: bring the newest complete one from `mirror_to`. For rank 0,
+    before the processes know each other: it may take longer than a collective waits. Raises InputError where the mirror cannot
+    be read and there is nothing here to go on from."""
+    from dilqur.checkpoint_files import complete_checkpoints, step_of
     from dilqur.checkpoint_mirror import CheckpointMirror
 
-    if settings.mirror_to and settings.resume_from_checkpoint == "auto" and not complete_checkpoints(checkpoints):
-        mirror = CheckpointMirror(settings.mirror_to)
-        if (newest := mirror.newest()) is not None:
-            print(f"bringing the checkpoint of step {newest} from {settings.mirror_to}", flush=True)
-            checkpoints.mkdir(parents=True, exist_ok=True)
-            mirror.fetch(newest, checkpoints)
+    if not settings.mirror_to:
+        return
+    here = max(map(step_of, complete_checkpoints(checkpoints)), default=None)
+    mirror = CheckpointMirror(settings.mirror_to)
+    try:
+        newest = mirror.newest()
+    except InputError as problem:
+        if here is None:
+            raise
+        print(f"warning: {problem}; going on from step {here}, which is here", flush=True)
+        return
+    if newest is not None and (here is None or newest > here):
+        print(f"bringing the checkpoint of step {newest} from {settings.mirror_to}", flush=True)
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        mirror.fetch(newest, checkpoints)
 
 
-def open_checkpoint(folder, complete):
-    """A CheckpointReader. Raises InputError naming the damaged file, and what to do to go on from the one before it."""
+def resume(settings, checkpoint, complete, identity, model, optimizer):
+    """Load `checkpoint` into a prepared model and optimizer; returns its trainer.json, with `optimizer_steps` as they are now.
+
+    Raises InputError where it may not be gone on from, and where it is damaged, with what to do. Nothing of it stays open: a
+    network file system does not let a folder go of which a file is.
+    """
+    from dilqur.checkpoint import load_checkpoint
     from dilqur.checkpoint_files import CheckpointReader
 
     try:
-        return CheckpointReader(folder)
+        reader = CheckpointReader(checkpoint)
+        trainer = reader.trainer
+        _refuse_other_run(settings, reader, identity)
+        # told to go on without the moments, it does so once: those that it has made itself since are its own
+        moments = not settings.resume_without_optimizer or trainer.get("recipe", {}).get("resume_without_optimizer")
+        load_checkpoint(reader, model, optimizer, with_optimizer=bool(moments))
     except InputError as problem:
-        raise InputError(f"{problem}{_way_out(folder, complete)}") from None
-
-
-def load(reader, model, optimizer, complete, with_optimizer=True):
-    """`load_checkpoint`, whose InputError for damaged data also says what to do."""
-    from dilqur.checkpoint import load_checkpoint
-
-    try:
-        load_checkpoint(reader, model, optimizer, with_optimizer)
-    except InputError as problem:
-        damaged = "damaged" in str(problem) or "no file holds" in str(problem)
-        raise InputError(f"{problem}{_way_out(reader.folder, complete) if damaged else ''}") from None
+        damaged = any(words in str(problem) for words in ("damaged", "cut", "not a whole checkpoint", "no file holds"))
+        if damaged and not isinstance(problem, EveryRankError):
+            raise InputError(f"{problem}{_way_out(checkpoint, complete)}") from None
+        raise
+    return {**trainer, "optimizer_steps": trainer.get("optimizer_steps", trainer["step"]) if moments else 0}
 
 
 def _way_out(folder, complete):
@@ -70,7 +76,7 @@ def _way_out(folder, complete):
     return aside + (f"goes on from {older[-1].name}, the complete one before it" if older else "begins at step 0")
 
 
-def refuse_other_run(settings, reader, identity):
+def _refuse_other_run(settings, reader, identity):
     """Only keys in `may_change` may differ. Raises InputError with the first that does, or where other data was seen.
 
     A checkpoint of another program, brought in by scripts/convert_checkpoint.py, has no recipe and no data: the run gives both.
@@ -80,22 +86,22 @@ def refuse_other_run(settings, reader, identity):
         return
     for key, value in now["recipe"].items():
         if key in then["recipe"] and then["recipe"][key] != value and key not in settings.may_change:
-            raise InputError(
+            raise EveryRankError(
                 f"{reader.folder}: made with {key} = {then['recipe'][key]!r}, now {value!r}: that is another run; "
                 "choose another --output_dir, or put it back"
             )
     done = [[c for c in run["recipe"].get("dataset_changes") or [] if c["step"] < then["step"]] for run in (then, now)]
     if done[0] != done[1]:
-        raise InputError(
+        raise EveryRankError(
             f"{reader.folder}: dataset_changes of steps before its {then['step']} are done and cannot change any more: "
             "put them back (later ones may change)"
         )
     data, was = now["data"], then["data"]
     same = same_past(was["fingerprint"], data["fingerprint"], then["position"])
     if was["start_position"] != data["start_position"] or not same:
-        raise InputError(
+        raise EveryRankError(
             f"{reader.folder}: made on other data: datasets, weights or shards have changed: choose another --output_dir, or "
             "put them back"
         )
     if then["trainable"] != now["trainable"]:
-        raise InputError(f"{reader.folder}: trained other parameters than this run would")
+        raise EveryRankError(f"{reader.folder}: trained other parameters than this run would")

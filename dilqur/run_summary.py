@@ -51,15 +51,16 @@ def write_result(settings, stage, samples, start, steps, reader, write_model, wo
         write_model(reader.weights(), folder)
     records = [json.loads(line) for line in (stage.folder / "metrics.jsonl").read_text().splitlines()]
     tokens, end = steps * settings.global_batch_size * settings.max_length, start + steps * settings.global_batch_size
-    steady = sorted(r["tokens_per_second"] for r in records[min(2, len(records) - 1) :])
+    steady = sorted(r["tokens_per_second"] for r in records[min(2, len(records) - 1) :] if "tokens_per_second" in r)
+    last = records[-1] if records else {}  # none where a finished run came to a new machine without its metrics
     result = {
         "steps": steps,
         "tokens": tokens,
         "utf8_bytes_seen": samples.utf8_bytes(start, end),
-        "loss": records[-1]["loss"],
-        "eval_loss": records[-1].get("eval_loss"),
-        "eval_bits_per_byte": records[-1].get("eval_bits_per_byte"),
-        "tokens_per_second": steady[len(steady) // 2],
+        "loss": last.get("loss"),
+        "eval_loss": last.get("eval_loss"),
+        "eval_bits_per_byte": last.get("eval_bits_per_byte"),
+        "tokens_per_second": steady[len(steady) // 2] if steady else None,
         "skipped_steps": skipped,
         "model_of_step": reader.trainer["step"],
         "strategy": identity["strategy"],
@@ -68,8 +69,8 @@ def write_result(settings, stage, samples, start, steps, reader, write_model, wo
         "data": {**identity["data"], "end_position": end, "epochs": samples.epochs(end)},
     }
     stage.finish(result)
-    loss = "skipped" if result["loss"] is None else f"loss {result['loss']:.4f}"
+    loss = "loss not known" if result["loss"] is None else f"loss {result['loss']:.4f}"
     print(
-        f"{stage.name}: {steps} steps, {loss}, {result['tokens_per_second']:,.0f} tokens/s; {stage.folder}/model",
+        f"{stage.name}: {steps} steps, {loss}, {result['tokens_per_second'] or 0:,.0f} tokens/s; {stage.folder}/model",
         flush=True,
     )

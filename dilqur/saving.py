@@ -13,6 +13,10 @@ class Saving:
         self.settings, self.writer, self.interrupt, self.say, self.last = settings, writer, interrupt, say, last
         self._time = time.monotonic()
 
+    def forget(self, step):
+        """What is saved of `step` is not all of it: it is to be saved again."""
+        self.last = None if step == self.last else self.last
+
     def is_overdue(self, step):
         """By `save_minutes`; every rank's clock is another, so the loop asks rank 0's."""
         minutes = self.settings.save_minutes
@@ -32,7 +36,7 @@ class Saving:
             self._forgive(problem)
             self.writer.save(model, optimizer, step, trainer)
         self.last, self._time = step, time.monotonic()
-        self.interrupt.needs(self.writer.seconds)
+        self.interrupt.reserve("a save", self.writer.seconds)
         return time.perf_counter() - began
 
     def hear_of_failure(self):

@@ -49,7 +49,8 @@ class TrainingSettings(StageSettings):
     # datasets: their fingerprint decides, not the way they are called; dataset_changes: those of steps not done yet
     may_change: ClassVar = (
         *harmless, "max_steps", "num_train_epochs", "eval_datasets", "datasets", "dataset_changes", "torch_compile",
-        "reduce_dtype", "deterministic", "load_best_model_at_end", "max_skipped_steps", "resume_without_optimizer",
+        "gradient_checkpointing", "use_liger_kernel", "attn_implementation", "reduce_dtype", "deterministic",
+        "load_best_model_at_end", "max_skipped_steps", "resume_without_optimizer",
     )  # fmt: skip
 
     model_name_or_path: ModelPath | None = field(
@@ -208,8 +209,13 @@ def check_training(settings, folder=None, copies=None):
         raise InputError(
             f"warmup_steps {settings.warmup_steps} and lr_decay_steps {settings.lr_decay_steps} are more than the {steps} steps"
         )
-    if settings.load_best_model_at_end and not settings.eval_datasets:
-        raise InputError("load_best_model_at_end: which one is best is not known without eval_datasets")
+    if settings.load_best_model_at_end and not (settings.eval_datasets and settings.eval_steps):
+        raise InputError("load_best_model_at_end: which one is best is not known without eval_datasets and eval_steps")
+    if settings.load_best_model_at_end and settings.save_steps % settings.eval_steps:
+        raise InputError(
+            f"load_best_model_at_end: save_steps {settings.save_steps} is no multiple of eval_steps "
+            f"{settings.eval_steps}: what is saved would not be evaluated"
+        )
     if late := [change["step"] for change in settings.dataset_changes or [] if change["step"] >= steps]:
         raise InputError(f"dataset_changes: step {late[0]} is never reached, there are {steps} steps: leave it out")
     split_batch(settings.global_batch_size, settings.per_device_train_batch_size, int(os.environ.get("WORLD_SIZE", 1)))

@@ -10,6 +10,7 @@ the same command goes on from the newest complete checkpoint. At the end OUTPUT_
 """
 
 import contextlib
+import functools
 from dataclasses import dataclass, field
 
 from dilqur.cost_model import UnknownArchitecture, training_flops_per_token
@@ -45,6 +46,12 @@ def check(settings):
         check_model(settings, samples, config, settings.model_name_or_path)
 
 
+def on_gpu():
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def load_model(settings):
     """The model in `dtype`: from its folder, or new with weights drawn from `seed`."""
     import torch
@@ -52,7 +59,7 @@ def load_model(settings):
 
     from dilqur.document_attention import attention_for, register_document_attention
 
-    if settings.use_liger_kernel and not torch.cuda.is_available():
+    if settings.use_liger_kernel and not on_gpu():
         print("use_liger_kernel: no GPU here, going on without (its kernels are Triton's)", flush=True)
     elif settings.use_liger_kernel:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
@@ -70,13 +77,13 @@ def load_model(settings):
     return LlamaForCausalLM(config).to(dtype)
 
 
-def causal_loss(model, batch, tokens):
+def causal_loss(model, batch, tokens, **more):
     """Sum of the next-token losses of `batch` / `tokens`. The labels are shifted already: label i is the token after i.
 
     With intra_document_masking the batch also says where documents begin; without use_cache=False some kinds of attention
     would not look at that.
     """
-    return model(**batch, shift_labels=batch["labels"], num_items_in_batch=tokens, use_cache=False).loss
+    return model(**batch, shift_labels=batch["labels"], num_items_in_batch=tokens, use_cache=False, **more).loss
 
 
 @program
@@ -98,10 +105,13 @@ def main():
 
         write_model_folder(folder, config, trained, tied, settings.model_name_or_path, settings.tokenizer)
 
-    flops = None
+    loss, flops, only = causal_loss, None, settings.unfrozen_parameters
+    if settings.use_liger_kernel and on_gpu():
+        loss = functools.partial(causal_loss, skip_logits=True)  # else Liger makes them all in an evaluation
     with contextlib.suppress(UnknownArchitecture):
-        flops = training_flops_per_token(config.to_dict(), settings.max_length, bool(settings.unfrozen_parameters))
-    train(settings, stage, model, causal_loss, write_model, flops)
+        if not only or all("embed" in name or "lm_head" in name for name in only):
+            flops = training_flops_per_token(config.to_dict(), settings.max_length, embeddings_only=bool(only))
+    train(settings, stage, model, loss, write_model, flops)
     return None
 
 

@@ -22,6 +22,7 @@ if [[ -z ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} && -x .venv/bin/python ]]; then
   export PATH=$PWD/.venv/bin:$PATH
 fi
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # accelerate adds the working folder for DeepSpeed only
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240} # after a TERM, to save in; its default is 30 s
 export PYTHONUNBUFFERED=1                         # or a killed job's last lines are missing from its log
 # Compute nodes have no network: say so, or every look-up waits for a timeout.
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} TRANSFORMERS_OFFLINE=${TRANSFORMERS_OFFLINE:-1} HF_DATASETS_OFFLINE=${HF_DATASETS_OFFLINE:-1}
@@ -65,6 +66,7 @@ case $program in
 esac
 processes=$((nodes * here))
 if ((processes == 1)); then
+  [[ -z ${DILQUR_STRATEGY:-} ]] || echo "warning: one process only: DILQUR_STRATEGY=$DILQUR_STRATEGY is not used" >&2
   exec python "$program" "$@"
 fi
 

@@ -275,6 +275,31 @@ def test_rotation_keeps_the_newest(tmp_path, accelerator, training):
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-0000010", "step-0000100"]
 
 
+def test_killed_between_the_two_renames_of_a_step_saved_again_neither_is_lost(saved, accelerator, training):
+    folder, model, optimizer, step = saved
+    checkpoints = folder.parent
+    step(3)
+    again = save(checkpoints / "elsewhere", accelerator, model, optimizer, 3)
+    content = {name: (again / name).read_bytes() for name in FILES}
+    folder.rename(checkpoints / ".tmp-old-.tmp-3-abcd")  # the kill falls here
+    again.rename(checkpoints / ".tmp-3-abcd")
+    (checkpoints / "elsewhere").rmdir()
+    half = checkpoints / ".tmp-4-abcd"
+    half.mkdir()
+    (half / "rank-00000.safetensors").write_bytes(b"half")
+    CheckpointWriter(checkpoints, accelerator)
+    assert [p.name for p in checkpoints.iterdir()] == ["step-0000003"]
+    assert {name: (folder / name).read_bytes() for name in FILES} == content, "the newer one of the two"
+
+
+def test_what_is_only_half_removed_does_not_come_back(saved, accelerator):
+    folder = saved[0]
+    folder.rename(folder.parent / ".tmp-gone-step-0000003")
+    (folder.parent / ".tmp-gone-step-0000003" / "rank-00000.json").unlink()
+    CheckpointWriter(folder.parent, accelerator)
+    assert list(folder.parent.iterdir()) == []
+
+
 def test_without_a_limit_all_stay(tmp_path, accelerator, training):
     model, optimizer, _ = training()
     for number in (1, 2, 3):

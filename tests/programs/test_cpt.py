@@ -10,6 +10,8 @@ import torch
 from conftest import CORPUS, TINY_LLAMA
 from safetensors.torch import load_file
 
+from dilqur.checkpoint_files import CheckpointReader, publish
+
 LENGTH, BATCH, STEPS = 64, 8, 30
 
 
@@ -248,6 +250,41 @@ def test_the_best_checkpoint_stays_and_can_become_the_model(cpt, made, tmp_path)
     assert result["model_of_step"] == best
 
 
+def test_an_evaluation_that_was_cut_short_is_done_when_the_run_goes_on(cpt, base, made, tmp_path):
+    """A signal in the middle of the evaluation of step 10, or of the last one: here the checkpoints and lines it leaves."""
+    for step in (10, STEPS):
+        folder = tmp_path / str(step)
+        cpt(*training(made), "--stop_at_step", step, "--output_dir", folder)
+        if step == STEPS:
+            shutil.rmtree(folder / "model")
+            (folder / "manifest.json").unlink()
+        checkpoint = folder / "checkpoints" / f"step-{step:07d}"
+        unknown = {
+            k: v for k, v in CheckpointReader(checkpoint).trainer.items() if k not in ("version", "step", "world_size")
+        }
+        publish(shutil.copytree(checkpoint, folder / "copy"), checkpoint, step, 1, {**unknown, "eval_loss": None})
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        lines[-1] = {k: v for k, v in lines[-1].items() if not k.startswith("eval")}
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        cpt(*training(made), "--output_dir", folder)
+        assert metrics(folder, "loss", "eval_loss") == metrics(base, "loss", "eval_loss")
+        assert (
+            json.loads((folder / "manifest.json").read_text())["result"]["eval_loss"]
+            == metrics(base, "eval_loss")[-1][0]
+        )
+
+
+def test_a_checkpoint_without_its_metrics_goes_on_too_as_one_that_came_to_a_new_machine(cpt, base, made, tmp_path):
+    for step in (20, STEPS):  # in the middle, after an evaluation, and at the end, when only model/ was missing
+        folder = tmp_path / str(step)
+        cpt(*training(made), "--stop_at_step", step, "--output_dir", folder)
+        shutil.rmtree(folder / "model", ignore_errors=True)
+        for name in ("metrics.jsonl", "manifest.json"):
+            (folder / name).unlink(missing_ok=True)
+        cpt(*training(made), "--output_dir", folder)
+        assert equal(weights(folder / "model"), weights(base / "model"))
+
+
 def test_what_is_saved_by_the_clock_and_kept_for_good(cpt, made, tmp_path):
     flags = (*training(made), "--save_steps", 1000, "--save_minutes", "0.0001", "--save_keep_every", 5)
     cpt(*flags, "--output_dir", tmp_path / "run")
@@ -291,7 +328,7 @@ def test_steps_without_a_finite_loss_are_skipped_and_too_many_in_a_row_end_the_r
     refused(
         done,
         "3 steps in a row had no finite loss or gradient: the samples of positions 8 to 31; nothing of them was saved, the "
-        "last checkpoint is of step 1. Look at the data there, or lower learning_rate",
+        "last checkpoint is step-0000001. Look at the data there, or lower learning_rate",
     )
     assert metrics(tmp_path / "run", "grad_norm", "skipped_steps")[1:] == [(None, 1), (None, 2), (None, 3)]
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000001"]
