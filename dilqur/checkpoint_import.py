@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dilqur.errors import InputError
 from dilqur.owned_state import MOMENTS
+from dilqur.safetensors_folder import read_tensor, stored_tensors
 
 FILE_BYTES = 4 << 30  # of one rank's file: small enough to copy
 
@@ -46,20 +47,38 @@ def trained_names(state, model, source, model_source):
     names = model.shapes if state.trained is None else dict.fromkeys(map(model.first_name, state.trained))
     if state.trained is not None and not names:
         raise InputError(f"{source}: its optimizer holds no parameter")
-    for name in names:
-        for kind in ("weight", *(MOMENTS if state.trained is not None else ())):
+    for name, expected in model.shapes.items():
+        for kind in ("weight", *(MOMENTS if state.trained is not None and name in names else ())):
             if (kind, name) not in state.stored:
-                raise InputError(f"{source}: holds no {kind} of {name}")
+                raise InputError(f"{source}: holds no {kind} of {name}, which the model of {model_source} has")
             shape, dtype = state.stored[kind, name]
-            if tuple(shape) != model.shapes[name]:
+            if tuple(shape) != expected:
                 raise InputError(
-                    f"{source}: {kind} of {name} is {_shape(shape)}, the model of {model_source} has {_shape(model.shapes[name])}"
+                    f"{source}: {kind} of {name} is {_shape(shape)}, the model of {model_source} has {_shape(expected)}"
                 )
             if not dtype.is_floating_point or dtype.itemsize not in (2, 4):
                 raise InputError(
                     f"{source}: {kind} of {name} is {dtype}; float32, bfloat16 and float16 can be taken over"
                 )
     return [name for name in model.shapes if name in names]
+
+
+def refuse_other_base(state, names, base, source):
+    """What was frozen is not in a checkpoint of ours, but comes from the model in `base`: raise InputError where `state`, of
+    `source`, says that it was another one. names: the trained ones. Compared in the narrower dtype of the two."""
+    import torch
+
+    frozen = [name for kind, name in state.stored if kind == "weight" and name not in names]
+    tensors = stored_tensors(base) if frozen else {}
+    for name in frozen:
+        if name in tensors:
+            one, other = state.read("weight", name), read_tensor(tensors[name], name)
+            dtype = min(one.dtype, other.dtype, key=lambda t: t.itemsize)
+            if not torch.equal(one.to(dtype), other.to(dtype)):
+                raise InputError(
+                    f"{source}: {name}, which its run did not train, is not that of {base}: give --model_name_or_path, the "
+                    "model the run began with"
+                )
 
 
 def write_checkpoint(checkpoints, step, state, names, trainer):

@@ -26,10 +26,10 @@ def is_deepspeed(folder):
 
 
 def read_deepspeed(folder, model):
-    """TrainingState of `folder`, a pathlib.Path. What was frozen is left out: under bf16 it is rounded there."""
+    """TrainingState of `folder`, a pathlib.Path. What was frozen is there as the ranks held it: under bf16, rounded."""
     folder = _where_the_files_lie(folder)
     files = {int(found[1]): file for file in folder.iterdir() if (found := RANK.search(file.name))}
-    models = sorted(folder.glob("*_model_states.pt"))
+    models = sorted(folder.glob("*_model_states.pt"), key=lambda file: [int(n) for n in re.findall(r"\d+", file.name)])
     if parallel := [f.name for f in folder.iterdir() if re.search(r"mp_rank_(?!00)\d\d|expert|expp_", f.name)]:
         raise InputError(
             f"{folder}: {min(parallel)} is of tensor, pipeline or expert parallelism, which is not read here"
@@ -41,7 +41,8 @@ def read_deepspeed(folder, model):
     if not models:
         raise InputError(f"{folder}: no *_model_states.pt in it: not whole")
     ranks = [load_pickle(files[rank], "DeepSpeed") for rank in sorted(files)]
-    about = load_pickle(models[0], "DeepSpeed")
+    abouts = [load_pickle(file, "DeepSpeed") for file in models]  # one below ZeRO-3
+    about = abouts[0]
     with expected(folder, "DeepSpeed ZeRO"):
         ranks = [rank["optimizer_state_dict"] for rank in ranks]
         stage = int(ranks[0].get("zero_stage", 1))  # its bf16 optimizer is a ZeRO-1 and does not say so
@@ -64,13 +65,18 @@ def read_deepspeed(folder, model):
             name: {k: flat[r][g][k].dtype for k in ("weight", *MOMENTS)} for name, [(r, g, *_), *_] in fragments.items()
         }
         stored = {(kind, name): (shapes[name], dtype) for name in shapes for kind, dtype in dtypes[name].items()}
+        frozen = {name: tuple(shape) for name, shape in (about.get("frozen_param_shapes") or {}).items()}
+        parts = {name: [a["frozen_param_fragments"][name].view(-1) for a in abouts] for name in frozen}
+        stored |= {("weight", name): (shape, parts[name][0].dtype) for name, shape in frozen.items()}
 
     def read(kind, name):
         import torch
 
+        if name in frozen:
+            return torch.cat(parts[name])[: math.prod(frozen[name])].view(frozen[name])
         with expected(folder, f"DeepSpeed ZeRO-{stage}"):
-            parts = [flat[rank][group][kind].narrow(0, start, length) for rank, group, start, length in fragments[name]]
-            return torch.cat(parts).view(shapes[name])
+            held = [flat[rank][group][kind].narrow(0, start, length) for rank, group, start, length in fragments[name]]
+            return torch.cat(held).view(shapes[name])
 
     return TrainingState(
         format=f"DeepSpeed ZeRO-{stage} on {count} ranks",

@@ -104,7 +104,7 @@ class _DcpFolder:
     def read(self, keys):
         """{key: tensor or object}."""
         import torch
-        from torch.distributed.checkpoint import load
+        from torch.distributed.checkpoint import CheckpointException, load
 
         found = {}
         for key in keys:
@@ -112,7 +112,10 @@ class _DcpFolder:
             found[self.prefix + key] = None if dtype is None else torch.empty(shape, dtype=dtype)
         with expected(self.folder, WRITER), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            load(found, storage_reader=self._reader, no_dist=True)
+            try:
+                load(found, storage_reader=self._reader, no_dist=True)
+            except CheckpointException as problem:  # no Exception: it wraps each rank's
+                raise problem.failures[0][0] from None
         return {key.removeprefix(self.prefix): value for key, value in found.items()}
 
 

@@ -27,7 +27,7 @@ def model_parameters(config, where):
     try:
         with torch.device("meta"):
             model = named(config) if named else transformers.AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as problem:
         raise InputError(f"{where}: transformers cannot build this model ({str(problem).splitlines()[0]})") from None
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     every = model.named_parameters(remove_duplicate=False)

@@ -25,6 +25,8 @@ def optimizer_file(folder):
 def read_plain(folder, model):
     """TrainingState of a folder with both. Raises InputError where the numbers cannot be told to mean one name each."""
     file = optimizer_file(folder)
+    if not next(folder.glob("*.safetensors"), None):
+        raise InputError(f"{folder}: no .safetensors beside {file.name}: the weights are missing, or saved as a pickle")
     weights = stored_weights(folder, model)
     optimizer = load_pickle(file, "accelerate or the Trainer", tensors_only=True)
     with expected(file, "accelerate or the Trainer"):

@@ -144,10 +144,7 @@ def to_hugging_face(settings, stage):
     else:  # a run that began with random weights
         from transformers import LlamaConfig
 
-        config, tokenizer = (
-            LlamaConfig(**recipe["model_config"], architectures=["LlamaForCausalLM"]),
-            recipe["tokenizer"],
-        )
+        config, tokenizer = (LlamaConfig(**recipe["model_config"]), recipe["tokenizer"])
     model = model_parameters(config, base or reader.folder)
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
     stage.open()
@@ -171,7 +168,7 @@ def to_hugging_face(settings, stage):
 
 def from_elsewhere(settings, stage):
     """A Hugging Face folder, or another program's checkpoint, as OUTPUT_DIR/step-N. Returns (result, line)."""
-    from dilqur.checkpoint_import import trained_names, write_checkpoint
+    from dilqur.checkpoint_import import refuse_other_base, trained_names, write_checkpoint
     from dilqur.hugging_face_checkpoint import read_folder
     from dilqur.model_parameters import load_config, model_parameters
 
@@ -180,6 +177,8 @@ def from_elsewhere(settings, stage):
     model = model_parameters(load_config(base), base)
     state = (read_foreign if settings.checkpoint else read_folder)(source, model)
     names = trained_names(state, model, source, base)
+    if settings.checkpoint:
+        refuse_other_base(state, names, base, source)
     if settings.step is not None and state.trainer:
         raise InputError(f"step: {source} was a checkpoint of step {state.step}; leave it out")
     step = settings.step if settings.step is not None else state.step or 0
