@@ -21,7 +21,7 @@ class TrainingState:
     stored: {(kind, name): (shape, torch dtype)}, kind being weight, exp_avg or exp_avg_sq. read(kind, name): that tensor on the
     CPU, of that shape and dtype. trained: the names the optimizer holds, None without one. step, optimizer_steps: of the run,
     and that the moments have seen; None where nothing says so. groups: the optimizer's, [{"lr", "betas", "eps",
-    "weight_decay", "parameters": how many}]. trainer: what trainer.json held, where the state once was a checkpoint of ours.
+    "weight_decay"}]. trainer: what trainer.json held, where the state once was a checkpoint of ours.
     """
 
     format: str
@@ -63,12 +63,13 @@ def trained_names(state, model, source, model_source):
     return [name for name in model.shapes if name in names]
 
 
-def refuse_other_base(state, names, base, source):
+def refuse_other_base(state, names, model, base, source):
     """What was frozen is not in a checkpoint of ours, but comes from the model in `base`: raise InputError where `state`, of
-    `source`, says that it was another one. names: the trained ones. Compared in the narrower dtype of the two."""
+    `source`, says that it was another one. names: the trained ones. model: the ModelParameters of `base`. Compared in the
+    narrower dtype of the two: bf16 training may have rounded what it froze."""
     import torch
 
-    frozen = [name for kind, name in state.stored if kind == "weight" and name not in names]
+    frozen = [name for name in model.shapes if name not in names]
     tensors = stored_tensors(base) if frozen else {}
     for name in frozen:
         if name in tensors:
@@ -84,8 +85,8 @@ def refuse_other_base(state, names, base, source):
 def write_checkpoint(checkpoints, step, state, names, trainer):
     """Write `names` of `state` as checkpoints/step-N, in files of at most FILE_BYTES; returns the folder.
 
-    float16, which the format does not know, becomes float32, exactly. trainer: a dict for trainer.json, or a function that
-    makes it when all has been read. Raises InputError where that step is there already; nothing half-written stays.
+    float16, which the format does not know, becomes float32, exactly. trainer: a dict for trainer.json. Raises InputError
+    where that step is there already; nothing half-written stays.
     """
     from dilqur.checkpoint_files import pieces_of, publish, step_folder, write_rank
 
@@ -107,7 +108,7 @@ def write_checkpoint(checkpoints, step, state, names, trainer):
         for rank, inside in enumerate(files):
             shapes = {p["name"]: list(state.stored["weight", p["name"]][0]) for p in inside}
             write_rank(part, rank, inside, shapes, _bytes_of(inside, state, dtypes))
-        publish(part, final, step, len(files), trainer() if callable(trainer) else trainer)
+        publish(part, final, step, len(files), trainer)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise

@@ -48,7 +48,8 @@ def read_sharded(folder, model):
         source, key = where[kind, name]
         return source.read([key])[key]
 
-    stored = {key: source.tensors[inside] for key, (source, inside) in where.items()}
+    with expected(folder, WRITER):
+        stored = {key: source.tensors[inside] for key, (source, inside) in where.items()}
     return TrainingState("FSDP, sharded", stored, read, trained, steps, steps, hyperparameters(groups))
 
 

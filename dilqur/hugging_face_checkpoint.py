@@ -38,8 +38,8 @@ def write_folder(out, reader, base, tokenizer, config, model, dtype=None, with_o
     """
     tensors = _weights(reader, base, model, dtype)
     checksums = {f"weight/{name}": digest for name, digest in write_shards(out, tensors).items()}
-    trained = [reader.dtypes["weight", name] for name in reader.shapes]
-    config.dtype = dtype or max(trained, key=lambda t: t.itemsize)
+    floats = [there for there, *_ in tensors.values() if there.is_floating_point]
+    config.dtype = max(floats, key=lambda there: there.itemsize)  # transformers makes all weights so
     config.use_cache = True
     config.save_pretrained(out)
     if base and (Path(base) / "generation_config.json").exists():
@@ -102,7 +102,7 @@ def read_folder(folder, model):
         return weights
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        version, trainer, xxh3 = state["version"], state["trainer"], state["xxh3"]
+        version, trainer, xxh3, step = state["version"], state["trainer"], state["xxh3"], state["trainer"]["step"]
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{path}: not there or damaged: remove optimizer/ to take the weights alone") from None
     if version > STATE_VERSION:
@@ -127,7 +127,7 @@ def read_folder(folder, model):
         stored=stored,
         read=read,
         trained=trained,
-        step=trainer["step"],
-        optimizer_steps=trainer.get("optimizer_steps", trainer["step"]),
+        step=step,
+        optimizer_steps=trainer.get("optimizer_steps", step),
         trainer={key: value for key, value in trainer.items() if key not in OF_PUBLISHING},
     )

@@ -144,7 +144,7 @@ def to_hugging_face(settings, stage):
     else:  # a run that began with random weights
         from transformers import LlamaConfig
 
-        config, tokenizer = (LlamaConfig(**recipe["model_config"]), recipe["tokenizer"])
+        config, tokenizer = LlamaConfig(**recipe["model_config"]), recipe["tokenizer"]
     model = model_parameters(config, base or reader.folder)
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
     stage.open()
@@ -178,7 +178,7 @@ def from_elsewhere(settings, stage):
     state = (read_foreign if settings.checkpoint else read_folder)(source, model)
     names = trained_names(state, model, source, base)
     if settings.checkpoint:
-        refuse_other_base(state, names, base, source)
+        refuse_other_base(state, names, model, base, source)
     if settings.step is not None and state.trainer:
         raise InputError(f"step: {source} was a checkpoint of step {state.step}; leave it out")
     step = settings.step if settings.step is not None else state.step or 0
