@@ -1,7 +1,7 @@
 """convert_checkpoint.py: other programs' checkpoints come in with every bit of their state and go on; ours go out and back.
 
 The other programs are real: plain accelerate and the Trainer, on two processes, saved with their own calls
-(tests/programs/train_elsewhere.py). A launch costs some 10 s, so each is done once.
+(tests/programs/train_elsewhere.py). Each launch is done once.
 """
 
 import contextlib
@@ -13,7 +13,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -22,7 +21,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY_LLAMA
 from safetensors.torch import load_file, save_file
 from train_elsewhere import AFTER, BATCH, BEFORE, BETAS, DECAY, LEARNING_RATE, batch, new_model, new_optimizer
 from transformers import AutoModelForCausalLM
@@ -36,11 +35,12 @@ from dilqur.plain_checkpoint import deal_out
 
 PROGRAM, LENGTH, SEED = "scripts/convert_checkpoint.py", 64, 42
 ROUNDING = 1e-6  # relative: a loss is a mean over 512 tokens in fp32, summed in another order (one unit in the last place: 1e-7)
+SCRIPT = ROOT / "tests" / "programs" / "train_elsewhere.py"
 LAUNCHES = {  # name: (accelerate config, how)
     "zero2": ("zero2", "accelerate"),
     "zero3": ("zero3", "accelerate"),
     "fsdp2": ("fsdp2", "trainer"),
-    "plain": (None, "plain"),
+    "plain": ("single", "plain"),
 }
 SOURCES = {  # what is converted: (launch, folder below its own that holds whole.safetensors, folder below that)
     "accelerate, ZeRO-2": ("zero2", "", "saved"),
@@ -79,8 +79,9 @@ def convert():
 class Elsewhere:
     """Runs of train_elsewhere.py on the samples that cpt.py would draw, and our checkpoints made of theirs; each once."""
 
-    def __init__(self, folder, convert, model, shards):
-        self.folder, self.convert, self.model, self.shards, self.converted = folder, convert, model, shards, {}
+    def __init__(self, folder, server, convert, model, shards):
+        self.folder, self.server, self.convert, self.converted = folder, server, convert, {}
+        self.model, self.shards = model, shards
         samples = TokenSamples([{"path": str(shards)}], LENGTH, SEED)
         drawn = samples.batch(np.arange((BEFORE + AFTER) * BATCH))
         self.ids = np.concatenate([drawn["input_ids"], drawn["labels"][:, -1:]], axis=1)
@@ -88,23 +89,12 @@ class Elsewhere:
 
     def trained(self, name):
         """The folder of a launch of LAUNCHES."""
-        config, how = LAUNCHES[name]
+        strategy, how = LAUNCHES[name]
         into, log = self.folder / name, self.folder / f"{name}.log"
         if not into.exists():
-            launcher = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
-            launcher += ["--config_file", ROOT / "accelerate_configs" / f"{config}.yaml"]
-            script = [
-                ROOT / "tests" / "programs" / "train_elsewhere.py",
-                how,
-                self.model,
-                self.folder / "ids.npy",
-                into,
-            ]
-            command = [sys.executable, *(launcher if config else []), *script]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-            with log.open("w") as out:
-                done = subprocess.run(list(map(str, command)), stdout=out, stderr=out, env=environment, timeout=300)
-            assert done.returncode == 0, log.read_text()
+            flags = (how, self.model, self.folder / "ids.npy", into)
+            with self.server.launch(strategy, flags, log, 1 if strategy == "single" else 2, program=SCRIPT) as process:
+                assert process.wait(300) == 0, log.read_text()
         return into
 
     def source(self, name):
@@ -123,8 +113,8 @@ class Elsewhere:
 
 
 @pytest.fixture(scope="module")
-def elsewhere(tmp_path_factory, convert, made, tiny_model):
-    return Elsewhere(tmp_path_factory.mktemp("elsewhere"), convert, tiny_model, made / "shards")
+def elsewhere(tmp_path_factory, server, convert, made, tiny_model):
+    return Elsewhere(tmp_path_factory.mktemp("elsewhere"), server, convert, tiny_model, made / "shards")
 
 
 @pytest.fixture(scope="module")
@@ -202,53 +192,18 @@ def test_without_the_moments_it_would_not(elsewhere):
 def goes_on_in_cpt(elsewhere, name, strategy, into):
     """{step: loss} of cpt.py under `strategy`, from our checkpoint of `name`, on the data that the other program would see."""
     shutil.copytree(elsewhere.ours(name), into / "checkpoints" / f"step-{BEFORE:07d}")
-    flags = [
-        "--model_name_or_path",
-        elsewhere.model,
-        "--datasets",
-        f"{{path: {elsewhere.shards}}}",
-        "--max_length",
-        LENGTH,
-    ]
-    flags += [
-        "--global_batch_size",
-        BATCH,
-        "--max_steps",
-        BEFORE + AFTER,
-        "--learning_rate",
-        LEARNING_RATE,
-        "--seed",
-        SEED,
-    ]
-    flags += [
-        "--lr_scheduler_type",
-        "constant",
-        "--adam_beta1",
-        BETAS[0],
-        "--adam_beta2",
-        BETAS[1],
-        "--weight_decay",
-        DECAY,
-    ]
-    flags += ["--max_grad_norm", "none", "--output_dir", into]
-    launcher = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
-    launcher += ["--config_file", ROOT / "accelerate_configs" / f"{strategy}.yaml", ROOT / "scripts" / "cpt.py"]
-    done = subprocess.run(
-        list(map(str, [sys.executable, *launcher, *flags])), cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    flags = ["--model_name_or_path", elsewhere.model, "--datasets", f"{{path: {elsewhere.shards}}}", "--seed", SEED]
+    flags += ["--max_length", LENGTH, "--global_batch_size", BATCH, "--max_steps", BEFORE + AFTER]
+    flags += ["--learning_rate", LEARNING_RATE, "--lr_scheduler_type", "constant", "--max_grad_norm", "none"]
+    flags += ["--adam_beta1", BETAS[0], "--adam_beta2", BETAS[1], "--weight_decay", DECAY, "--output_dir", into]
+    with elsewhere.server.launch(strategy, flags, into / "log") as process:
+        assert process.wait(300) == 0, (into / "log").read_text()
     records = map(json.loads, (into / "metrics.jsonl").read_text().splitlines())
     return {record["step"]: record["loss"] for record in records}
 
 
-@pytest.mark.skipif(
-    "imported" not in (ROOT / "dilqur" / "loop.py").read_text(),
-    reason="the loop does not take imported checkpoints yet",
-)
-@pytest.mark.parametrize(
-    ("name", "strategy"),
-    [(name, strategy) for name in ("accelerate, ZeRO-2", "Trainer, FSDP2 in shards") for strategy in ("fsdp2", "ddp")],
-)
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+@pytest.mark.parametrize("name", ["accelerate, ZeRO-2", "Trainer, FSDP2 in shards"])
 def test_cpt_goes_on_from_it_under_another_strategy(elsewhere, tmp_path, name, strategy):
     expected = json.loads((elsewhere.source(name)[0] / "after.json").read_text())
     found = goes_on_in_cpt(elsewhere, name, strategy, tmp_path / "run")
@@ -429,6 +384,30 @@ def test_there_and_back_with_the_optimizer_every_bit_is_the_same(convert, checkp
         "optimizer_steps": 2,
         "trainable": other["trainable"],
     }  # recipe, data, position: it is that run
+
+
+def losses_of_two_more_steps(run, made, folder, *flags, code=0):
+    """Of the run that made `tiny_model`, which had two, from the checkpoint in `folder`; or what it says when it refuses."""
+    same = ["--datasets", f"{{path: {made}/shards}}", "--tokenizer", made / "tokenizer", "--model_config", TINY_LLAMA]
+    same += ["--max_length", 64, "--global_batch_size", 4, "--learning_rate", "1e-3"]
+    done = run("scripts/cpt.py", *same, "--max_steps", 4, "--output_dir", folder, *flags, code=code)
+    return done.stderr if code else [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").open()][-2:]
+
+
+@pytest.mark.parametrize("with_optimizer", [True, False])
+def test_a_run_goes_on_from_what_came_back(convert, run, made, checkpoint, tmp_path, with_optimizer):
+    """With the optimizer it is the run that it was, to the bit; without, the same weights, and AdamW begins anew."""
+    shutil.copytree(checkpoint, tmp_path / "direct" / "checkpoints" / checkpoint.name)
+    expected = losses_of_two_more_steps(run, made, tmp_path / "direct")
+    convert("--checkpoint", checkpoint, "--output_dir", tmp_path / "hf", *["--with_optimizer"] * with_optimizer)
+    step = [] if with_optimizer else ["--step", 2]
+    convert("--model_name_or_path", tmp_path / "hf", "--output_dir", tmp_path / "run" / "checkpoints", *step)
+    if with_optimizer:
+        assert losses_of_two_more_steps(run, made, tmp_path / "run") == expected
+    else:
+        assert "--resume_without_optimizer" in losses_of_two_more_steps(run, made, tmp_path / "run", code=2)
+        first, second = losses_of_two_more_steps(run, made, tmp_path / "run", "--resume_without_optimizer", "true")
+        assert first == expected[0] and second != expected[1]
 
 
 def test_bfloat16_halves_the_weights_and_is_no_way_back(convert, checkpoint, tiny_model, tmp_path):

@@ -86,7 +86,8 @@ def write_beside(folder, accelerator, model, optimizer):
 
 def with_accelerate(model_folder, ids, folder):
     """A loop of one's own, saved by `save_state` (saved/) and, under DeepSpeed, by the engine (engine/)."""
-    accelerator = Accelerator(**_allow_cpu(InitProcessGroupKwargs()))
+    process_group = InitProcessGroupKwargs()
+    accelerator = Accelerator(kwargs_handlers=[process_group], **_allow_cpu(process_group))
     rank, world = accelerator.process_index, accelerator.num_processes
     if plugin := accelerator.state.deepspeed_plugin:
         plugin.deepspeed_config.update(
