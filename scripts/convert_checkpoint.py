@@ -1,0 +1,231 @@
+r"""Converts checkpoints: to a Hugging Face folder and back, and those of DeepSpeed, FSDP, accelerate and the Trainer to ours.
+
+    python scripts/convert_checkpoint.py --checkpoint runs/quickstart/cpt-2-full/checkpoints/step-0000150 --verify
+    python scripts/convert_checkpoint.py --checkpoint runs/quickstart/cpt-2-full/checkpoints/step-0000150 \
+        --output_dir runs/try/hf --with_optimizer
+    python scripts/convert_checkpoint.py --model_name_or_path runs/try/hf --output_dir runs/try/back/checkpoints
+    python scripts/convert_checkpoint.py --checkpoint theirs/checkpoint-500 --model_name_or_path base --trust_pickle \
+        --output_dir runs/mine/cpt/checkpoints
+
+What is given decides: a checkpoint of this project becomes a Hugging Face folder; a Hugging Face folder (--model_name_or_path
+alone) or another program's checkpoint becomes OUTPUT_DIR/step-N, from which cpt.py goes on, moments included. Other
+programs' are pickles: loading one runs what is in it, hence --trust_pickle. One process, no GPU, one tensor in memory at a
+time. docs/checkpoints-converting.md says what is read and how to go on.
+"""
+
+import json
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from dilqur.atomic import atomic_files
+from dilqur.errors import InputError, program
+from dilqur.foreign_checkpoints import is_ours, read_foreign, reader_of
+from dilqur.quiet import quiet_libraries
+from dilqur.recipe import parse
+from dilqur.stage import Input, ModelPath, Stage, StageSettings, file_identity
+
+CheckpointPath = Annotated[str, Input("file")]
+
+
+@dataclass(kw_only=True)
+class ConvertSettings(StageSettings):
+    checkpoint: CheckpointPath | None = field(
+        default=None, metadata={"help": "folder of a checkpoint: step-N of this project, or another program's"}
+    )
+    model_name_or_path: ModelPath | None = field(
+        default=None,
+        metadata={"help": "alone: the folder to make a checkpoint of; with checkpoint: the model its run began with"},
+    )
+    dtype: Literal["bfloat16", "float32"] | None = field(
+        default=None, metadata={"help": "of the weights of a Hugging Face folder; none: as they were trained"}
+    )
+    with_optimizer: bool = field(
+        default=False, metadata={"help": "put moments and step into the Hugging Face folder, too, for the way back"}
+    )
+    step: Annotated[int, Field(ge=0)] | None = field(
+        default=None, metadata={"help": "the step a new checkpoint counts as; none: as its optimizer says, else 0"}
+    )
+    trust_pickle: bool = field(
+        default=False,
+        metadata={"help": "load another program's pickles: they can run any code, so know where they are from"},
+    )
+    verify: bool = field(default=False, metadata={"help": "read every byte of the checkpoint, write nothing"})
+    json: bool = field(default=False, metadata={"help": "one JSON object on standard output"})
+
+
+# -- what can be seen in a second -------------------------------------------------------------------------------------
+
+
+def direction(settings):
+    """The function that does what is asked for. Raises InputError where it is unclear, or not allowed."""
+    ours = settings.checkpoint and is_ours(settings.checkpoint)
+    if not settings.checkpoint and not settings.model_name_or_path:
+        raise InputError("give checkpoint (one to convert or verify), or model_name_or_path (a folder to make one of)")
+    if settings.verify:
+        if not ours:
+            raise InputError(
+                f"verify: {settings.checkpoint} is no checkpoint of this project; others have no checksums to verify"
+            )
+        return verify
+    if not settings.output_dir:
+        raise InputError("--output_dir missing: the folder the result goes to; or give --verify")
+    if ours:
+        if settings.with_optimizer and settings.dtype:
+            raise InputError(
+                "dtype: leave it out with with_optimizer, or the way back would not find the weights as they were"
+            )
+        return to_hugging_face
+    for key in ("dtype", "with_optimizer"):
+        if getattr(settings, key):
+            raise InputError(
+                f"{key}: is for a Hugging Face folder that is written; here one of our checkpoints is: remove it"
+            )
+    if settings.overwrite_output_dir:
+        raise InputError(
+            "overwrite_output_dir: a checkpoint comes beside those in output_dir; remove a step-N there by hand"
+        )
+    if Path(settings.output_dir).name.startswith("step-"):
+        raise InputError(
+            f"output_dir: {settings.output_dir}: give the folder the checkpoints lie in; step-N is made in it"
+        )
+    if settings.checkpoint:
+        reader_of(settings.checkpoint)
+        if not settings.trust_pickle:
+            raise InputError(
+                f"{settings.checkpoint}: is made of pickles, and loading one runs any code that is in it: give --trust_pickle if "
+                "you know who wrote it"
+            )
+        if not settings.model_name_or_path and not (Path(settings.checkpoint) / "config.json").exists():
+            raise InputError(
+                f"{settings.checkpoint}: no config.json in it: give --model_name_or_path, the model its run began with"
+            )
+    return from_elsewhere
+
+
+# -- the three things it does -----------------------------------------------------------------------------------------
+
+
+def verify(settings, stage):
+    """Returns (result, line)."""
+    from dilqur.checkpoint_verification import describe, verify_checkpoint
+
+    result = verify_checkpoint(settings.checkpoint)
+    return result, describe(result)
+
+
+def to_hugging_face(settings, stage):
+    """Weights of the checkpoint over those of the model its run began with. Returns (result, line)."""
+    import torch
+
+    from dilqur.checkpoint_files import CheckpointReader
+    from dilqur.hugging_face_checkpoint import write_folder
+    from dilqur.model_parameters import load_config, model_parameters
+
+    reader = CheckpointReader(settings.checkpoint)
+    if settings.with_optimizer and not all(("exp_avg", name) in reader.dtypes for name in reader.shapes):
+        raise InputError(f"{reader.folder}: no optimizer in it: leave out --with_optimizer")
+    recipe = reader.trainer.get("recipe") or {}
+    base = (
+        settings.model_name_or_path
+        or recipe.get("model_name_or_path")
+        or reader.trainer.get("imported", {}).get("model")
+    )
+    if base and not (Path(base) / "config.json").exists():
+        raise InputError(f"{base}: the model the run began with is not there: give --model_name_or_path")
+    if not base and not recipe.get("model_config"):
+        raise InputError(f"{reader.folder}: does not say which model it began with: give --model_name_or_path")
+    if base:
+        config, tokenizer = load_config(base), base
+    else:  # a run that began with random weights
+        from transformers import LlamaConfig
+
+        config, tokenizer = LlamaConfig(**recipe["model_config"]), recipe["tokenizer"]
+    model = model_parameters(config, base or reader.folder)
+    dtype = getattr(torch, settings.dtype) if settings.dtype else None
+    stage.open()
+    with atomic_files(stage.folder) as part:
+        count = write_folder(part, reader, base, tokenizer, config, model, dtype, settings.with_optimizer)
+    result = {
+        "step": reader.trainer["step"],
+        "tensors": count,
+        "parameters": sum(map(math.prod, model.shapes.values())),
+        "trained": sum(map(math.prod, reader.shapes.values())),
+        "optimizer": settings.with_optimizer,
+        "model_name_or_path": base,
+    }
+    marker = reader.folder / "COMPLETE"  # which vouches for the rest
+    stage.finish(result, hashed={str(marker): file_identity(marker)})
+    return result, (
+        f"{stage.folder}: step {result['step']}, {result['parameters']:,} parameters, {result['trained']:,} of them from "
+        f"the checkpoint{', with its optimizer' * settings.with_optimizer}"
+    )
+
+
+def from_elsewhere(settings, stage):
+    """A Hugging Face folder, or another program's checkpoint, as OUTPUT_DIR/step-N. Returns (result, line)."""
+    from dilqur.checkpoint_import import refuse_other_base, trained_names, write_checkpoint
+    from dilqur.hugging_face_checkpoint import read_folder
+    from dilqur.model_parameters import load_config, model_parameters
+
+    source = Path(settings.checkpoint or settings.model_name_or_path)
+    base = settings.model_name_or_path or settings.checkpoint
+    model = model_parameters(load_config(base), base)
+    state = (read_foreign if settings.checkpoint else read_folder)(source, model)
+    names = trained_names(state, model, source, base)
+    if settings.checkpoint:
+        refuse_other_base(state, names, model, base, source)
+    if settings.step is not None and state.trainer:
+        raise InputError(f"step: {source} was a checkpoint of step {state.step}; leave it out")
+    step = settings.step if settings.step is not None else state.step or 0
+    imported = {"from": str(source), "format": state.format, "model": str(base), "hyperparameters": state.groups}
+    trainer = state.trainer or {"imported": imported}
+    if state.trained is not None:
+        trainer = {**trainer, "optimizer_steps": state.optimizer_steps, "trainable": names}
+    run = Path(settings.output_dir).resolve().parent
+    if (run / ".lock").exists():  # of a run: it must not be going on meanwhile
+        stage.folder = run
+        stage.open()
+    written = write_checkpoint(settings.output_dir, step, state, names, trainer)
+    result = {
+        "checkpoint": str(written),
+        "step": step,
+        "optimizer_steps": state.optimizer_steps,
+        "parameters": sum(math.prod(model.shapes[name]) for name in names),
+        "tensors": len(names),
+        "format": state.format,
+        "optimizer": state.trained is not None,
+        "hyperparameters": state.groups,
+    }
+    moments = f"moments of {state.optimizer_steps} steps" if state.trained is not None else "no optimizer"
+    line = f"{written}: step {step}, {result['parameters']:,} parameters, {moments}, from {state.format}"
+    for group in state.groups:
+        line += f"\n  its AdamW had {', '.join(f'{key} {value}' for key, value in group.items())}"
+    if state.trained is None:
+        line += "\n  go on with --resume_without_optimizer: AdamW begins anew"
+    return result, line
+
+
+@program
+def main():
+    settings = parse(ConvertSettings, __doc__)
+    stage = Stage(settings, __file__, prints_only_without_folder=True)
+    convert = direction(settings)
+    if convert is to_hugging_face:
+        stage.refuse_finished()
+    if settings.check:
+        return print(f"{stage.name}: ok")
+    quiet_libraries()
+    result, line = convert(settings, stage)
+    print(line, file=sys.stderr if settings.json else sys.stdout)
+    if settings.json:
+        print(json.dumps(result, ensure_ascii=False))
+    return None
+
+
+if __name__ == "__main__":
+    main()
