@@ -24,7 +24,7 @@ def poisoned_train(settings, stage, model, compute_loss, write_model, flops_per_
     def loss(model, batch, tokens):
         nonlocal calls
         value = compute_loss(model, batch, tokens)
-        if not model.training:
+        if tokens == 1:  # not a step: an evaluation, or what is thrown away before the first
             return value
         calls += 1
         micro_batches = settings.global_batch_size // (
