@@ -6,7 +6,6 @@ own, not a test runner (`Server` starts one). What runs in the workers is the sa
 DeepSpeed. That real launches work is what tests/distributed/test_strategies.py shows.
 """
 
-import atexit
 import contextlib
 import functools
 import json
@@ -100,9 +99,8 @@ class Run:
         except BaseException:
             traceback.print_exc()
         finally:
-            with contextlib.suppress(BaseException):  # what an interpreter does at its end
-                threading._shutdown()
-                atexit._run_exitfuncs()
+            with contextlib.suppress(BaseException):
+                threading._shutdown()  # as an interpreter waits at its end; its exit handlers are the parent's, and not run here
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
