@@ -285,6 +285,26 @@ def test_a_checkpoint_without_its_metrics_goes_on_too_as_one_that_came_to_a_new_
         assert equal(weights(folder / "model"), weights(base / "model"))
 
 
+def test_a_new_machine_goes_on_from_the_mirror_and_one_with_an_older_checkpoint_too(cpt, base, made, tmp_path):
+    mirror = ("--mirror_to", tmp_path / "mirror")
+    cpt(*training(made), *mirror, "--stop_at_step", 9, "--output_dir", tmp_path / "first")
+    there = sorted(p.name for p in (tmp_path / "mirror").iterdir())
+    assert there == ["step-0000008", "step-0000009"]
+    done = cpt(*training(made), *mirror, "--stop_at_step", 10, "--output_dir", tmp_path / "new")
+    assert f"bringing the checkpoint of step 9 from {tmp_path}/mirror" in done.stdout
+    shutil.move(tmp_path / "first", tmp_path / "back")  # the first machine again: it has 8 and 9, the mirror 9 and 10
+    done = cpt(*training(made), *mirror, "--output_dir", tmp_path / "back")
+    assert f"bringing the checkpoint of step 10 from {tmp_path}/mirror" in done.stdout
+    assert equal(weights(tmp_path / "back" / "model"), weights(base / "model"))
+    assert sorted(p.name for p in (tmp_path / "mirror").iterdir()) == ["step-0000028", "step-0000030"]
+
+
+def test_a_mirror_that_is_the_runs_own_folder_is_refused(cpt, tmp_path):
+    own = ("--output_dir", tmp_path / "run", "--mirror_to", tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    refused(cpt("--max_steps", 2, *own, code=2), "mirror_to: the run's own checkpoints are no copy")
+
+
 def test_what_is_saved_by_the_clock_and_kept_for_good(cpt, made, tmp_path):
     flags = (*training(made), "--save_steps", 1000, "--save_minutes", "0.0001", "--save_keep_every", 5)
     cpt(*flags, "--output_dir", tmp_path / "run")
