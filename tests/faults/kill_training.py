@@ -30,9 +30,10 @@ def keep_ledger(folder):
     """From the next fork on, workers write {"step", "positions"} of every step they draw, one file for each start and rank."""
     import os
 
+    import dilqur.batches
     import dilqur.loop
 
-    original = dilqur.loop.training_batches
+    original = dilqur.batches.training_batches
 
     def recorded(samples, start, steps, batch, accumulation, rank, *more, **named):
         drawn, batch_of = [], samples.batch
@@ -76,46 +77,54 @@ def check_checkpoints(folder, newest):
 
 
 def campaign(strategy, kills, folder, flags, seed):
-    """(kills, kills inside a save) of one strategy. AssertionError where anything was lost."""
-    moments, made, inside, newest = random.Random(seed), 0, 0, 0
-    whole, out, ledger = folder / f"{strategy}-whole", folder / f"{strategy}-killed", folder / f"{strategy}-ledger"
-    ledger.mkdir()
-    began = time.monotonic()
-    run(strategy, WORLD, (*flags, "--output_dir", whole), folder / "whole.log")
-    seconds = time.monotonic() - began
-    keep_ledger(ledger)
-    while made < kills:
-        running = Run(strategy, WORLD, (*flags, "--output_dir", out), folder / "killed.log")
-        if made % 2:  # when a save is under way
-            while running.poll() is None and not list(out.glob("checkpoints/.tmp-*")):
-                time.sleep(0.0002)
-            time.sleep(moments.uniform(0, 0.01))
-        else:
-            end = time.monotonic() + moments.uniform(0.1, seconds)
-            while running.poll() is None and time.monotonic() < end:
-                time.sleep(0.01)
-        if running.poll() is not None:
-            assert running.poll() == 0, running.log.read_text()[-3000:]
-            break  # done, before all kills were made
-        running.kill()
-        made, inside = made + 1, inside + bool(list(out.glob("checkpoints/.tmp-*")))
-        newest = check_checkpoints(out / "checkpoints", newest)
-    if not (out / "manifest.json").exists():
-        run(strategy, WORLD, (*flags, "--output_dir", out), folder / "killed.log")
+    """{"kills", "inside_a_save", "runs"} of one strategy: when a run is done before it was killed often enough, another begins.
+    AssertionError where anything was lost."""
     from safetensors.torch import load_file
 
-    numbers = [
-        [
-            (r["step"], r["loss"], r["grad_norm"])
-            for r in map(json.loads, (f / "metrics.jsonl").read_text().splitlines())
-        ]
-        for f in (whole, out)
-    ]
-    assert numbers[0] == numbers[1], "the losses are not those of the uninterrupted run"
-    ours, theirs = (load_file(f / "model" / "model.safetensors") for f in (out, whole))
-    assert all(ours[name].equal(theirs[name]) for name in theirs), "other weights"
-    assert positions_of_the_surviving_steps(ledger) == list(range(STEPS * BATCH)), "a position was lost or seen twice"
-    return made, inside
+    moments, made, inside, whole = random.Random(seed), 0, 0, folder / "whole"
+    began = time.monotonic()
+    run(strategy, WORLD, (*flags, "--output_dir", whole), folder / "whole.log")
+    longest = (time.monotonic() - began) / 5
+    for number in itertools.count(1):
+        out, ledger, newest = folder / f"killed-{number}", folder / f"ledger-{number}", 0
+        ledger.mkdir()
+        keep_ledger(ledger)
+        while True:
+            running = Run(strategy, WORLD, (*flags, "--output_dir", out), folder / "killed.log")
+            if made < kills:
+                wait_for_a_moment(running, out, moments, longest, in_a_save=made % 2)
+                if running.poll() is None:
+                    running.kill()
+                    made, inside = made + 1, inside + bool(list(out.glob("checkpoints/.tmp-*")))
+                    newest = check_checkpoints(out / "checkpoints", newest)
+                    continue
+            assert running.wait() == 0, running.log.read_text()[-3000:]
+            break
+        assert numbers(out) == numbers(whole), "the losses are not those of the uninterrupted run"
+        ours, theirs = (load_file(f / "model" / "model.safetensors") for f in (out, whole))
+        assert all(ours[name].equal(theirs[name]) for name in theirs), "other weights"
+        assert positions_of_the_surviving_steps(ledger) == list(range(STEPS * BATCH)), (
+            "a position was lost or seen twice"
+        )
+        if made >= kills:
+            return {"kills": made, "inside_a_save": inside, "runs": number}
+    return None
+
+
+def wait_for_a_moment(running, out, moments, longest, in_a_save):
+    """Until it is time to kill, or the run has ended."""
+    end = time.monotonic() + moments.uniform(0.1, longest)
+    while running.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+    if in_a_save:
+        while running.poll() is None and not list(out.glob("checkpoints/.tmp-*")):
+            time.sleep(0.0002)
+        time.sleep(moments.uniform(0, 0.005))
+
+
+def numbers(folder):
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [(r["step"], r["loss"], r["grad_norm"]) for r in records]
 
 
 def main():
@@ -137,14 +146,8 @@ def main():
         flags += ("--learning_rate", "1e-3", "--save_steps", 3, "--save_total_limit", 3)
         for number, strategy in enumerate(arguments.strategies):
             share = len(range(number, arguments.kills, len(arguments.strategies)))
-            total = [0, 0]
-            for attempt in itertools.count():  # a run may be done before it was killed often enough: then once more
-                (place := folder / f"{strategy}-{attempt}").mkdir()
-                done = campaign(strategy, share - total[0], place, flags, arguments.seed + attempt)
-                total = [a + b for a, b in zip(total, done, strict=True)]
-                if total[0] >= share:
-                    break
-            made[strategy] = {"kills": total[0], "inside_a_save": total[1], "runs": attempt + 1}
+            (folder / strategy).mkdir()
+            made[strategy] = campaign(strategy, share, folder / strategy, flags, arguments.seed + number)
             print(f"{strategy}: {made[strategy]}: same losses, weights and positions, no checkpoint lost", flush=True)
     result = {
         "kills": sum(m["kills"] for m in made.values()),
