@@ -79,13 +79,12 @@ def measure(settings, device):
     steps = (WARM_UP + TURNS * settings.rounds) * steps_a_turn + 1
     with tempfile.TemporaryDirectory() as folder:
         shards = random_shards(Path(folder) / "shards", steps * samples * length, words)
-        flags = ["--model_config", json.dumps(config), "--datasets", f"{{path: {shards}}}"]
-        flags += ["--max_length", length, "--global_batch_size", samples, "--per_device_train_batch_size", samples]
-        flags += ["--max_steps", steps, "--save_steps", 10**9, "--learning_rate", 1e-4, "--bf16", device == "cuda"]
-        flags += ["--lr_scheduler_type", "constant", "--output_dir", Path(folder) / "run"]
-        turns, losses = in_turn([str(f).lower() if isinstance(f, bool) else str(f) for f in flags], steps_a_turn)
+        keys = {"model_config": json.dumps(config), "datasets": f"{{path: {shards}}}", "max_length": length}
+        keys |= {"global_batch_size": samples, "per_device_train_batch_size": samples, "bf16": device == "cuda"}
+        keys |= {"max_steps": steps, "save_steps": 10**9, "learning_rate": 1e-4, "lr_scheduler_type": "constant"}
+        turns, losses = in_turn(flags_of({**keys, "output_dir": f"{folder}/run"}), steps_a_turn)
         if settings.profile:
-            print(profile_of(flags, Path(folder) / "profiled"))
+            print(profile_of(flags_of({**keys, "output_dir": f"{folder}/profiled", "max_steps": 60})))
     difference = max(abs(a / b - 1) for a, b in losses)
     if device == "cpu" and difference > SAME:
         raise InputError(f"the two loops do not do the same: their losses differ by {difference:.1e}")
@@ -99,9 +98,13 @@ def measure(settings, device):
             loop: [round(tokens / sum(turn[loop][clock] for turn in turns), 1) for turns in rounds]
             for loop in ("loop", "bare")
         }
-        ratios = [ours / bare for ours, bare in zip(rates["loop"], rates["bare"], strict=True)]
-        out[name] = {**rates, "ratio": [round(r, 4) for r in ratios], "median_ratio": round(statistics.median(ratios), 4)}
+        ratios = [round(ours / bare, 4) for ours, bare in zip(rates["loop"], rates["bare"], strict=True)]
+        out[name] = {**rates, "ratio": ratios, "median_ratio": statistics.median(ratios)}
     return out
+
+
+def flags_of(keys):
+    return [word for key, value in keys.items() for word in (f"--{key}", str(value))]
 
 
 def in_turn(flags, steps_a_turn):
@@ -181,14 +184,13 @@ class BareLoop:
         return [loss.item() for loss in self._losses]
 
 
-def profile_of(flags, folder):
+def profile_of(flags):
     """The loop alone under cProfile, as text: the functions outside torch come first where they take long."""
     import cProfile
     import pstats
 
     cpt = runpy.run_path(str(ROOT / "scripts" / "cpt.py"))
-    flags = [str(f).lower() if isinstance(f, bool) else str(f) for f in flags]
-    settings = parse(cpt["CptSettings"], "", [*flags, "--output_dir", str(folder), "--max_steps", "60"])
+    settings = parse(cpt["CptSettings"], "", flags)
     profiler, text = cProfile.Profile(), io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()):
         model = cpt["load_model"](settings)
@@ -228,8 +230,8 @@ def table(result):
             f"{statistics.median(rates[x]):,.0f} ({min(rates[x]):,.0f} to {max(rates[x]):,.0f})"
             for x in ("loop", "bare")
         ]
-        ratios = rates["ratio"]
-        lines.append(f"| {by} | {' | '.join(cells)} | {rates['median_ratio']:.3f} ({min(ratios):.3f} to {max(ratios):.3f}) |")
+        cells.append(f"{rates['median_ratio']:.3f} ({min(rates['ratio']):.3f} to {max(rates['ratio']):.3f})")
+        lines.append(f"| {by} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

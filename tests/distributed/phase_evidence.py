@@ -64,7 +64,8 @@ def watched_step(accelerator, model, optimizer, max_norm):
 
 def before_the_step(model, zero):
     """What there is of gradients."""
-    sizes = {p: getattr(p, "ds_numel", p.numel()) for p in model.parameters()}  # of the whole, also where it is partitioned
+    # of the whole, also where it is partitioned
+    sizes = {p: getattr(p, "ds_numel", p.numel()) for p in model.parameters()}
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     held = {name: gradient for name, p in model.named_parameters() if (gradient := gradient_of(p)) is not None}
     master = 0

@@ -15,16 +15,17 @@ LENGTH, BATCH, PROCESSES = 64, 8, 2
 @pytest.fixture(scope="module")
 def first_step(tmp_path_factory, made, tiny_model):
     """strategy, patterns of unfrozen_parameters → what each rank says of the first step (phase_evidence.py)."""
-    folder, shape = tmp_path_factory.mktemp("phases"), f"--max_length {LENGTH} --global_batch_size {BATCH}".split()
-    data = ("--model_name_or_path", tiny_model, "--datasets", f"{{path: {made}/shards}}")
-    steps = ("--per_device_train_batch_size", 2, "--max_steps", 1, "--learning_rate", "1e-3")  # two micro-batches a step
+    folder = tmp_path_factory.mktemp("phases")
+    data = ("--model_name_or_path", tiny_model, "--datasets", f"{{path: {made}/shards}}", "--learning_rate", "1e-3")
+    shape = f"--max_length {LENGTH} --global_batch_size {BATCH} --max_steps 1".split()
+    halves = ("--per_device_train_batch_size", BATCH // PROCESSES // 2)  # a step is of two micro-batches
     with Server() as server:
 
         def run(strategy, patterns):
             name = f"{strategy}-{len(patterns)}"
             (folder / f"{name}-evidence").mkdir()
             unfrozen = ("--unfrozen_parameters", *patterns) if patterns else ()
-            flags = (*data, *shape, *steps, *unfrozen, "--output_dir", folder / name)
+            flags = (*data, *shape, *halves, *unfrozen, "--output_dir", folder / name)
             log, program = folder / f"{name}.log", ROOT / "tests" / "distributed" / "phase_evidence.py"
             where = {"processes": PROCESSES, "program": program, "EVIDENCE": str(folder / f"{name}-evidence")}
             with server.launch(strategy, flags, log, **where) as process:
