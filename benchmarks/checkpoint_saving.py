@@ -49,7 +49,7 @@ def main():
     arguments = parser.parse_args()
     if arguments.worker:
         return measure(Path(arguments.folders[0]), arguments.rounds, arguments.worker)
-    sys.path.insert(0, str(ROOT / "tests" / "distributed"))
+    sys.path.insert(0, str(ROOT / "tests"))
     import fork_launch
 
     fork_launch.import_everything()

@@ -77,7 +77,7 @@ def main():
 
 def sizes():
     """What the first and the last of RANKS ranks hold, in fp32 and in bfloat16 alone."""
-    sys.path.insert(0, str(ROOT / "tests" / "distributed"))
+    sys.path.insert(0, str(ROOT / "tests"))
     from fork_launch import workers_environment
 
     os.environ.update(workers_environment("fsdp2", RANKS), LOCAL_RANK="0")
@@ -105,7 +105,7 @@ def rank_of(rank, dtype):
 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS))
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=RANKS)
-    accelerator = make_accelerator(bf16=dtype == "float32", batch=1, accumulation=1, max_grad_norm=1.0)
+    accelerator = make_accelerator(dtype == "float32", 1, 1, 1.0, fp32=dtype == "float32")
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**LLAMA)).to(getattr(torch, dtype))
     # accelerate's own wrapping, without its `prepare`, which tells parameters apart by their addresses: here all are 0
@@ -189,7 +189,7 @@ def train(folder, layers, map_buffer):
 
 def make_model(folder, layers):
     """A Hugging Face folder with random bfloat16 weights and the tokenizer of its shards."""
-    sys.path.insert(0, str(ROOT / "tests" / "distributed"))
+    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "distributed")]
     from matrix import make_data
 
     from dilqur.model_folder import copy_tokenizer
@@ -206,7 +206,7 @@ def make_model(folder, layers):
 
 def start(folder, part, map_buffer):
     """cpt.py on two processes until step STEPS, or from there one step further."""
-    sys.path.insert(0, str(ROOT / "tests" / "distributed"))
+    sys.path.insert(0, str(ROOT / "tests"))
     import fork_launch
 
     fork_launch.import_everything()

@@ -150,7 +150,7 @@ def time_steps(rounds, device):
 
 def look_at_first_steps(strategies):
     """Yield (strategy, {phase: numbers of all ranks together}) of a tiny model on two processes."""
-    sys.path.insert(0, str(ROOT / "tests" / "distributed"))
+    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "distributed")]
     import fork_launch
     from matrix import make_data
 

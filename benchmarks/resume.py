@@ -40,7 +40,7 @@ def main():
     arguments = parser.parse_args()
     if arguments.worker:
         return run(arguments.folder, arguments.worker, arguments.stop)
-    sys.path.insert(0, str(ROOT / "tests" / "distributed"))
+    sys.path.insert(0, str(ROOT / "tests"))
     import fork_launch
 
     fork_launch.import_everything()
@@ -120,8 +120,8 @@ def run(folder, times, stop):
     def first_step(metrics, step, **values):
         total = time.perf_counter() - marks["began"]
         parts = [
-            marks["open began"] - marks["began"],
-            marks["load ended"] - marks["open began"],
+            marks["load began"] - marks["began"],
+            marks["load ended"] - marks["load began"],
             marks["metrics ended"] - marks["metrics began"],
         ]
         write_json(times, {"step": step, "total": total, **dict(zip(PARTS, [*parts, total - sum(parts)], strict=True))})
@@ -134,8 +134,7 @@ def run(folder, times, stop):
     flags += ["--lr_scheduler_type", "constant", *(["--stop_at_step", SAVED] if stop else [])]
     settings = parse(cpt["CptSettings"], "", [str(flag) for flag in flags])
     if not stop:
-        dilqur.loop.open_checkpoint = marked(dilqur.loop.open_checkpoint, "open")
-        dilqur.loop.load = marked(dilqur.loop.load, "load")
+        dilqur.loop.resume = marked(dilqur.loop.resume, "load")
         dilqur.metrics.Metrics.start = marked(dilqur.metrics.Metrics.start, "metrics")
         dilqur.metrics.Metrics.log = first_step
     model = cpt["load_model"](settings)

@@ -25,23 +25,31 @@ import dilqur.loop
 from dilqur.owned_state import MOMENTS, base_optimizer, flat_partitions, zero_optimizer
 
 ROOT = Path(__file__).parent.parent.parent
-train, clip_and_step = dilqur.loop.train, dilqur.distributed.clip_and_step
-counter, seen = None, {}
+train = dilqur.loop.train
+settle, clip_and_step = dilqur.distributed.settle, dilqur.distributed.clip_and_step
+counter, seen, settled = None, {}, False
 
 
 def counted_train(settings, stage, model, compute_loss, write_model, flops_per_token=None):
     def loss(model, batch, tokens):
         global counter
-        if counter is None:
+        if settled and counter is None:
             from torch.utils.flop_counter import FlopCounterMode
 
             counter = FlopCounterMode(display=False)
             counter.__enter__()  # until the optimizer's turn: forward and backward of all micro-batches
-        if not seen:
+        if settled and not seen:
             counter.tokens = getattr(counter, "tokens", 0) + batch["input_ids"].numel()
         return compute_loss(model, batch, tokens)
 
     train(settings, stage, model, loss, write_model, flops_per_token)
+
+
+def settle_uncounted(*arguments):
+    """Its backward is thrown away, and no part of the step."""
+    global settled
+    settle(*arguments)
+    settled = True
 
 
 def watched_step(accelerator, model, optimizer, max_norm):
@@ -95,6 +103,7 @@ def elements(tensor):
     return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).numel()
 
 
-dilqur.loop.train, dilqur.distributed.clip_and_step = counted_train, watched_step
+dilqur.loop.train = counted_train
+dilqur.distributed.settle, dilqur.distributed.clip_and_step = settle_uncounted, watched_step
 sys.argv[0] = str(ROOT / "scripts" / "cpt.py")
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -4,7 +4,6 @@ import json
 
 import pytest
 from conftest import ROOT
-from fork_launch import Server
 
 from dilqur.cost_model import parameter_sizes
 
@@ -13,26 +12,25 @@ LENGTH, BATCH, PROCESSES = 64, 8, 2
 
 
 @pytest.fixture(scope="module")
-def first_step(tmp_path_factory, made, tiny_model):
+def first_step(server, tmp_path_factory, made, tiny_model):
     """strategy, patterns of unfrozen_parameters → what each rank says of the first step (phase_evidence.py)."""
     folder = tmp_path_factory.mktemp("phases")
     data = ("--model_name_or_path", tiny_model, "--datasets", f"{{path: {made}/shards}}", "--learning_rate", "1e-3")
     shape = f"--max_length {LENGTH} --global_batch_size {BATCH} --max_steps 1".split()
     halves = ("--per_device_train_batch_size", BATCH // PROCESSES // 2)  # a step is of two micro-batches
-    with Server() as server:
 
-        def run(strategy, patterns):
-            name = f"{strategy}-{len(patterns)}"
-            (folder / f"{name}-evidence").mkdir()
-            unfrozen = ("--unfrozen_parameters", *patterns) if patterns else ()
-            flags = (*data, *shape, *halves, *unfrozen, "--output_dir", folder / name)
-            log, program = folder / f"{name}.log", ROOT / "tests" / "distributed" / "phase_evidence.py"
-            where = {"processes": PROCESSES, "program": program, "EVIDENCE": str(folder / f"{name}-evidence")}
-            with server.launch(strategy, flags, log, **where) as process:
-                assert process.wait(300) == 0, log.read_text()
-            return [json.loads((folder / f"{name}-evidence" / f"rank-{r}.json").read_text()) for r in range(PROCESSES)]
+    def run(strategy, patterns):
+        name = f"{strategy}-{len(patterns)}"
+        (folder / f"{name}-evidence").mkdir()
+        unfrozen = ("--unfrozen_parameters", *patterns) if patterns else ()
+        flags = (*data, *shape, *halves, *unfrozen, "--output_dir", folder / name)
+        log, program = folder / f"{name}.log", ROOT / "tests" / "distributed" / "phase_evidence.py"
+        where = {"processes": PROCESSES, "program": program, "EVIDENCE": str(folder / f"{name}-evidence")}
+        with server.launch(strategy, flags, log, **where) as process:
+            assert process.wait(300) == 0, log.read_text()
+        return [json.loads((folder / f"{name}-evidence" / f"rank-{r}.json").read_text()) for r in range(PROCESSES)]
 
-        yield run
+    return run
 
 
 @pytest.fixture
