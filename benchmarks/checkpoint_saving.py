@@ -64,14 +64,16 @@ def main():
     }
     for folder in arguments.folders:
         for world in arguments.processes:
-            with tempfile.TemporaryDirectory(dir=folder) as place, tempfile.TemporaryDirectory() as logs:
-                found, log = Path(logs) / "found.json", Path(logs) / "log"
+            place = Path(tempfile.mkdtemp(dir=folder))  # no TemporaryDirectory: a forked process would remove it, too
+            try:
+                found, log = place / "found.json", place / "log"
                 flags = ["--folders", place, "--rounds", arguments.rounds, "--worker", found]
                 strategy = "single" if world == 1 else "fsdp2"
-                fork_launch.Run(strategy, world, flags, log, program=__file__).wait(7200)
-                if not found.exists():
+                if fork_launch.Run(strategy, world, flags, log, program=__file__).wait(7200):
                     raise SystemExit(log.read_text())
                 measured = {"folder": folder, "processes": world, **json.loads(found.read_text())}
+            finally:
+                shutil.rmtree(place)
             result["measured"].append(measured)
             print(table(measured), flush=True)
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")

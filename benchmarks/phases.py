@@ -14,6 +14,7 @@ determines exactly. Writes benchmarks/phases.json and prints Markdown tables.
 
 import json
 import runpy
+import shutil
 import statistics
 import sys
 import tempfile
@@ -156,23 +157,28 @@ def look_at_first_steps(strategies):
 
     if not strategies:
         return
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
+    folder = Path(tempfile.mkdtemp())  # no TemporaryDirectory: a forked process would remove it, too
+    try:
         model, shards = make_data(folder)
         fork_launch.import_everything()
         for strategy in strategies:
-            found = {}
-            for phase, patterns in PHASES.items():
-                evidence = folder / f"{strategy} {phase}"
-                evidence.mkdir()
-                flags = ["--model_name_or_path", model, "--datasets", f"{{path: {shards}}}", "--max_length", 64]
-                flags += ["--global_batch_size", 8, "--per_device_train_batch_size", 2, "--max_steps", 1]
-                flags += ["--learning_rate", 1e-3, "--output_dir", evidence / "run"]
-                flags += ["--unfrozen_parameters", *patterns] if patterns else []
-                program = ROOT / "tests" / "distributed" / "phase_evidence.py"
-                fork_launch.run(strategy, 2, flags, evidence / "log", program=program, EVIDENCE=str(evidence))
-                found[phase] = together([json.loads(f.read_text()) for f in sorted(evidence.glob("rank-*.json"))])
-            yield strategy, found
+            yield strategy, {phase: first_step(folder, strategy, phase, model, shards) for phase in PHASES}
+    finally:
+        shutil.rmtree(folder)
+
+
+def first_step(folder, strategy, phase, model, shards):
+    from fork_launch import run
+
+    evidence = folder / f"{strategy} {phase}"
+    evidence.mkdir()
+    flags = ["--model_name_or_path", model, "--datasets", f"{{path: {shards}}}", "--max_length", 64]
+    flags += ["--global_batch_size", 8, "--per_device_train_batch_size", 2, "--max_steps", 1]
+    flags += ["--learning_rate", 1e-3, "--output_dir", evidence / "run"]
+    flags += ["--unfrozen_parameters", *PHASES[phase]] if PHASES[phase] else []
+    program = ROOT / "tests" / "distributed" / "phase_evidence.py"
+    run(strategy, 2, flags, evidence / "log", program=program, EVIDENCE=str(evidence))
+    return together([json.loads(file.read_text()) for file in sorted(evidence.glob("rank-*.json"))])
 
 
 def together(ranks):
