@@ -10,7 +10,8 @@ the other ranks and to the stop file, the schedule, metrics.jsonl and the line i
 backward, clip and step, on batches that lie in memory; on a GPU it never waits for it. Both must have the same losses.
 
 A round is ten turns; its figure for each loop is tokens / seconds, by the clock and by the CPU time of the process, which other
-programs disturb less. Writes benchmarks/training_loop.json and prints a Markdown table.
+programs disturb less. What the loop adds to a step shows better where the step is short: the same is done with a tiny model.
+Writes benchmarks/training_loop.json and prints a Markdown table.
 """
 
 import contextlib
@@ -40,6 +41,7 @@ SHAPES = {
     "cpu": ((6, 256, 1024, 4, 2, 8192), (256, 4), 1),
     "cuda": ((16, 2048, 8192, 32, 8, 100_352), (2048, 4), 10),  # Llama 3.2 1B's with a custom vocabulary
 }
+TINY = ((2, 64, 128, 4, 2, 1024), (64, 4), 10)  # so that what the loop adds to a step is not lost in the step
 SAME = 1e-5  # relative: fp32 losses of two loops that clip in another order of operations, after tens of steps
 
 
@@ -65,25 +67,27 @@ def main():
         "packages": {name: metadata.version(name) for name in ("torch", "transformers", "accelerate")},
         "hardware": hardware(),
         "threads": settings.threads,
-        **measure(settings, device),
+        **measure(settings, device, *SHAPES[device], settings.profile),
+        "tiny": measure(settings, device, *TINY),
     }
     write_json(Path(settings.output), result)
     print(table(result))
 
 
-def measure(settings, device):
-    shape, (length, samples), steps_a_turn = SHAPES[device]
+def measure(settings, device, shape, batch, steps_a_turn, profiled=False):
+    """What was run, and the figures of each round."""
+    (length, samples) = batch
     layers, hidden, inner, heads, key_heads, words = shape
     config = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": inner, "vocab_size": words}
     config |= {"num_attention_heads": heads, "num_key_value_heads": key_heads, "tie_word_embeddings": True}
-    steps = (WARM_UP + TURNS * settings.rounds) * steps_a_turn + 1
+    steps = (1 + WARM_UP + TURNS * settings.rounds) * steps_a_turn
     with tempfile.TemporaryDirectory() as folder:
         shards = random_shards(Path(folder) / "shards", steps * samples * length, words)
         keys = {"model_config": json.dumps(config), "datasets": f"{{path: {shards}}}", "max_length": length}
         keys |= {"global_batch_size": samples, "per_device_train_batch_size": samples, "bf16": device == "cuda"}
         keys |= {"max_steps": steps, "save_steps": 10**9, "learning_rate": 1e-4, "lr_scheduler_type": "constant"}
         turns, losses = in_turn(flags_of({**keys, "output_dir": f"{folder}/run"}), steps_a_turn)
-        if settings.profile:
+        if profiled:
             print(profile_of(flags_of({**keys, "output_dir": f"{folder}/profiled", "max_steps": 60})))
     difference = max(abs(a / b - 1) for a, b in losses)
     if device == "cpu" and difference > SAME:
@@ -93,6 +97,11 @@ def measure(settings, device):
     out = {"config": config, "dtype": "bfloat16 autocast" if device == "cuda" else "float32", "max_length": length}
     out |= {"samples_a_step": samples, "rounds": len(rounds), "turns_a_round": TURNS, "steps_a_turn": steps_a_turn}
     out |= {"largest_relative_difference_of_losses": difference}
+    more = [
+        1e3 * statistics.median(turn["loop"][0] - turn["bare"][0] for turn in turns) / steps_a_turn for turns in rounds
+    ]
+    bare = statistics.median(turn["bare"][0] for turn in turns[WARM_UP:]) / steps_a_turn
+    out |= {"bare_step_ms": round(1e3 * bare, 2), "more_a_step_ms": [round(ms, 3) for ms in more]}
     for clock, name in enumerate(("tokens_per_second", "tokens_per_cpu_second")):
         rates = {
             loop: [round(tokens / sum(turn[loop][clock] for turn in turns), 1) for turns in rounds]
@@ -232,6 +241,12 @@ def table(result):
         ]
         cells.append(f"{rates['median_ratio']:.3f} ({min(rates['ratio']):.3f} to {max(rates['ratio']):.3f})")
         lines.append(f"| {by} | {' | '.join(cells)} |")
+    tiny = result["tiny"]
+    more = tiny["more_a_step_ms"]
+    lines.append(
+        f"\nTo a step of a tiny model, of {tiny['bare_step_ms']:.1f} ms in the bare loop, the loop adds "
+        f"{statistics.median(more):.2f} ms ({min(more):.2f} to {max(more):.2f})."
+    )
     return "\n".join(lines)
 
 
