@@ -10,8 +10,10 @@ from conftest import CORPUS
 from torch import nn
 
 from dilqur import bf16_adamw
-from dilqur.bf16_adamw import MOMENTS, BF16AdamW, noise, noise_key, round_by_chance, update_
-from dilqur.checkpoint import CheckpointReader, CheckpointWriter, load_checkpoint
+from dilqur.bf16_adamw import BF16AdamW, noise, noise_key, round_by_chance, update_
+from dilqur.checkpoint import CheckpointWriter, load_checkpoint
+from dilqur.checkpoint_files import CheckpointReader
+from dilqur.owned_state import MOMENTS
 
 SIGMAS = 5  # standard errors allowed to a mean: chance alone passes this once in two million times, and seeds are fixed
 
