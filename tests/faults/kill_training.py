@@ -1,7 +1,7 @@
 """SIGKILL for all processes of a training run at random moments, again and again, until it is done: nothing may be lost.
 
     python tests/faults/kill_training.py --kills 100 --output benchmarks/kill_training.json
-    python tests/faults/kill_training.py --kills 4 --strategies fsdp2                          a short one
+    python tests/faults/kill_training.py --kills 4 --strategies fsdp2 --steps 100              a short one
 
 Half of the kills wait for a save to be under way. After each, every complete checkpoint must be whole and the newest must not be older than
 before. In the end the losses must be those of a run that was never killed, bit for bit, the weights too, and a ledger of the
@@ -23,7 +23,7 @@ import fork_launch
 from fork_launch import Run, run
 from matrix import make_data
 
-STEPS, BATCH, WORLD = 400, 8, 2
+BATCH, WORLD = 8, 2
 
 
 def keep_ledger(folder):
@@ -76,7 +76,7 @@ def check_checkpoints(folder, newest):
     return now
 
 
-def campaign(strategy, kills, folder, flags, seed):
+def campaign(strategy, kills, steps, folder, flags, seed):
     """{"kills", "inside_a_save", "runs"} of one strategy: when a run is done before it was killed often enough, another begins.
     AssertionError where anything was lost."""
     from safetensors.torch import load_file
@@ -103,7 +103,7 @@ def campaign(strategy, kills, folder, flags, seed):
         assert numbers(out) == numbers(whole), "the losses are not those of the uninterrupted run"
         ours, theirs = (load_file(f / "model" / "model.safetensors") for f in (out, whole))
         assert all(ours[name].equal(theirs[name]) for name in theirs), "other weights"
-        assert positions_of_the_surviving_steps(ledger) == list(range(STEPS * BATCH)), (
+        assert positions_of_the_surviving_steps(ledger) == list(range(steps * BATCH)), (
             "a position was lost or seen twice"
         )
         if made >= kills:
@@ -131,6 +131,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="in all")
     parser.add_argument("--strategies", nargs="+", default=["ddp", "fsdp2", "zero2", "zero3"])
+    parser.add_argument("--steps", type=int, default=400, help="of the run that is killed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", help="JSON")
     arguments = parser.parse_args()
@@ -142,18 +143,20 @@ def main():
         folder = Path(name)
         model, shards = make_data(folder)
         flags = ("--model_name_or_path", model, "--datasets", f"{{path: {shards}}}", "--max_length", 64)
-        flags += ("--global_batch_size", BATCH, "--per_device_train_batch_size", 2, "--max_steps", STEPS)
+        flags += ("--global_batch_size", BATCH, "--per_device_train_batch_size", 2, "--max_steps", arguments.steps)
         flags += ("--learning_rate", "1e-3", "--save_steps", 3, "--save_total_limit", 3)
         for number, strategy in enumerate(arguments.strategies):
             share = len(range(number, arguments.kills, len(arguments.strategies)))
             (folder / strategy).mkdir()
-            made[strategy] = campaign(strategy, share, folder / strategy, flags, arguments.seed + number)
+            made[strategy] = campaign(
+                strategy, share, arguments.steps, folder / strategy, flags, arguments.seed + number
+            )
             print(f"{strategy}: {made[strategy]}: same losses, weights and positions, no checkpoint lost", flush=True)
     result = {
         "kills": sum(m["kills"] for m in made.values()),
         "inside_a_save": sum(m["inside_a_save"] for m in made.values()),
         "by_strategy": made,
-        "steps": STEPS,
+        "steps": arguments.steps,
         "processes": WORLD,
         "seconds": round(time.monotonic() - began),
         "commit": _git(),

@@ -8,7 +8,8 @@ from conftest import ROOT
 
 
 def test_killed_again_and_again_a_training_run_loses_nothing():
-    command = [sys.executable, ROOT / "tests" / "faults" / "kill_training.py", "--kills", "4", "--strategies", "fsdp2"]
+    command = [sys.executable, ROOT / "tests" / "faults" / "kill_training.py", "--kills", "4"]
+    command += ["--strategies", "fsdp2", "--steps", "100"]
     done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
