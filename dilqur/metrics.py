@@ -16,6 +16,7 @@ gpu_utilization, gpu_power_w, gpu_temperature_c, gpu_throttled           rank 0'
 import contextlib
 import json
 import math
+import mmap
 import os
 import secrets
 import statistics
@@ -43,26 +44,26 @@ class Metrics:
 
     def start(self, step):
         """Keep the lines up to `step`, and append from there: the file is that of a run without the interruption."""
-        kept = []
-        if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:  # the last line of a killed run
-                    continue
-                if record["step"] <= step and step > 0:
-                    kept.append(line)
-        self._write(kept)
-        self._last = json.loads(kept[-1]) if kept else None
+        self._last = self._cut_after(step) if step > 0 and self.path.exists() and self.path.stat().st_size else None
+        self.file = self.path.open("a" if self._last else "w", encoding="utf-8")
         if sys.stderr.isatty() and not os.environ.get("SLURM_JOB_ID"):
             from tqdm import tqdm
 
             self.bar = tqdm(total=self.max_steps, initial=step, unit="step")
 
-    def _write(self, lines):
-        with atomic_file(self.path, "w", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in lines)
-        self.file = self.path.open("a", encoding="utf-8")
+    def _cut_after(self, step):
+        """Cut off what comes after the line of `step`, and return that line, or None: from the end, however long the file is."""
+        with self.path.open("r+b") as file:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as lines:
+                end, record = len(lines), None
+                while end > 0 and not record:
+                    start = lines.rfind(b"\n", 0, end - 1) + 1
+                    with contextlib.suppress(ValueError):  # the last line of a killed run
+                        record = json.loads(lines[start:end])
+                        record = record if record["step"] <= step and lines[end - 1 : end] == b"\n" else None
+                    end = end if record else start
+            file.truncate(end)
+        return record
 
     def log(self, step, **values):
         """One step's numbers: a JSON line, the trackers, the bar or a line on standard output."""
@@ -86,7 +87,9 @@ class Metrics:
             self._last, lines = {"step": step}, [*lines, ""]
         self._last = {**self._last, **values}
         self.file.close()
-        self._write([*lines[:-1], json.dumps(self._last)])
+        with atomic_file(self.path, "w", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in [*lines[:-1], json.dumps(self._last)])
+        self.file = self.path.open("a", encoding="utf-8")
         self._track(step, values)
         self.say(f"step {step}/{self.max_steps} | {_line(values)}")
 
