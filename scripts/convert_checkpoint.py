@@ -1,7 +1,7 @@
 r"""Converts checkpoints: to a Hugging Face folder and back, and those of DeepSpeed, FSDP, accelerate and the Trainer to ours.
 
-    python scripts/convert_checkpoint.py --checkpoint runs/quickstart/cpt-2-full/checkpoints/step-0000150 --verify
-    python scripts/convert_checkpoint.py --checkpoint runs/quickstart/cpt-2-full/checkpoints/step-0000150 \
+    python scripts/convert_checkpoint.py --checkpoint runs/quickstart/cpt-2-full/checkpoints --verify
+    python scripts/convert_checkpoint.py --checkpoint runs/quickstart/cpt-2-full/checkpoints \
         --output_dir runs/try/hf --with_optimizer
     python scripts/convert_checkpoint.py --model_name_or_path runs/try/hf --output_dir runs/try/back/checkpoints
     python scripts/convert_checkpoint.py --checkpoint theirs/checkpoint-500 --model_name_or_path base --trust_pickle \
@@ -35,7 +35,8 @@ CheckpointPath = Annotated[str, Input("file")]
 @dataclass(kw_only=True)
 class ConvertSettings(StageSettings):
     checkpoint: CheckpointPath | None = field(
-        default=None, metadata={"help": "folder of a checkpoint: step-N of this project, or another program's"}
+        default=None,
+        metadata={"help": "folder of a checkpoint, ours or another program's; of a folder of ours, the newest in it"},
     )
     model_name_or_path: ModelPath | None = field(
         default=None,
@@ -63,6 +64,8 @@ class ConvertSettings(StageSettings):
 
 def direction(settings):
     """The function that does what is asked for. Raises InputError where it is unclear, or not allowed."""
+    if settings.checkpoint and (complete := sorted(Path(settings.checkpoint).glob("step-*/COMPLETE"))):
+        settings.checkpoint = str(complete[-1].parent)
     ours = settings.checkpoint and is_ours(settings.checkpoint)
     if not settings.checkpoint and not settings.model_name_or_path:
         raise InputError("give checkpoint (one to convert or verify), or model_name_or_path (a folder to make one of)")

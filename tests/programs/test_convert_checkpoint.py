@@ -533,6 +533,7 @@ def test_verify_says_in_one_line_what_a_whole_checkpoint_is(convert, checkpoint)
     assert said == (
         f"{checkpoint}: whole: step 2, 155,968 parameters in 20 tensors, both moments, float32, 0.002 GB from 1 rank\n"
     )
+    assert convert("--checkpoint", checkpoint.parent, "--verify").stdout == said, "the newest in a folder of several"
     found = json.loads(convert("--checkpoint", checkpoint, "--verify", "--json").stdout)
     assert found["step"] == 2 and found["parameters"] == 155_968 and found["ranks"] == 1 and found["optimizer"]
 

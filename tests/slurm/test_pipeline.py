@@ -7,7 +7,6 @@ REQUEUE, manifest.json) in milliseconds. Stand-ins for sbatch, srun, scontrol an
 import fcntl
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -274,12 +273,12 @@ def test_local_runs_the_real_programs_and_a_second_time_nothing(tree):
     manifest = json.loads((tree / "runs/small/pack/manifest.json").read_text())
     assert status[2] == f"pack       finished {manifest['ended']}, {int(manifest['seconds'])} s"
 
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    again = tree.run("slurm/pipeline.sh", "small", "--local")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    again = tree.run("slurm/pipeline.sh", "small", "--local", PYTHONPROFILEIMPORTTIME="1")
     assert again.stdout.count("nothing to do") == 3
-    # 20 finished stages in 20 s; processor time, since other things may run on this machine
-    assert (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime) < 3
+    imported = {line.split("|")[-1].strip() for line in again.stderr.splitlines() if line.startswith("import time:")}
+    assert "dilqur.stage" in imported
+    # seconds each, and 20 finished stages are to be over in 20 s
+    assert not imported & {"torch", "transformers", "tokenizers"}
 
     done = tree.run("slurm/pipeline.sh", "small", "--local", "--from", "pack")
     assert "[1/1] pack" in done.stdout and "tokenizer:" not in done.stdout
