@@ -4,13 +4,11 @@ r"""Converts checkpoints: to a Hugging Face folder and back, and those of DeepSp
     python scripts/convert_checkpoint.py --checkpoint runs/quickstart/cpt-2-full/checkpoints \
         --output_dir runs/try/hf --with_optimizer
     python scripts/convert_checkpoint.py --model_name_or_path runs/try/hf --output_dir runs/try/back/checkpoints
-    python scripts/convert_checkpoint.py --checkpoint theirs/checkpoint-500 --model_name_or_path base --trust_pickle \
-        --output_dir runs/mine/cpt/checkpoints
 
 What is given decides: a checkpoint of this project becomes a Hugging Face folder; a Hugging Face folder (--model_name_or_path
-alone) or another program's checkpoint becomes OUTPUT_DIR/step-N, from which cpt.py goes on, moments included. Other
-programs' are pickles: loading one runs what is in it, hence --trust_pickle. One process, no GPU, one tensor in memory at a
-time. docs/checkpoints-converting.md says what is read and how to go on.
+alone) or another program's checkpoint (--checkpoint THEIRS --model_name_or_path BASE --trust_pickle) becomes OUTPUT_DIR/step-N,
+from which cpt.py goes on, moments included. Other programs' are pickles: loading one runs what is in it, hence --trust_pickle.
+One process, no GPU, one tensor in memory at a time. docs/checkpoints-converting.md says what is read and how to go on.
 """
 
 import json
