@@ -6,17 +6,17 @@
 The state is that of AdamW on a Llama of 94 million parameters, fp32: 1.1 GB with both moments. Ways, in an order that turns from round
 to round, each made anew in a round and used for several saves, the first of which has no buffer yet:
 
-    bare copy            each tensor of the state into its place in one buffer, nothing else: what a stall cannot be shorter than
     dilqur               CheckpointWriter of dilqur/checkpoint.py: a copy into a buffer, a thread that writes, checksums, fsync
     dcp.async_save       torch.distributed.checkpoint, by its thread; it makes new buffers for every save
     dcp, kept stager     the same with a DefaultStager that is kept, so that its buffers are
     dcp.save             synchronous
 
-Stall: the call. Total: until the checkpoint stands and can be loaded. Step: one of a small Llama of many small operations, some 30 ms on a
-core, which feels the interpreter's lock and the memory's bandwidth; quiet ones just before each save are what it is held against.
-Lost: what the training is behind in the end, the stall and all slower steps. Memory: the highest resident set of the process during the
-save above that before the round; what is on a RAM disk is not in it. Two processes are FSDP2's (half of the state each); all figures are
-then rank 0's. Writes benchmarks/checkpoint_saving.json and prints Markdown tables.
+Stall: the call, held against a bare copy just before it: each tensor of the state into its place in a buffer that is kept, nothing
+else, which is what a stall cannot be shorter than. Total: until the checkpoint stands and can be loaded. Step: one of a small Llama of
+many small operations, some 30 ms on a core, which feels the interpreter's lock and the memory's bandwidth; quiet ones just before each
+save are what it is held against. Lost: what the training is behind in the end, the stall and all slower steps. Memory: the highest resident
+set of the process during the save above that before the round; what is on a RAM disk is not in it. Two processes are FSDP2's (half of the
+state each); all figures are then rank 0's. Writes benchmarks/checkpoint_saving.json and prints Markdown tables.
 """
 
 import argparse
@@ -36,7 +36,7 @@ STATE = {"num_hidden_layers": 6, "hidden_size": 1024, "intermediate_size": 2816,
 SMALL = {"num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 512, "vocab_size": 1024}
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": True}
 SAVES, QUIET_STEPS = 3, 40  # of a way in a round; before each save
-KINDS = ("stall", "total", "quiet_step", "step", "worst_step", "lost", "memory")
+KINDS = ("bare_copy", "stall", "total", "quiet_step", "step", "worst_step", "lost", "memory")
 
 
 def main():
@@ -96,7 +96,8 @@ def measure(folder, rounds, output):
     for *_, state in owned_slices(model, optimizer, for_read=True):
         for moment in MOMENTS:
             state[moment].uniform_(0, 1e-3)
-    step, ways = Step(accelerator), (BareCopy, Dilqur, AsyncDcp, KeptDcp, Dcp)
+    step, copy, ways = Step(accelerator), BareCopy(model, optimizer), (Dilqur, AsyncDcp, KeptDcp, Dcp)
+    copy()
     size = sum(v.nbytes for *_, state in owned_slices(model, optimizer) for v in state.values())
     rows = {way.name: {"first": [], "kept": []} for way in ways}
     for number in range(rounds):
@@ -105,7 +106,7 @@ def measure(folder, rounds, output):
             before = memory("VmRSS")
             saver = way(folder / "saved", accelerator, model, optimizer)
             for save in range(SAVES):
-                figures = one_save(saver, step, accelerator, before)
+                figures = one_save(saver, copy, step, accelerator, before)
                 rows[way.name]["kept" if save else "first"].append(figures)
             saver.close()
             del saver
@@ -120,12 +121,16 @@ def measure(folder, rounds, output):
         torch.distributed.destroy_process_group()
 
 
-def one_save(saver, step, accelerator, before):
+def one_save(saver, copy, step, accelerator, before):
     """The figures of KINDS: seconds, and bytes for memory."""
     import torch
 
     everyone = accelerator.num_processes > 1
     quiet = statistics.mean(step() for _ in range(QUIET_STEPS))
+    accelerator.wait_for_everyone()
+    began = time.perf_counter()
+    copy()
+    bare = time.perf_counter() - began
     accelerator.wait_for_everyone()
     forget_peak()
     began = time.perf_counter()
@@ -145,7 +150,7 @@ def one_save(saver, step, accelerator, before):
     saver.remove()
     lost = total - len(steps) * quiet
     mean, worst = (statistics.mean(steps), max(steps)) if steps else (None, None)
-    return dict(zip(KINDS, (stall, total, quiet, mean, worst, lost, peak), strict=True))
+    return dict(zip(KINDS, (bare, stall, total, quiet, mean, worst, lost, peak), strict=True))
 
 
 def llama(config):
@@ -198,12 +203,10 @@ def forget_peak():
 
 
 class BareCopy:
-    name = "bare copy"
-
-    def __init__(self, folder, accelerator, model, optimizer):
+    def __init__(self, model, optimizer):
         self.model, self.optimizer, self.buffer = model, optimizer, None
 
-    def save(self):
+    def __call__(self):
         import torch
 
         from dilqur.owned_state import owned_slices
@@ -218,14 +221,6 @@ class BareCopy:
             at += view.numel()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-
-    def done(self):
-        return True
-
-    def wait(self):
-        pass
-
-    remove = close = wait
 
 
 class Dilqur:
@@ -340,7 +335,6 @@ def table(measured):
         "| | stall, first, s | stall, s | × bare copy | total, s | step, × quiet | worst step, ms | lost, s | memory, × state |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    copy = statistics.median(figures["stall"] for figures in measured["ways"]["bare copy"]["kept"])
     for name, saves in measured["ways"].items():
         kept, every = saves["kept"], saves["first"] + saves["kept"]
         slower = [s["step"] / s["quiet_step"] for s in kept if s["step"]]
@@ -348,7 +342,7 @@ def table(measured):
         cells = [
             spread([s["stall"] for s in saves["first"]]),
             spread([s["stall"] for s in kept]),
-            f"{statistics.median(s['stall'] for s in kept) / copy:.2f}",
+            spread([s["stall"] / s["bare_copy"] for s in kept]),
             spread([s["total"] for s in kept]),
             spread(slower) if slower else "",
             spread(worst, ".0f") if worst else "",

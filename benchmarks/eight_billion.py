@@ -192,7 +192,7 @@ def make_model(folder, layers):
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "distributed")]
     from matrix import make_data
 
-    from dilqur.model_folder import copy_tokenizer
+    from dilqur.tokenizer_files import copy_tokenizer
 
     tiny, _ = make_data(folder)
     import torch

@@ -138,7 +138,7 @@ def run(folder, times, stop):
         dilqur.metrics.Metrics.start = marked(dilqur.metrics.Metrics.start, "metrics")
         dilqur.metrics.Metrics.log = first_step
     model = cpt["load_model"](settings)
-    dilqur.loop.train(settings, Stage(settings, __file__), model, cpt["causal_loss"], lambda trained, folder: None)
+    dilqur.loop.train(settings, Stage(settings, __file__), model, cpt["causal_loss"], lambda reader, folder: None)
 
 
 def table(result):

@@ -155,7 +155,7 @@ def train(settings, stage, model, compute_loss):
     from dilqur.loop import train
 
     flops = training_flops_per_token(model.config.to_dict(), settings.max_length)
-    train(settings, stage, model, compute_loss, lambda trained, folder: None, flops)
+    train(settings, stage, model, compute_loss, lambda reader, folder: None, flops)
 
 
 class BareLoop:

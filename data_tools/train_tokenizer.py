@@ -167,7 +167,7 @@ def save(backend, folder, settings):
 
 def save_extension(extension, merges, folder):
     """The base's files, with a longer tokenizer.json."""
-    from dilqur.model_folder import copy_tokenizer
+    from dilqur.tokenizer_files import copy_tokenizer
 
     path = extension.base.path
     copy_tokenizer(path.parent if path.name == "tokenizer.json" else path, folder)

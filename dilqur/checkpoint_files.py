@@ -214,10 +214,6 @@ class CheckpointReader:
         self.fill(kind, name, 0, out.view(-1))
         return out
 
-    def weights(self):
-        """{name: fp32 tensor} of all trained parameters."""
-        return {name: self.tensor("weight", name).float() for name in self.shapes}
-
 
 def tensor_bytes(tensor):
     """The memory of a contiguous CPU tensor as bytes, whatever its dtype (NumPy knows no bfloat16)."""

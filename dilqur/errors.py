@@ -2,9 +2,13 @@
 
 import errno
 import functools
+import json
 import os
 import signal
 import sys
+import time
+import traceback
+from pathlib import Path
 
 
 class InputError(Exception):
@@ -35,7 +39,9 @@ def program(main):
         except InputError as mistake:
             if isinstance(mistake, EveryRankError) and rank != "0":
                 sys.exit(2)
-            _leave(f"{who}error: {mistake}", 2)
+            line = f"{who}error: {mistake}"
+            _tell_launcher(line)
+            _leave(line, 2)
         except BrokenPipeError:  # `| head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(128 + signal.SIGPIPE)
@@ -47,25 +53,25 @@ def program(main):
                 _leave(
                     f"{who}error: {problem.strerror.lower()}{where}: look at its permissions, or choose another path", 2
                 )
-            _tell_launcher(problem)
+            _tell_launcher(traceback.format_exc())
             raise
         except KeyboardInterrupt:
             _leave(f"{who}interrupted", 130)
-        except Exception as problem:
-            _tell_launcher(problem)
+        except Exception:
+            _tell_launcher(traceback.format_exc())
             raise
         return None
 
     return run
 
 
-def _tell_launcher(problem):
-    """Several ranks may end in a traceback, all but one because the others are gone: the launcher's last words are then of the
-    first that failed, with its traceback."""
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-        get_error_handler().record_exception(problem)
+def _tell_launcher(text):
+    """torchrun and accelerate launch end with what the first rank that failed wrote into this file; of the others, which failed
+    because that one was gone, they say less. The keys are those of torch.distributed.elastic."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        more = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        message = {"message": text.strip().splitlines()[-1], "extraInfo": more}
+        Path(file).write_text(json.dumps({"message": message}))
 
 
 def _leave(line, code):

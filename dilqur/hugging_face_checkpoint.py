@@ -19,11 +19,11 @@ from dilqur.atomic import write_json
 from dilqur.checkpoint_files import tensor_bytes
 from dilqur.checkpoint_import import TrainingState
 from dilqur.errors import InputError
-from dilqur.model_folder import copy_tokenizer
 from dilqur.owned_state import MOMENTS
 from dilqur.plain_checkpoint import DTYPES, stored_weights
 from dilqur.safetensors_folder import read_tensor, stored_tensors
 from dilqur.safetensors_shards import write_shards
+from dilqur.tokenizer_files import copy_tokenizer
 
 STATE_VERSION = 1
 OF_PUBLISHING = ("version", "step", "world_size")  # what `publish` itself puts into trainer.json

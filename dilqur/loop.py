@@ -17,8 +17,7 @@ from dilqur.evaluation import SANITY_BATCHES, Evaluation
 from dilqur.interrupt import Interrupt
 from dilqur.metrics import Metrics, gpu_health
 from dilqur.optimizer import freeze_all_but, learning_rate_at, make_optimizer
-from dilqur.recipe import to_dict
-from dilqur.resume import checkpoint_to_resume, fetch_from_mirror, resume
+from dilqur.resume import checkpoint_to_resume, fetch_from_mirror, resume, run_identity
 from dilqur.run_summary import summary, write_result
 from dilqur.training_settings import check_training, copy_to_node
 from dilqur.watchdog import Watchdog
@@ -29,8 +28,8 @@ STOPPED_MIRROR_S = 60  # for the copy of the last checkpoint, where the job is a
 def train(settings, stage, model, compute_loss, write_model, flops_per_token=None):
     """Train `model` as `settings` say, in `stage`'s folder; leave `model/` and a manifest there, or a checkpoint and REQUEUE.
 
-    compute_loss(model, batch, tokens): the summed loss of `batch` divided by `tokens`, a 0-d tensor. write_model(trained, folder):
-    write the model with the trained weights {name: tensor} into an empty folder, on rank 0. flops_per_token: of a step, for
+    compute_loss(model, batch, tokens): the summed loss of `batch` divided by `tokens`, a 0-d tensor. write_model(reader, folder):
+    write the model with the trained weights of a CheckpointReader into an empty folder, on rank 0. flops_per_token: of a step, for
     the MFU. Raises InputError as `check_training`, and where a checkpoint cannot be read or written.
     """
     import torch
@@ -102,14 +101,7 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
     keep = {"keep": settings.save_total_limit, "keep_every": settings.save_keep_every}
     mirror = CheckpointMirror(settings.mirror_to, **keep) if settings.mirror_to and main else None
     writer = CheckpointWriter(stage.folder / "checkpoints", accelerator, **keep, mirror=mirror)
-    identity = {
-        "recipe": to_dict(settings),
-        "seed": settings.seed,
-        "data": {"fingerprint": samples.fingerprint(), "start_position": start, "mixtures": samples.mixtures},
-        "trainable": trainable,
-        "strategy": strategy(accelerator),
-        "sizes": sizes,
-    }
+    identity = run_identity(settings, samples, start, trainable, strategy(accelerator), sizes)
     batches_of = functools.partial(
         training_batches,
         samples,
@@ -128,6 +120,7 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
         if mirror and checkpoint.parent == writer.folder:
             mirror.push(checkpoint)  # it may have been killed while that was copied
     step, skipped, optimizer_steps = (trainer.get(name, 0) for name in ("step", "skipped_steps", "optimizer_steps"))
+    position = start + step * settings.global_batch_size
     skipped_in_a_row, given = 0, settings.resume_from_checkpoint
     begun_from = given if given != "auto" else trainer.get("resumed_from")
     peak = peak_flops(torch.cuda.get_device_name()) if on_gpu else None
@@ -157,7 +150,7 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
         """Returns the seconds that training waited."""
         watchdog.at(f"saving step {step}", patient=True)
         progress = {
-            "position": start + step * settings.global_batch_size,
+            "position": position,
             "tokens": step * settings.global_batch_size * settings.max_length,
             "skipped_steps": skipped,
             "optimizer_steps": optimizer_steps,
@@ -182,7 +175,6 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
     # -- loop -------------------------------------------------------------------------------------------------------------
 
     stopped, stall, mirror_problem = None, 0.0, None
-    position = start + step * settings.global_batch_size
     stream = batches_of(position, max_steps - step, num_workers=settings.dataloader_num_workers)
     changes = {change["step"]: change["datasets"] for change in settings.dataset_changes or []}
     profile = profiler(settings, stage.folder, main)
@@ -229,11 +221,8 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
             everyones = gather_over_ranks(accelerator, loss, time.perf_counter() - began, data_wait, memory)
             slowest = everyones.max(0).values.tolist()
             step += 1
-            interrupt.reserve("a step", slowest[1])
-            seconds, positions = (
-                slowest[1],
-                (start + (step - 1) * settings.global_batch_size, settings.global_batch_size),
-            )
+            seconds, position = slowest[1], start + step * settings.global_batch_size
+            interrupt.reserve("a step", seconds)
             values = {
                 "loss": everyones[:, 0].sum().item(),
                 "grad_norm": norm,
@@ -258,7 +247,7 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
                 if main:
                     metrics.say(
                         f"warning: step {step} skipped on all ranks: loss {values['loss']}, gradient norm {norm}; its samples are "
-                        f"the {positions[1]} from position {positions[0]} on"
+                        f"the {settings.global_batch_size} from position {position - settings.global_batch_size} on"
                     )
             if skipped:
                 values["skipped_steps"] = skipped
@@ -275,10 +264,10 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
             if skipped_in_a_row >= settings.max_skipped_steps:
                 writer.wait()
                 standing = complete_checkpoints(writer.folder)
-                first = positions[0] - (skipped_in_a_row - 1) * settings.global_batch_size
+                first = position - skipped_in_a_row * settings.global_batch_size
                 raise EveryRankError(
                     f"{stage.folder}: {skipped_in_a_row} steps in a row had no finite loss or gradient: the samples of positions "
-                    f"{first} to {positions[0] + positions[1] - 1}; nothing of them was saved, the last checkpoint is "
+                    f"{first} to {position - 1}; nothing of them was saved, the last checkpoint is "
                     f"{standing[-1].name if standing else 'none'}. Look at the data there, or lower learning_rate"
                 )
             if step % settings.save_steps == 0 and not skipped_in_a_row:

@@ -1,4 +1,4 @@
-"""A model's parameters by name and shape, from its config alone: built on the meta device, without a byte for weights."""
+"""A model's parameters by name and shape; from its config alone, too: built on the meta device, without a byte for weights."""
 
 from dataclasses import dataclass
 
@@ -29,6 +29,11 @@ def model_parameters(config, where):
             model = named(config) if named else transformers.AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as problem:
         raise InputError(f"{where}: transformers cannot build this model ({str(problem).splitlines()[0]})") from None
+    return parameters_of(model)
+
+
+def parameters_of(model):
+    """ModelParameters of a model that is not sharded yet."""
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     every = model.named_parameters(remove_duplicate=False)
     tied = {name: first[id(p)] for name, p in every if first[id(p)] != name}

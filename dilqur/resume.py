@@ -5,6 +5,8 @@ from pathlib import Path
 
 from dilqur.batches import same_past
 from dilqur.errors import EveryRankError, InputError
+from dilqur.recipe import to_dict
+from dilqur.safetensors_folder import fingerprint
 
 
 def checkpoint_to_resume(settings, complete):
@@ -46,6 +48,20 @@ def fetch_from_mirror(settings, checkpoints):
         mirror.fetch(newest, checkpoints)
 
 
+def run_identity(settings, samples, start, trainable, strategy, sizes):
+    """What a checkpoint says of the run that made it, and by which `resume` knows whether it may be gone on from."""
+    base = settings.model_name_or_path
+    return {
+        "recipe": to_dict(settings),
+        "seed": settings.seed,
+        "base": fingerprint(base) if base else None,
+        "data": {"fingerprint": samples.fingerprint(), "start_position": start, "mixtures": samples.mixtures},
+        "trainable": trainable,
+        "strategy": strategy,
+        "sizes": sizes,
+    }
+
+
 def resume(settings, checkpoint, complete, identity, model, optimizer):
     """Load `checkpoint` into a prepared model and optimizer; returns its trainer.json, with `optimizer_steps` as they are now.
 
@@ -85,11 +101,18 @@ def _refuse_other_run(settings, reader, identity):
     if "imported" in then:
         return
     for key, value in now["recipe"].items():
+        if key == "model_name_or_path" and "base" in then:
+            continue  # what it is counts, not where it lies
         if key in then["recipe"] and then["recipe"][key] != value and key not in settings.may_change:
             raise EveryRankError(
                 f"{reader.folder}: made with {key} = {then['recipe'][key]!r}, now {value!r}: that is another run; "
                 "choose another --output_dir, or put it back"
             )
+    if then.get("base", now["base"]) != now["base"]:
+        raise EveryRankError(
+            f"{reader.folder}: began with another model than {settings.model_name_or_path}, with "
+            f"{then['recipe']['model_name_or_path']}: choose another --output_dir, or put it back"
+        )
     done = [[c for c in run["recipe"].get("dataset_changes") or [] if c["step"] < then["step"]] for run in (then, now)]
     if done[0] != done[1]:
         raise EveryRankError(

@@ -48,7 +48,7 @@ def summary(settings, samples, start, step, max_steps, sizes, where, batch_size,
 def write_result(settings, stage, samples, start, steps, reader, write_model, world, identity, skipped):
     """Rank 0: model/ from the checkpoint `reader` has open, then the manifest."""
     with atomic_folder(stage.folder / "model") as folder:
-        write_model(reader.weights(), folder)
+        write_model(reader, folder)
     records = [json.loads(line) for line in (stage.folder / "metrics.jsonl").read_text().splitlines()]
     tokens, end = steps * settings.global_batch_size * settings.max_length, start + steps * settings.global_batch_size
     steady = sorted(r["tokens_per_second"] for r in records[min(2, len(records) - 1) :] if "tokens_per_second" in r)

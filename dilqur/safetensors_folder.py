@@ -12,10 +12,13 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+import xxhash
+
 from dilqur.errors import InputError
 
 INDEX = "model.safetensors.index.json"
 PART = 16 << 20  # bytes copied at a time
+FIRST_BYTES = 4096  # of a tensor, that stand for it
 MAX_HEADER = 100 << 20  # as the library has it
 
 
@@ -65,6 +68,18 @@ def stored_tensors(folder):
     if len(files) > 1 and (folder / "model.safetensors") not in files:
         raise InputError(f"{folder}: {len(files)} .safetensors and no {INDEX}; fetch the model again")
     return _header(folder / "model.safetensors" if len(files) > 1 else files[0])
+
+
+def fingerprint(folder):
+    """Hash of a model's weights, whatever folder they lie in and into however many files they are cut: every tensor's name, dtype,
+    shape and its first FIRST_BYTES. A model that was trained on differs in them."""
+    digest = xxhash.xxh3_128()
+    for name, stored in sorted(stored_tensors(folder).items()):
+        with stored.file.open("rb") as file:
+            file.seek(stored.begin)
+            first = file.read(min(FIRST_BYTES, stored.bytes))
+        digest.update(f"{name} {stored.dtype} {stored.shape} ".encode() + first)
+    return digest.hexdigest()
 
 
 def read_tensor(stored, name):

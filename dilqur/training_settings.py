@@ -46,9 +46,9 @@ class TrainingSettings(StageSettings):
         "report_to", "dataloader_num_workers", "local_dir", "resume_from_checkpoint", "stop_at_step", "max_minutes",
         "save_minutes", "save_keep_every", "on_save_failure", "mirror_to", "hang_minutes", "profile",
     )  # fmt: skip
-    # datasets: their fingerprint decides, not the way they are called; dataset_changes: those of steps not done yet
+    # datasets, tokenizer: their fingerprints decide, not the way they are called; dataset_changes: those of steps not done yet
     may_change: ClassVar = (
-        *harmless, "max_steps", "num_train_epochs", "eval_datasets", "datasets", "dataset_changes", "torch_compile",
+        *harmless, "max_steps", "num_train_epochs", "eval_datasets", "datasets", "tokenizer", "dataset_changes", "torch_compile",
         "gradient_checkpointing", "use_liger_kernel", "attn_implementation", "reduce_dtype", "deterministic",
         "load_best_model_at_end", "max_skipped_steps", "resume_without_optimizer",
     )  # fmt: skip

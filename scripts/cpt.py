@@ -40,6 +40,8 @@ def check(settings):
     if settings.model_config:
         if not settings.tokenizer:
             raise InputError("tokenizer missing: model_config needs one")
+        if settings.unfrozen_parameters:
+            raise InputError("unfrozen_parameters: the rest of a new model would stay random: leave it out")
         check_model(settings, samples, settings.model_config, settings.tokenizer)
     else:
         config = read_config(settings.model_name_or_path)
@@ -96,14 +98,15 @@ def main():
         return print(f"{stage.name}: ok")
 
     quiet_libraries()
+    from dilqur.hugging_face_checkpoint import write_folder
+    from dilqur.model_parameters import parameters_of
+
     model = load_model(settings)
-    names, config = dict(model.named_parameters()), model.config
-    tied = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in names]
+    parameters, config = parameters_of(model), model.config
+    base, dtype = settings.model_name_or_path, next(model.parameters()).dtype
 
-    def write_model(trained, folder):
-        from dilqur.model_folder import write_model_folder
-
-        write_model_folder(folder, config, trained, tied, settings.model_name_or_path, settings.tokenizer)
+    def write_model(reader, folder):
+        write_folder(folder, reader, base, settings.tokenizer or base, config, parameters, dtype)
 
     loss, flops, only = causal_loss, None, settings.unfrozen_parameters
     if settings.use_liger_kernel and on_gpu():

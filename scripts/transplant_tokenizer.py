@@ -199,9 +199,9 @@ def main():
     import torch
 
     from dilqur.embedding_init import new_matrix, plan_rows
-    from dilqur.model_folder import copy_tokenizer
     from dilqur.piece_calibration import Calibration, Examples, new_levels
     from dilqur.token_matrices import token_matrices
+    from dilqur.tokenizer_files import copy_tokenizer
 
     names, config = token_matrices(settings.model_name_or_path, tensors)
     if tensors[names.embeddings].shape[0] < old.size:

@@ -19,6 +19,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for models this small a second 
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 CORPUS = ROOT / "recipes" / "quickstart" / "corpus"
 SHARED = ROOT.parent / "shared"  # real text and tokenizers, where a checkout has them beside it
+# before a command: root may read and write everything, and this takes that away from it
+WITHOUT_ROOTS_RIGHTS = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
 
 TINY_LLAMA = (
     "{vocab_size: 1280, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, num_attention_heads: 4, "

@@ -38,11 +38,6 @@ def import_everything():
     import torch.distributed.tensor
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import dilqur.checkpoint
-    import dilqur.document_attention
-    import dilqur.loop
-    import dilqur.model_folder  # noqa: F401
-
 
 @functools.cache
 def workers_environment(strategy, world):

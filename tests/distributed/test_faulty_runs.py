@@ -61,6 +61,15 @@ def test_a_rank_that_dies_takes_the_others_with_it_within_a_minute_and_its_trace
     assert newest >= "step-0000001"
 
 
+def test_a_mistake_that_only_the_running_program_can_see_is_in_the_last_words_of_the_launcher(flags, tmp_path):
+    missing = (*flags, "--resume_from_checkpoint", tmp_path / "gone", "--output_dir", tmp_path / "run")
+    with launch("ddp", missing, tmp_path / "log") as process:
+        assert process.wait(300) != 0
+    said = (tmp_path / "log").read_text()
+    line = f"error: {tmp_path}/gone: no COMPLETE in it: half-written, or no checkpoint"
+    assert line in said[said.index("Root Cause") :], said[-3000:]
+
+
 def test_a_hang_is_found_every_rank_says_where_it_stands_and_the_job_can_be_requeued(flags, tmp_path):
     more = ("--hang_minutes", "0.15", "--output_dir", tmp_path / "run")
     poison = {"program": POISONED, "POISON": "rank=1 steps=3 value=hang"}

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, WITHOUT_ROOTS_RIGHTS
 
 STEPS = 200
 
@@ -113,6 +113,31 @@ def test_a_folder_that_vanishes_stops_the_run_and_what_was_saved_is_there_when_i
     again = start()
     wait_until(lambda: "resumed" in (tmp_path / "log").read_text(), again)
     assert f"/checkpoints/{standing}" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+def test_a_folder_that_turns_read_only_costs_no_checkpoint(start, policy, tmp_path):
+    process = start("--on_save_failure", policy, prefix=WITHOUT_ROOTS_RIGHTS)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    wait_until(lambda: saved(tmp_path / "run"), process)
+    checkpoints.chmod(0o555)
+    try:
+        if policy == "continue":
+            wait_until(lambda: "could not be written" in (tmp_path / "log").read_text(), process)
+            failed_at = step_of(tmp_path / "run")
+            wait_until(lambda: step_of(tmp_path / "run") > failed_at + 10, process)
+        else:
+            _, said = process.communicate(timeout=120)
+            assert process.returncode == 2
+            assert "could not be written (rank 0: [Errno 13] Permission denied" in said
+        standing = saved(tmp_path / "run")
+        assert standing
+    finally:
+        checkpoints.chmod(0o755)
+    if policy == "continue":
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+        assert saved(tmp_path / "run")[-1] == f"step-{STEPS:07d}"
 
 
 def test_a_damaged_checkpoint_is_named_and_the_older_one_is_offered_and_works(start, tmp_path):

@@ -102,9 +102,9 @@ def test_what_is_written_is_read_to_the_bit_and_training_goes_on_as_if_nothing_h
 
 def test_weights_can_be_read_alone_in_their_shapes(saved):
     folder, model, _, _ = saved
-    weights = CheckpointReader(folder).weights()
-    assert weights.keys() == dict(model.named_parameters()).keys()
-    assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
+    reader = CheckpointReader(folder)
+    assert reader.shapes.keys() == dict(model.named_parameters()).keys()
+    assert all(torch.equal(reader.tensor("weight", name), parameter) for name, parameter in model.named_parameters())
 
 
 def test_a_checkpoint_is_the_state_of_the_moment_of_the_call(tmp_path, accelerator, training):
@@ -139,8 +139,8 @@ def test_a_checkpoint_of_format_version_1_still_goes_on():
     reader = CheckpointReader(Path(__file__).parent / "checkpoint-version-1" / "step-0000002")
     assert reader.trainer["version"] == 1
     sums = {
-        name: (weight.sum().item(), reader.tensor("exp_avg_sq", name).sum().item())
-        for name, weight in reader.weights().items()
+        name: tuple(reader.tensor(kind, name).sum().item() for kind in ("weight", "exp_avg_sq"))
+        for name in reader.shapes
     }
     expected = {  # printed by the program that saved it
         "0.weight": (0.25759029388427734, 8.788953709881753e-05),
@@ -316,7 +316,7 @@ def test_a_run_that_goes_back_replaces_what_comes_after(tmp_path, accelerator, t
     save(tmp_path, accelerator, model, optimizer, 4, keep)  # begun again at step 2, as resume_from_checkpoint said
     names = [p.name for p in sorted(tmp_path.iterdir())]
     assert names == ["step-0000002", "step-0000004"], "a kill now must not go on from step 8 of the other run"
-    assert torch.equal(CheckpointReader(tmp_path / "step-0000004").weights()["0.weight"], model[0].weight)
+    assert torch.equal(CheckpointReader(tmp_path / "step-0000004").tensor("weight", "0.weight"), model[0].weight)
 
 
 def test_where_a_save_fails_wait_says_so_and_the_older_checkpoint_stays(saved, accelerator, training):
@@ -378,7 +378,7 @@ def test_a_killed_writer_leaves_no_half_checkpoint(tmp_path, accelerator, traini
     assert 3 <= len(found) <= 4  # killed between the new one and the removal of the oldest
     for folder in found:
         reader = CheckpointReader(folder)
-        weight = reader.weights()["weight"]
+        weight = reader.tensor("weight", "weight")
         assert weight.unique().tolist() == [reader.trainer["step"]] == [int(folder.name.removeprefix("step-"))]
     model, optimizer, _ = training()
     save(tmp_path, accelerator, model, optimizer, 1_000_000, keep=3)

@@ -173,7 +173,7 @@ def weight_of(folder):
     reader = CheckpointReader(folder)
     for kind, name in reader.dtypes:
         reader.tensor(kind, name)
-    (value,) = reader.weights()["weight"].unique().tolist()
+    (value,) = reader.tensor("weight", "weight").unique().tolist()
     return value
 
 

@@ -423,7 +423,9 @@ def test_weights_alone_become_a_checkpoint_that_says_it_has_no_optimizer(convert
     said = convert("--model_name_or_path", tiny_model, "--output_dir", tmp_path, "--step", 7).stdout
     assert "no optimizer" in said and "--resume_without_optimizer" in said
     reader = CheckpointReader(tmp_path / "step-0000007")
-    assert same_bits(reader.weights(), load_file(tiny_model / "model.safetensors"))
+    assert same_bits(
+        {name: reader.tensor("weight", name) for name in reader.shapes}, load_file(tiny_model / "model.safetensors")
+    )
     assert {kind for kind, _ in reader.dtypes} == {"weight"}
     assert "is there already" in refusal(
         convert, "--model_name_or_path", tiny_model, "--output_dir", tmp_path, "--step", 7

@@ -190,6 +190,22 @@ def test_going_on_with_another_recipe_is_refused(cpt, stopped, made):
     refused(done, "step-0000006: made with learning_rate = 0.003, now 0.001", "another run")
 
 
+def test_the_model_a_run_began_with_may_lie_elsewhere_but_no_other_may_lie_there(
+    cpt, base, stopped, made, tiny_model, tmp_path
+):
+    from safetensors.torch import save_file
+
+    folder = shutil.copytree(stopped, tmp_path / "run")
+    moved = shutil.copytree(tiny_model, tmp_path / "moved")
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    trained = {name: weight * 1.001 for name, weight in weights(other).items()}
+    save_file(trained, other / "model.safetensors", metadata={"format": "pt"})
+    done = cpt(*training(made), "--output_dir", folder, model=other, code=2)
+    refused(done, f"step-0000006: began with another model than {other}")
+    cpt(*training(made), "--stop_at_step", 8, "--output_dir", folder, model=moved)
+    assert metrics(folder, "loss") == metrics(base, "loss")[:8]
+
+
 def test_going_on_for_longer_with_less_memory_is_the_same_run(cpt, stopped, made, tmp_path):
     folder = shutil.copytree(stopped, tmp_path / "run")
     changed = ("--max_steps", 8, "--per_device_train_batch_size", 2, "--save_steps", 1)
@@ -401,6 +417,13 @@ def test_a_batch_that_does_not_divide_is_refused_with_what_would(cpt):
 )
 def test_other_mistakes_are_one_line_too(cpt, flags, says):
     refused(check(cpt, *flags), says)
+
+
+def test_a_new_model_trains_all_its_weights(cpt, made):
+    new = ("--model_config", TINY_LLAMA, "--tokenizer", made / "tokenizer")
+    refused(
+        check(cpt, *new, "--unfrozen_parameters", "*embed*", model=None), "the rest of a new model would stay random"
+    )
 
 
 def test_a_check_that_finds_nothing_says_ok_and_writes_nothing(cpt, tmp_path):
