@@ -16,6 +16,7 @@ import contextlib
 import errno
 import importlib.util
 import itertools
+import json
 import os
 import re
 import secrets
@@ -77,6 +78,7 @@ class CheckpointMirror:
         self._thread, self._queue, self._in_flight, self._failures = None, [], None, 0
         self._opened, self._word, self._first = None, None, None
         self._found = None  # names complete when this process first looked
+        self._losses = {}  # of evaluation, by name
         self._own = set()  # names this process gave, or found to be what it would have made
 
     # -- copy away ----------------------------------------------------------------------------------------------------
@@ -182,7 +184,8 @@ class CheckpointMirror:
         stale = {n for n in complete & self._found - self._own if _step(n) >= self._first}
         standing = sorted(complete & (self._found | self._own) - stale, key=_order)
         old = standing[: -max(1, self.keep)] if self.keep else []
-        for gone in sorted(stale, key=_order) + [n for n in old if not self._stays(_step(n))]:
+        best = self._best(standing) if old else None
+        for gone in sorted(stale, key=_order) + [n for n in old if n != best and not self._stays(_step(n))]:
             self._place().remove(gone, self._word)
         for half in copies.keys() - complete:
             if self._is_ours(half, copies[half]) or self._place().is_older(half, name, ABANDONED_SECONDS):
@@ -192,6 +195,15 @@ class CheckpointMirror:
                 f"{self.address}: another process wrote {min(strangers)} there: give every run a mirror_to of its own"
             )
         return None
+
+    def _best(self, names):
+        """Of the complete copies `names` the one with the lowest evaluation loss, or None where none has been evaluated."""
+        self._losses = {n: self._losses[n] if n in self._losses else self._loss(n) for n in names}
+        return min((n for n in names if self._losses[n] is not None), key=self._losses.get, default=None)
+
+    def _loss(self, name):
+        with contextlib.suppress(ValueError):  # damaged: whoever fetches it is told
+            return json.loads(self._place().read(name, "trainer.json")).get("eval_loss")
 
     def _is_ours(self, name, files):
         return name.endswith(f"-{self._word}") or f"writer-{self._word}" in files
@@ -211,6 +223,15 @@ class CheckpointMirror:
     def newest(self):
         """The last step of which a complete copy is there, or None. Raises InputError as `complete`."""
         return max(self.complete(), default=None)
+
+    def best(self):
+        """The step of the complete copy with the lowest evaluation loss, or None. Raises InputError as `complete`."""
+        names = sorted((n for n, files in self._listing().items() if _is_complete(n, files)), key=_order)
+        try:
+            name = self._best(names)
+        except Exception as error:
+            raise InputError(f"{self.address}: {_in_words(error)}") from None
+        return name and _step(name)
 
     def fetch(self, step, checkpoints_folder):
         """Bring the complete copy of `step` into `checkpoints_folder`; the path of the checkpoint there.

@@ -47,7 +47,7 @@ class Evaluation:
                     self.batch_size,
                     self.accelerator.process_index,
                     self.accelerator.num_processes,
-                    self.settings.eval_samples,
+                    self.settings.max_eval_samples,
                 )
                 for number, batch in enumerate(stream):
                     if number == batches:

@@ -42,7 +42,7 @@ class TrainingSettings(StageSettings):
     run may have otherwise than the first one."""
 
     harmless: ClassVar = (
-        "per_device_train_batch_size", "save_steps", "save_total_limit", "eval_steps", "eval_samples", "logging_steps",
+        "per_device_train_batch_size", "save_steps", "save_total_limit", "eval_steps", "max_eval_samples", "logging_steps",
         "report_to", "dataloader_num_workers", "local_dir", "resume_from_checkpoint", "stop_at_step", "max_minutes",
         "save_minutes", "save_keep_every", "on_save_failure", "mirror_to", "hang_minutes", "profile",
     )  # fmt: skip
@@ -142,7 +142,7 @@ class TrainingSettings(StageSettings):
         default=None, metadata={"help": "copy complete checkpoints there, a folder or an fsspec address like s3://…"}
     )
     eval_steps: Positive | None = field(default=None, metadata={"help": "steps between evaluations; none: at the end"})
-    eval_samples: Positive | None = field(default=None, metadata={"help": "samples an evaluation; none: all"})
+    max_eval_samples: Positive | None = field(default=None, metadata={"help": "samples an evaluation; none: all"})
     load_best_model_at_end: bool = field(
         default=False, metadata={"help": "model/ from the checkpoint with the lowest eval_loss"}
     )

@@ -132,9 +132,9 @@ class Run:
     def starts(self, mirror, **rotation):
         self.mirror, self.writer = mirror, CheckpointWriter(self.folder, self.accelerator, mirror=mirror, **rotation)
 
-    def saves(self, step, weight=None):
+    def saves(self, step, weight=None, eval_loss=None):
         torch.nn.init.constant_(self.model.weight, step if weight is None else weight)
-        self.writer.save(self.model, self.optimizer, step, {"position": 8 * step})
+        self.writer.save(self.model, self.optimizer, step, {"position": 8 * step, "eval_loss": eval_loss})
         self.writer.wait()
         return self.folder / f"step-{step:07d}"
 
@@ -522,6 +522,18 @@ def test_the_newest_stay_there_and_those_at_multiples(place, run):
     run.and_copies(12, 13)
     assert run.mirror.complete() == [10, 12, 13]
     assert place.names() == ["step-0000010", "step-0000012", "step-0000013"]
+
+
+def test_the_best_by_its_evaluation_stays_there(place, run):
+    run.starts(CheckpointMirror(place.address, keep=1))
+    for step, loss in enumerate((None, 3.0, 2.0, 2.5, 2.2), 1):
+        run.saves(step, eval_loss=loss)
+        assert run.mirror.wait(SOON), run.mirror.problem
+    assert run.mirror.complete() == [3, 5] and run.mirror.best() == 3
+    run.starts(CheckpointMirror(place.address, keep=1))  # on another machine, say
+    run.saves(6, eval_loss=1.9)
+    assert run.mirror.wait(SOON), run.mirror.problem
+    assert run.mirror.complete() == [6] and run.mirror.best() == 6
 
 
 def test_an_old_copy_loses_complete_first(s3, run, monkeypatch):

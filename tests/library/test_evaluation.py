@@ -20,7 +20,7 @@ def accelerator():
 def settings(tmp_path):
     shards = make_shards(tmp_path / "shards", [30, 50, 80])
     return SimpleNamespace(
-        eval_datasets=[{"path": str(shards)}], eval_steps=10, eval_samples=None, max_length=16, seed=1,
+        eval_datasets=[{"path": str(shards)}], eval_steps=10, max_eval_samples=None, max_length=16, seed=1,
         intra_document_masking=False,
     )  # fmt: skip
 

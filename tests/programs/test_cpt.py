@@ -264,6 +264,11 @@ def test_the_best_checkpoint_stays_and_can_become_the_model(cpt, made, tmp_path)
     assert names == [f"step-{step:07d}" for step in (best, 10, 12)]
     result = json.loads((tmp_path / "run" / "manifest.json").read_text())["result"]
     assert result["model_of_step"] == best
+    flags += ("--mirror_to", tmp_path / "mirror", "--save_total_limit", 1)
+    cpt(*flags, "--stop_at_step", 11, "--output_dir", tmp_path / "first")
+    cpt(*flags, "--output_dir", tmp_path / "on another machine")
+    result = json.loads((tmp_path / "on another machine" / "manifest.json").read_text())["result"]
+    assert result["model_of_step"] == best
 
 
 def test_an_evaluation_that_was_cut_short_is_done_when_the_run_goes_on(cpt, base, made, tmp_path):
