@@ -19,14 +19,14 @@ from types import SimpleNamespace
 import numpy as np
 import regex
 
-from dilqur.bpe_training import cut_merges, learn_merges, llama3_tokenizer, whole_counts
 from dilqur.documents import read
 from dilqur.input_files import expand
 from dilqur.llama3 import PATTERN
 from dilqur.parallel import cores
 from dilqur.stage import _git, hardware
-from dilqur.unseen_words import scores
-from dilqur.word_counts import Source, count_words, word_weights
+from dilqur.vocabulary.bpe_training import cut_merges, learn_merges, llama3_tokenizer, whole_counts
+from dilqur.vocabulary.unseen_words import scores
+from dilqur.vocabulary.word_counts import Source, count_words, word_weights
 
 WAYS = {
     "plain": {},

@@ -33,14 +33,14 @@ from dilqur.atomic import atomic_files, write_json
 from dilqur.bootstrap import divide, interval, resampled_ratios
 from dilqur.documents import ReadingSettings, Skipped, read
 from dilqur.errors import InputError, program
-from dilqur.fertility import RULES, Batch, Counter, SetCounts, rounded
 from dilqur.input_files import COMPRESSIONS, FORMATS, expand
 from dilqur.recipe import parse
 from dilqur.stage import Documents, Stage, StageSettings, TokenizersPath, display_names
 from dilqur.tokenizer import tokenizer_paths
-from dilqur.tokenizer_table import table
-from dilqur.vocabulary_sweep import knee, nested_families
-from dilqur.word_splits import CANDIDATES, WordCounts, WordSplitter, choose_words, costly_words
+from dilqur.vocabulary.fertility import RULES, Batch, Counter, SetCounts, rounded
+from dilqur.vocabulary.tokenizer_table import table
+from dilqur.vocabulary.vocabulary_sweep import knee, nested_families
+from dilqur.vocabulary.word_splits import CANDIDATES, WordCounts, WordSplitter, choose_words, costly_words
 
 # documents, and characters, handed to a tokenizer at a time: `tokenizers` takes a hundred times the memory of a text
 BATCH, BATCH_CHARACTERS = 256, 1 << 20
@@ -265,7 +265,7 @@ def main():
         "speed_here": encode_speed(sets, settings, counters),
     }
     if stage.folder:
-        from dilqur.tokenizer_plots import plot_bars, plot_splits, plot_sweeps
+        from dilqur.vocabulary.tokenizer_plots import plot_bars, plot_splits, plot_sweeps
 
         with atomic_files(stage.folder) as part:
             write_json(part / "results.json", results)

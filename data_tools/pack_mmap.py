@@ -42,7 +42,7 @@ from dilqur.shard_writer import ShardWriter, remove_leftovers, summary
 from dilqur.stage import Documents, Stage, StageSettings, TokenizerPath, unchanged
 from dilqur.tokenizer import TextTokenizer
 from dilqur.tokenizer_engine import ENGINES, agree, choose_engine
-from dilqur.whole_words import WholeWords
+from dilqur.vocabulary.whole_words import WholeWords
 
 Positive = Annotated[int, Field(ge=1)]
 TAKEN = ("parts", "manifest.json")  # names in OUTPUT_DIR that no dataset can have

@@ -25,7 +25,6 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from dilqur.atomic import atomic_files
-from dilqur.bpe_training import Extension, cut_merges, learn_merges, llama3_tokenizer, whole_counts
 from dilqur.documents import ReadingSettings
 from dilqur.errors import InputError, program
 from dilqur.input_files import COMPRESSIONS, FORMATS, expand
@@ -34,7 +33,8 @@ from dilqur.parallel import cores
 from dilqur.recipe import parse
 from dilqur.stage import Documents, Stage, StageSettings, TokenizerPath
 from dilqur.tokenizer import TextTokenizer
-from dilqur.word_counts import Source, count_words, refuse_other_scripts, word_weights
+from dilqur.vocabulary.bpe_training import Extension, cut_merges, learn_merges, llama3_tokenizer, whole_counts
+from dilqur.vocabulary.word_counts import Source, count_words, refuse_other_scripts, word_weights
 
 # a file's source: its name without endings and without the number of a part: wiki-00003.jsonl.zst is wiki
 ENDINGS = re.compile(

@@ -15,6 +15,7 @@ import os
 import numpy as np
 
 from dilqur.best_fit import BestFitPlan, write_plan
+from dilqur.document_attention import document_kwargs
 from dilqur.errors import InputError
 from dilqur.sample_order import SampleOrder
 from dilqur.token_shards import TokenShards
@@ -219,13 +220,6 @@ def same_past(then, now, position):
     return past_then == past_now
 
 
-def cu_seqlens(position_ids):
-    """int32 array of shape (sequences + 1,): where the documents of a batch begin, laid end to end, and where it ends: what
-    flash-attention's varlen functions take. position_ids: array or CPU tensor of shape (batch, max_length)."""
-    flat = np.asarray(position_ids).reshape(-1)
-    return np.append(np.flatnonzero(flat == 0), flat.size).astype(np.int32)
-
-
 def split_batch(global_batch_size, ceiling, world_size):
     """(per-device batch, accumulation steps) with batch · accumulation · world_size = global_batch_size, batch <= ceiling.
 
@@ -301,7 +295,5 @@ def _as_tensors(arrays):
 
     tensors = {name: torch.from_numpy(values) for name, values in arrays.items()}
     if "position_ids" in tensors:
-        from dilqur.document_attention import document_kwargs
-
         tensors |= document_kwargs(tensors["position_ids"])
     return tensors

@@ -17,7 +17,6 @@ import inspect
 
 import numpy as np
 
-from dilqur.batches import cu_seqlens
 from dilqur.errors import InputError
 
 NAME = "document_sdpa"
@@ -65,6 +64,13 @@ def document_kwargs(position_ids):
         "max_length_q": longest,
         "max_length_k": longest,
     }
+
+
+def cu_seqlens(position_ids):
+    """int32 array of shape (sequences + 1,): where the documents of a batch begin, laid end to end, and where it ends: what
+    flash-attention's varlen functions take. position_ids: array or CPU tensor of shape (batch, max_length)."""
+    flat = np.asarray(position_ids).reshape(-1)
+    return np.append(np.flatnonzero(flat == 0), flat.size).astype(np.int32)
 
 
 def register_document_attention():

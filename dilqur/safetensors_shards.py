@@ -16,6 +16,7 @@ from dilqur.safetensors_folder import INDEX
 
 MAX_BYTES = 5 << 30  # of one file, as transformers has it
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.float64: "F64"}
+TORCH_DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
 def write_shards(folder, tensors, max_bytes=MAX_BYTES):

@@ -21,8 +21,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from dilqur.atomic import atomic_files
+from dilqur.conversion.foreign_checkpoints import is_ours, read_foreign, reader_of
 from dilqur.errors import InputError, program
-from dilqur.foreign_checkpoints import is_ours, read_foreign, reader_of
 from dilqur.quiet import quiet_libraries
 from dilqur.recipe import parse
 from dilqur.stage import Input, ModelPath, Stage, StageSettings, file_identity
@@ -113,7 +113,7 @@ def direction(settings):
 
 def verify(settings, stage):
     """Returns (result, line)."""
-    from dilqur.checkpoint_verification import describe, verify_checkpoint
+    from dilqur.conversion.checkpoint_verification import describe, verify_checkpoint
 
     result = verify_checkpoint(settings.checkpoint)
     return result, describe(result)
@@ -124,7 +124,7 @@ def to_hugging_face(settings, stage):
     import torch
 
     from dilqur.checkpoint_files import CheckpointReader
-    from dilqur.hugging_face_checkpoint import write_folder
+    from dilqur.model_folder import write_folder
     from dilqur.model_parameters import load_config, model_parameters
 
     reader = CheckpointReader(settings.checkpoint)
@@ -169,8 +169,8 @@ def to_hugging_face(settings, stage):
 
 def from_elsewhere(settings, stage):
     """A Hugging Face folder, or another program's checkpoint, as OUTPUT_DIR/step-N. Returns (result, line)."""
-    from dilqur.checkpoint_import import refuse_other_base, trained_names, write_checkpoint
-    from dilqur.hugging_face_checkpoint import read_folder
+    from dilqur.conversion.checkpoint_import import refuse_other_base, trained_names, write_checkpoint
+    from dilqur.conversion.hugging_face_folder import read_folder
     from dilqur.model_parameters import load_config, model_parameters
 
     source = Path(settings.checkpoint or settings.model_name_or_path)

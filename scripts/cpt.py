@@ -98,7 +98,7 @@ def main():
         return print(f"{stage.name}: ok")
 
     quiet_libraries()
-    from dilqur.hugging_face_checkpoint import write_folder
+    from dilqur.model_folder import write_folder
     from dilqur.model_parameters import parameters_of
 
     model = load_model(settings)

@@ -28,7 +28,7 @@ from dilqur.recipe import parse
 from dilqur.safetensors_folder import read_tensor, rewrite, stored_tensors
 from dilqur.stage import Documents, ModelPath, Stage, StageSettings, TokenizerPath, read_config
 from dilqur.tokenizer import TextTokenizer
-from dilqur.vocabulary_map import VocabularyMap
+from dilqur.vocabulary.vocabulary_map import VocabularyMap
 
 Positive = Annotated[int, Field(ge=1)]
 SPARSITY = 64
@@ -137,7 +137,7 @@ def count_tokens(settings, tokenizer):
 def spaces(settings, tokenizer, tied, device):
     """{matrix: float32 (size, d)}: vectors of the new tokens, from the donor's matrices or from the text."""
     if settings.donor_model_name_or_path:
-        from dilqur.token_matrices import token_matrices
+        from dilqur.vocabulary.token_matrices import token_matrices
 
         folder = settings.donor_model_name_or_path
         tensors = stored_tensors(folder)
@@ -145,7 +145,7 @@ def spaces(settings, tokenizer, tied, device):
         rows = {"embeddings": names.embeddings, "head": names.head or names.embeddings, "tied": names.embeddings}
         wanted = ("tied",) if tied else ("embeddings", "head")
         return {kind: read_tensor(tensors[rows[kind]], rows[kind])[: tokenizer.size].float() for kind in wanted}
-    from dilqur.corpus_embeddings import corpus_embeddings
+    from dilqur.vocabulary.corpus_embeddings import corpus_embeddings
 
     texts = (document.text for document in read_input(settings)[0])
     space = corpus_embeddings(
@@ -198,10 +198,10 @@ def main():
     quiet_libraries()
     import torch
 
-    from dilqur.embedding_init import new_matrix, plan_rows
-    from dilqur.piece_calibration import Calibration, Examples, new_levels
-    from dilqur.token_matrices import token_matrices
     from dilqur.tokenizer_files import copy_tokenizer
+    from dilqur.vocabulary.embedding_init import new_matrix, plan_rows
+    from dilqur.vocabulary.piece_calibration import Calibration, Examples, new_levels
+    from dilqur.vocabulary.token_matrices import token_matrices
 
     names, config = token_matrices(settings.model_name_or_path, tensors)
     if tensors[names.embeddings].shape[0] < old.size:

@@ -9,15 +9,8 @@ import numpy as np
 import pytest
 from make_shards import make_shards
 
-from dilqur.batches import (
-    IGNORE,
-    TokenSamples,
-    cu_seqlens,
-    evaluation_batches,
-    same_past,
-    split_batch,
-    training_batches,
-)
+from dilqur.batches import IGNORE, TokenSamples, evaluation_batches, same_past, split_batch, training_batches
+from dilqur.document_attention import cu_seqlens
 from dilqur.errors import InputError
 
 LENGTH = 64  # tokens a sample: some 900 samples in the corpus

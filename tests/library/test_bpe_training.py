@@ -9,12 +9,19 @@ import pytest
 import regex
 from conftest import CORPUS
 
-from dilqur.bpe_training import Extension, byte_level, cut_merges, learn_merges, llama3_tokenizer, whole_counts
 from dilqur.documents import read
 from dilqur.errors import InputError
 from dilqur.input_files import expand
 from dilqur.llama3 import PATTERN, PATTERN_WITH_MARKS, PATTERNS
 from dilqur.tokenizer import TextTokenizer
+from dilqur.vocabulary.bpe_training import (
+    Extension,
+    byte_level,
+    cut_merges,
+    learn_merges,
+    llama3_tokenizer,
+    whole_counts,
+)
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from dilqur.corpus_embeddings import SMOOTHING, WINDOW, corpus_embeddings
 from dilqur.tokenizer import TextTokenizer
+from dilqur.vocabulary.corpus_embeddings import SMOOTHING, WINDOW, corpus_embeddings
 
 ANIMALS, TOOLS = ("pişik", "it", "at"), ("balta", "mişar", "çəkic")
 TEXTS = [f"{a} yeyir və yatır" for a in ANIMALS] * 9 + [f"{t} kəsir ya qırır" for t in TOOLS] * 9

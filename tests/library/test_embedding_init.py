@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from dilqur.embedding_init import METHODS, new_matrix, plan_rows, statistics
 from dilqur.llama3 import BOS, EOT
-from dilqur.piece_calibration import Calibration, Examples, new_levels
 from dilqur.tokenizer import TextTokenizer
-from dilqur.vocabulary_map import VocabularyMap
+from dilqur.vocabulary.embedding_init import METHODS, new_matrix, plan_rows, statistics
+from dilqur.vocabulary.piece_calibration import Calibration, Examples, new_levels
+from dilqur.vocabulary.vocabulary_map import VocabularyMap
 
 HIDDEN, ROWS = 8, 1408  # the new tokenizer has 1,280
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from dilqur.fertility import Batch, Counter, SetCounts, strip_punctuation
+from dilqur.vocabulary.fertility import Batch, Counter, SetCounts, strip_punctuation
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dilqur.matching_pursuit import matching_pursuit, sparsemax
+from dilqur.vocabulary.matching_pursuit import matching_pursuit, sparsemax
 
 
 def naive_pursuit(target, atoms, sparsity):

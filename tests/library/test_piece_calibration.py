@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from dilqur.piece_calibration import RIDGE, Calibration, Examples, levels, new_levels
 from dilqur.tokenizer import TextTokenizer
-from dilqur.vocabulary_map import VocabularyMap
+from dilqur.vocabulary.piece_calibration import RIDGE, Calibration, Examples, levels, new_levels
+from dilqur.vocabulary.vocabulary_map import VocabularyMap
 
 HIDDEN = 6
 

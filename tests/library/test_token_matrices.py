@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from dilqur.errors import InputError
 from dilqur.safetensors_folder import stored_tensors
-from dilqur.token_matrices import token_matrices
+from dilqur.vocabulary.token_matrices import token_matrices
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

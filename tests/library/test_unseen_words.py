@@ -1,6 +1,6 @@
 """The likelihood of words by the words that share their stem."""
 
-from dilqur.unseen_words import pseudo_counts, scores
+from dilqur.vocabulary.unseen_words import pseudo_counts, scores
 
 STEMS = ["kitab", "qapı", "dağ", "yol", "bazar", "ocaq"]
 ENDINGS = ["", "lar", "da", "dan", "lardan"]

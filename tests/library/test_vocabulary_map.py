@@ -7,7 +7,7 @@ import pytest
 from dilqur.errors import InputError
 from dilqur.llama3 import BOS, EOT, SPECIAL_TOKENS
 from dilqur.tokenizer import TextTokenizer
-from dilqur.vocabulary_map import VocabularyMap
+from dilqur.vocabulary.vocabulary_map import VocabularyMap
 
 
 @pytest.fixture(scope="module")

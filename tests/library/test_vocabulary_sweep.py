@@ -3,7 +3,7 @@
 import pytest
 
 from dilqur.tokenizer import TextTokenizer
-from dilqur.vocabulary_sweep import knee, nested_families
+from dilqur.vocabulary.vocabulary_sweep import knee, nested_families
 
 SIZES = [2**n for n in range(10, 18)]
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import regex
 
-from dilqur import word_counts
 from dilqur.errors import InputError
 from dilqur.llama3 import PATTERN
-from dilqur.word_counts import (
+from dilqur.vocabulary import word_counts
+from dilqur.vocabulary.word_counts import (
     Source,
     count_words,
     refuse_other_scripts,

@@ -3,10 +3,10 @@
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from dilqur import word_splits
 from dilqur.errors import InputError
 from dilqur.tokenizer import TextTokenizer
-from dilqur.word_splits import WordCounts, WordSplitter, choose_words, costly_words
+from dilqur.vocabulary import word_splits
+from dilqur.vocabulary.word_splits import WordCounts, WordSplitter, choose_words, costly_words
 
 
 def splitter(tmp_path, model, unknown=None, **parts):

@@ -28,10 +28,10 @@ from transformers import AutoModelForCausalLM
 
 from dilqur.batches import TokenSamples
 from dilqur.checkpoint_files import KINDS, CheckpointReader, pieces_of, publish, tensor_bytes, write_rank
-from dilqur.checkpoint_import import TrainingState, write_checkpoint
+from dilqur.conversion.checkpoint_import import TrainingState, write_checkpoint
+from dilqur.conversion.plain_checkpoint import deal_out
 from dilqur.errors import InputError
 from dilqur.model_parameters import load_config, model_parameters
-from dilqur.plain_checkpoint import deal_out
 
 PROGRAM, LENGTH, SEED = "scripts/convert_checkpoint.py", 64, 42
 ROUNDING = 1e-6  # relative: a loss is a mean over 512 tokens in fp32, summed in another order (one unit in the last place: 1e-7)

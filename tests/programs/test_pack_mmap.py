@@ -20,7 +20,7 @@ from dilqur.input_files import expand
 from dilqur.stage import read_manifest
 from dilqur.token_shards import TokenShards
 from dilqur.tokenizer import TextTokenizer
-from dilqur.whole_words import words_kept_whole
+from dilqur.vocabulary.whole_words import words_kept_whole
 
 PROGRAM = "data_tools/pack_mmap.py"
 BOS, EOS = 1024, 1025

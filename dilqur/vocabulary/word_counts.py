@@ -21,7 +21,7 @@ from dilqur.errors import InputError
 from dilqur.input_files import blocks
 from dilqur.parallel import ordered_map
 from dilqur.progress import Progress
-from dilqur.unseen_words import pseudo_counts
+from dilqur.vocabulary.unseen_words import pseudo_counts
 
 FEW_WORDS = 300_000
 SAME_SCRIPT = 0.5  # of a source's letters that have to be of the script that most letters of the corpus are of
@@ -162,8 +162,8 @@ def scripts(counts):
 def word_weights(sources, temperature=1.0, exponent=1.0, unseen=0.0):
     """({word: float} for a trainer to count, are they plain counts?, how many words in it were not seen).
 
-    A word weighs (its weighted_counts) ** exponent + `unseen` times its likelihood (dilqur/unseen_words.py). Likelihoods are left out for
-    a corpus of more than FEW_WORDS different words: a vocabulary has no room for more than those.
+    A word weighs (its weighted_counts) ** exponent + `unseen` times its likelihood (dilqur/vocabulary/unseen_words.py).
+    Likelihoods are left out for a corpus of more than FEW_WORDS different words: a vocabulary has no room for more than those.
     """
     plain = temperature == exponent == 1 and all(s.probability == 1 and s.weight is None for s in sources)
     weights = weighted_counts(sources, temperature)

@@ -4,10 +4,10 @@ import json
 import re
 from pathlib import Path
 
-from dilqur.deepspeed_checkpoint import is_deepspeed, read_deepspeed
+from dilqur.conversion.deepspeed_checkpoint import is_deepspeed, read_deepspeed
+from dilqur.conversion.fsdp_checkpoint import is_sharded, is_whole, read_sharded, read_whole
+from dilqur.conversion.plain_checkpoint import optimizer_file, read_plain
 from dilqur.errors import InputError
-from dilqur.fsdp_checkpoint import is_sharded, is_whole, read_sharded, read_whole
-from dilqur.plain_checkpoint import optimizer_file, read_plain
 
 LOOKED_FOR = (
     "index.json (ours), zero_pp_rank_*_optim_states.pt (DeepSpeed), pytorch_model_fsdp_0/ and pytorch_model_fsdp.bin (FSDP), "

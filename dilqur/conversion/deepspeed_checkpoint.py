@@ -12,10 +12,10 @@ the Trainer writes, and it copies everything into pickles of its own first. So i
 import math
 import re
 
-from dilqur.checkpoint_import import TrainingState
+from dilqur.conversion.checkpoint_import import TrainingState
+from dilqur.conversion.pickled_state import adam_steps, expected, hyperparameters, load_pickle
 from dilqur.errors import InputError
 from dilqur.owned_state import MOMENTS
-from dilqur.pickled_state import adam_steps, expected, hyperparameters, load_pickle
 
 RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt$")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dilqur.matching_pursuit import matching_pursuit, sparsemax
+from dilqur.vocabulary.matching_pursuit import matching_pursuit, sparsemax
 
 METHODS = (
     "random", "mean", "piece_mean", "weighted_piece_mean", "calibrated_piece_mean", "focus", "orthogonal_matching_pursuit",
@@ -55,7 +55,7 @@ def plan_rows(method, vocabulary, matrix="embeddings", space=None, sparsity=64, 
     weighted_piece_mean     pieces i = 1 … k weighted by e^(2i) in the embeddings, where the last one says what comes next, and by
                             e^(-2i) in the head, which has to begin with the first (AdaptiVocab: Nakash et al. 2025, arXiv
                             2503.19693); in a tied matrix by the mean of the two, which is ours
-    calibrated_piece_mean   the mean of the pieces, put through a map learned from old tokens (dilqur/piece_calibration.py)
+    calibrated_piece_mean   the mean of the pieces, put through a map learned from old tokens (dilqur/vocabulary/piece_calibration.py)
     focus                   the overlapping tokens' rows, weighted by sparsemax of the cosine similarities in `space` (FOCUS:
                             Dobler and de Melo 2023, arXiv 2305.14481)
     orthogonal_matching_pursuit     at most `sparsity` overlapping tokens whose vectors in `space` add up best to the token's;

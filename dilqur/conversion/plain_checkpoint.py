@@ -8,13 +8,11 @@ them (`param_names`). Else a group lists its parameters in the model's order, as
 `model.named_parameters()` does, and there must be exactly one such way to deal out the model's shapes over the groups.
 """
 
-from dilqur.checkpoint_import import TrainingState
+from dilqur.conversion.checkpoint_import import TrainingState
+from dilqur.conversion.pickled_state import adam_steps, expected, hyperparameters, load_pickle
 from dilqur.errors import InputError
 from dilqur.owned_state import MOMENTS
-from dilqur.pickled_state import adam_steps, expected, hyperparameters, load_pickle
 from dilqur.safetensors_folder import read_tensor, stored_tensors
-
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
 
 
 def optimizer_file(folder):
@@ -62,12 +60,14 @@ def stored_weights(folder, model):
     """TrainingState of a model folder's safetensors files: weights alone; of tied ones, only those under the first name."""
     import torch
 
+    from dilqur.safetensors_shards import TORCH_DTYPES
+
     tensors = stored_tensors(folder)
     buffers = set(model.every) - set(model.shapes) - set(model.tied)
     stored = {}
     for name, where in tensors.items():
         if name not in buffers and name not in model.tied:
-            stored["weight", name] = where.shape, getattr(torch, DTYPES.get(where.dtype, "uint8"))
+            stored["weight", name] = where.shape, TORCH_DTYPES.get(where.dtype, torch.uint8)
     return TrainingState("a Hugging Face folder", stored, lambda _, name: read_tensor(tensors[name], name))
 
 

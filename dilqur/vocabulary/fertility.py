@@ -13,7 +13,7 @@ import regex
 
 from dilqur.bootstrap import divide, interval, resampled_sums
 from dilqur.tokenizer import TextTokenizer, encoding_with
-from dilqur.whole_words import words_kept_whole
+from dilqur.vocabulary.whole_words import words_kept_whole
 
 WINDOW = 131_072  # tokens: the context of Llama 3.1 and later
 RARE = 5  # an id that occurs less often than this is learned from next to nothing

@@ -8,10 +8,10 @@ Both have optimizer states by parameter name (accelerate/utils/fsdp_utils.py). R
 
 import warnings
 
-from dilqur.checkpoint_import import TrainingState
+from dilqur.conversion.checkpoint_import import TrainingState
+from dilqur.conversion.pickled_state import adam_steps, expected, hyperparameters, load_pickle
 from dilqur.errors import InputError
 from dilqur.owned_state import MOMENTS
-from dilqur.pickled_state import adam_steps, expected, hyperparameters, load_pickle
 
 WRITER = "accelerate's FSDP"
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")

@@ -1,4 +1,4 @@
-"""A checkpoint as a Hugging Face folder, and back, in the memory of one tensor.
+"""A checkpoint as a Hugging Face folder, in the memory of one tensor.
 
     config.json, generation_config.json, tokenizer   of the model the run began with
     model.safetensors (or shards)       its weights, those that were trained as the checkpoint has them
@@ -8,25 +8,17 @@ state.json holds trainer.json and a checksum of every trained weight and moment:
 weights beside it, or is damaged, is refused. transformers looks for weights in the folder itself and does not see optimizer/.
 """
 
-import json
 import shutil
 from pathlib import Path
 
-import torch
-import xxhash
-
 from dilqur.atomic import write_json
-from dilqur.checkpoint_files import tensor_bytes
-from dilqur.checkpoint_import import TrainingState
 from dilqur.errors import InputError
 from dilqur.owned_state import MOMENTS
-from dilqur.plain_checkpoint import DTYPES, stored_weights
 from dilqur.safetensors_folder import read_tensor, stored_tensors
-from dilqur.safetensors_shards import write_shards
+from dilqur.safetensors_shards import TORCH_DTYPES, write_shards
 from dilqur.tokenizer_files import copy_tokenizer
 
 STATE_VERSION = 1
-OF_PUBLISHING = ("version", "step", "world_size")  # what `publish` itself puts into trainer.json
 
 
 def write_folder(out, reader, base, tokenizer, config, model, dtype=None, with_optimizer=False):
@@ -72,7 +64,7 @@ def _weights(reader, base, model, dtype):
         if name in reader.shapes:
             tensors[name] = _of_checkpoint(reader, "weight", name)
         elif name in stored:
-            there = getattr(torch, DTYPES.get(stored[name].dtype, ""), None)
+            there = TORCH_DTYPES.get(stored[name].dtype)
             if there is None or (name in model.shapes and stored[name].shape != model.shapes[name]):
                 raise InputError(
                     f"{base}: {name} is {stored[name].dtype} {list(stored[name].shape)}, which its config.json does not say"
@@ -92,42 +84,3 @@ def _of_checkpoint(reader, kind, name):
 def _cast(tensor, dtype):
     there, shape, make = tensor
     return (dtype, shape, lambda: make().to(dtype)) if there.is_floating_point else tensor
-
-
-def read_folder(folder, model):
-    """TrainingState of a Hugging Face folder, with the moments in its optimizer/ where there is one."""
-    weights = stored_weights(folder, model)
-    path = Path(folder) / "optimizer" / "state.json"
-    if not path.parent.exists():
-        return weights
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        version, trainer, xxh3, step = state["version"], state["trainer"], state["xxh3"], state["trainer"]["step"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{path}: not there or damaged: remove optimizer/ to take the weights alone") from None
-    if version > STATE_VERSION:
-        raise InputError(f"{path}: version {version} is newer than this program's {STATE_VERSION}")
-    stored, moments = dict(weights.stored), {kind: stored_tensors(path.parent / kind) for kind in MOMENTS}
-    trained = list(moments["exp_avg"])
-    for kind, tensors in moments.items():
-        for name, where in tensors.items():
-            stored[kind, name] = where.shape, getattr(torch, DTYPES.get(where.dtype, "uint8"))
-
-    def read(kind, name):
-        tensor = read_tensor(moments[kind][name], name) if kind in moments else weights.read(kind, name)
-        if xxhash.xxh3_64_hexdigest(tensor_bytes(tensor.contiguous().view(-1))) != xxh3.get(f"{kind}/{name}"):
-            raise InputError(
-                f"{folder}: {kind} of {name} is not what {path} vouches for: changed since, or damaged; remove optimizer/ to take "
-                "the weights alone"
-            )
-        return tensor
-
-    return TrainingState(
-        format="a Hugging Face folder with its optimizer",
-        stored=stored,
-        read=read,
-        trained=trained,
-        step=step,
-        optimizer_steps=trainer.get("optimizer_steps", step),
-        trainer={key: value for key, value in trainer.items() if key not in OF_PUBLISHING},
-    )

@@ -3,9 +3,9 @@
 import itertools
 
 from dilqur.bootstrap import FEWEST, LEVEL, RESAMPLES
-from dilqur.fertility import RULES, WINDOW
 from dilqur.markdown import between, code, markdown, number
-from dilqur.word_splits import BETWEEN, CANDIDATES
+from dilqur.vocabulary.fertility import RULES, WINDOW
+from dilqur.vocabulary.word_splits import BETWEEN, CANDIDATES
 
 
 def table(results):

@@ -1,0 +1,1 @@
+"""Checkpoints of other programs, read without them, as checkpoints of this project."""
