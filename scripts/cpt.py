@@ -18,6 +18,7 @@ from dilqur.errors import InputError, program
 from dilqur.loop import train
 from dilqur.quiet import quiet_libraries
 from dilqur.recipe import parse
+from dilqur.safetensors_folder import stored_tensors
 from dilqur.stage import Stage, TokenizerPath, read_config
 from dilqur.training_settings import TrainingSettings, check_model, check_training
 
@@ -46,6 +47,7 @@ def check(settings):
     else:
         config = read_config(settings.model_name_or_path)
         check_model(settings, samples, config, settings.model_name_or_path)
+        stored_tensors(settings.model_name_or_path)  # all there, and no pickles
 
 
 def on_gpu():

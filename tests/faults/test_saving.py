@@ -14,24 +14,22 @@ STEPS = 200
 
 
 @pytest.fixture
-def start(made, tiny_model, tmp_path):
-    """Starts cpt.py, saving after every second step, and returns the process; killed at the end."""
+def flags(made, tiny_model, tmp_path):
+    """Of cpt.py, saving after every second step."""
+    shape = f"--max_length 64 --global_batch_size 4 --max_steps {STEPS} --learning_rate 1e-3 --save_steps 2".split()
+    data = ("--model_name_or_path", tiny_model, "--datasets", f"{{path: {made}/shards}}")
+    return (*data, *shape, "--output_dir", tmp_path / "run")
+
+
+@pytest.fixture
+def start(flags, tmp_path):
+    """Starts cpt.py and returns the process; killed at the end."""
     running = []
 
-    def begin(*flags, prefix=()):
-        shape = f"--max_length 64 --global_batch_size 4 --max_steps {STEPS} --learning_rate 1e-3 --save_steps 2".split()
-        data = ("--model_name_or_path", tiny_model, "--datasets", f"{{path: {made}/shards}}")
-        command = [
-            *prefix,
-            sys.executable,
-            ROOT / "scripts" / "cpt.py",
-            *data,
-            *shape,
-            "--output_dir",
-            tmp_path / "run",
-        ]
+    def begin(*more, prefix=()):
+        command = (*prefix, sys.executable, ROOT / "scripts" / "cpt.py", *flags, *more)
         process = subprocess.Popen(
-            [*map(str, command), *map(str, flags)],
+            [*map(str, command)],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=(tmp_path / "log").open("w"),
@@ -140,27 +138,22 @@ def test_a_folder_that_turns_read_only_costs_no_checkpoint(start, policy, tmp_pa
         assert saved(tmp_path / "run")[-1] == f"step-{STEPS:07d}"
 
 
-def test_a_damaged_checkpoint_is_named_and_the_older_one_is_offered_and_works(start, tmp_path):
-    process = start("--stop_at_step", 6)
-    assert process.wait(120) == 0, process.stderr.read()
-    run = tmp_path / "run"
-    assert saved(run) == ["step-0000004", "step-0000006"]
-    whole = run / "checkpoints" / "step-0000006"
+def test_a_damaged_checkpoint_is_named_and_the_older_one_is_offered_and_works(run, flags, tmp_path):
+    run("scripts/cpt.py", *flags, "--stop_at_step", 6)
+    folder = tmp_path / "run"
+    assert saved(folder) == ["step-0000004", "step-0000006"]
+    whole = folder / "checkpoints" / "step-0000006"
     for name in ("rank-00000.safetensors", "rank-00000.json", "trainer.json", "index.json"):
         content = (whole / name).read_bytes()
         for broken in (content[: len(content) // 2], content[:-3] + bytes([content[-3] ^ 4]) + content[-2:]):
             (whole / name).write_bytes(broken)
-            process = start("--stop_at_step", 7)
-            _, said = process.communicate(timeout=120)
-            (line,) = said.splitlines()
-            assert process.returncode == 2
+            (line,) = run("scripts/cpt.py", *flags, "--stop_at_step", 7, code=2).stderr.splitlines()
             assert f"{whole}/{name}" in line
             way_out = f"move it away (mv {whole} {whole}.damaged) and the same command goes on from step-0000004"
             assert way_out in line
             (whole / name).write_bytes(content)
     shutil.move(whole, f"{whole}.damaged")
-    process = start("--stop_at_step", 7)
-    assert process.wait(120) == 0, process.stderr.read()
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    run("scripts/cpt.py", *flags, "--stop_at_step", 7)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == list(range(1, 8))
-    assert saved(run)[-1] == "step-0000007"
+    assert saved(folder)[-1] == "step-0000007"

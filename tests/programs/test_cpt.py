@@ -424,6 +424,12 @@ def test_other_mistakes_are_one_line_too(cpt, flags, says):
     refused(check(cpt, *flags), says)
 
 
+def test_a_model_that_did_not_arrive_whole_is_refused(cpt, tiny_model, tmp_path):
+    cut = shutil.copytree(tiny_model, tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((tiny_model / "model.safetensors").read_bytes()[:-100])
+    refused(check(cpt, model=cut), f"{cut}/model.safetensors", "again")
+
+
 def test_a_new_model_trains_all_its_weights(cpt, made):
     new = ("--model_config", TINY_LLAMA, "--tokenizer", made / "tokenizer")
     refused(
