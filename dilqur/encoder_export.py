@@ -1,0 +1,88 @@
+"""A NeoBERT as EuroBertForMaskedLM, which transformers has: the same function, in a folder that needs no code of ours.
+
+q, k     rows from adjacent pairs (x₀, x₁), (x₂, x₃) to halves (x₀, x₂, …, x₁, x₃, …), which rotate_half turns alike
+qkv      split into q_proj, k_proj and v_proj; w12 into gate_proj and up_proj
+biases   EuroBERT's mlp_bias gives the head one, and the feed-forward layers too: theirs are zero
+"""
+
+import torch
+from transformers import EuroBertConfig
+
+OUTER = {
+    "model.encoder.weight": "model.embed_tokens.weight",
+    "model.layer_norm.weight": "model.norm.weight",
+    "decoder.weight": "lm_head.weight",
+    "decoder.bias": "lm_head.bias",
+}
+NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+
+
+def eurobert_config(config, **tokens):
+    """EuroBertConfig of a NeoBERTConfig. tokens: ids of special tokens, as bos_token_id, eos_token_id, mask_token_id."""
+    return EuroBertConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.ffn_width,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_attention_heads,
+        hidden_act="silu",
+        max_position_embeddings=config.max_length,
+        rms_norm_eps=config.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        attention_bias=False,
+        mlp_bias=True,
+        tie_word_embeddings=False,
+        pad_token_id=config.pad_token_id,
+        architectures=["EuroBertForMaskedLM"],
+        **{"bos_token_id": None, "eos_token_id": None, "mask_token_id": None, **tokens},
+    )
+
+
+def eurobert_weights(weights, config):
+    """{name: tensor} of EuroBertForMaskedLM from those of NeoBERTLMHead, in their dtypes."""
+    out = {theirs: weights[ours] for ours, theirs in OUTER.items()}
+    heads, hidden, width = config.num_attention_heads, config.hidden_size, config.ffn_width
+    for layer in range(config.num_hidden_layers):
+        ours, theirs = f"model.transformer_encoder.{layer}.", f"model.layers.{layer}."
+        q, k, v = weights[f"{ours}qkv.weight"].view(heads, 3, hidden // heads, hidden).unbind(1)
+        attention = {"q": _halves(q), "k": _halves(k), "v": v}
+        out |= {f"{theirs}self_attn.{x}_proj.weight": w.reshape(hidden, hidden) for x, w in attention.items()}
+        out[f"{theirs}self_attn.o_proj.weight"] = weights[f"{ours}wo.weight"]
+        gate, up = weights[f"{ours}ffn.w12.weight"].split(width)
+        products = {"gate": gate, "up": up, "down": weights[f"{ours}ffn.w3.weight"]}
+        for name, weight in products.items():
+            out[f"{theirs}mlp.{name}_proj.weight"] = weight.contiguous()
+            out[f"{theirs}mlp.{name}_proj.bias"] = weight.new_zeros(weight.shape[0])
+        out |= {f"{theirs}{b}.weight": weights[f"{ours}{a}.weight"] for a, b in NORMS.items()}
+    return out
+
+
+def neobert_weights(weights, config):
+    """The way back: {name: tensor} of NeoBERTLMHead from those of EuroBertForMaskedLM. Raises ValueError where a bias of theirs
+    that a NeoBERT has no place for is not zero."""
+    out = {ours: weights[theirs] for ours, theirs in OUTER.items()}
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    for layer in range(config.num_hidden_layers):
+        ours, theirs = f"model.transformer_encoder.{layer}.", f"model.layers.{layer}."
+        q, k, v = (weights[f"{theirs}self_attn.{x}_proj.weight"].view(heads, hidden // heads, hidden) for x in "qkv")
+        out[f"{ours}qkv.weight"] = torch.stack((_pairs(q), _pairs(k), v), 1).reshape(3 * hidden, hidden)
+        out[f"{ours}wo.weight"] = weights[f"{theirs}self_attn.o_proj.weight"]
+        gate, up, down = (weights[f"{theirs}mlp.{x}_proj.weight"] for x in ("gate", "up", "down"))
+        out[f"{ours}ffn.w12.weight"], out[f"{ours}ffn.w3.weight"] = torch.cat((gate, up)), down
+        for x in ("gate", "up", "down"):
+            if weights[f"{theirs}mlp.{x}_proj.bias"].any():
+                raise ValueError(f"{theirs}mlp.{x}_proj.bias: not zero: this is no NeoBERT")
+        out |= {f"{ours}{a}.weight": weights[f"{theirs}{b}.weight"] for a, b in NORMS.items()}
+    return out
+
+
+def _halves(rows):
+    """(heads, head_dim, hidden): rows 0, 2, 4, …, then 1, 3, 5, … of each head."""
+    return torch.cat((rows[:, 0::2], rows[:, 1::2]), dim=1)
+
+
+def _pairs(rows):
+    """What `_halves` undid."""
+    first, second = rows.chunk(2, dim=1)
+    return torch.stack((first, second), dim=2).flatten(1, 2)
