@@ -24,7 +24,9 @@ import regex
 from pydantic import Field
 from typing_extensions import TypedDict
 
+from dilqur import bert_tokens
 from dilqur.atomic import atomic_files
+from dilqur.bert_tokens import CLS, MASK, SEP
 from dilqur.documents import ReadingSettings
 from dilqur.errors import InputError, program
 from dilqur.input_files import COMPRESSIONS, FORMATS, expand
@@ -33,7 +35,14 @@ from dilqur.parallel import cores
 from dilqur.recipe import parse
 from dilqur.stage import Documents, Stage, StageSettings, TokenizerPath
 from dilqur.tokenizer import TextTokenizer
-from dilqur.vocabulary.bpe_training import Extension, cut_merges, learn_merges, llama3_tokenizer, whole_counts
+from dilqur.vocabulary.bpe_training import (
+    Extension,
+    cut_merges,
+    encoder_tokenizer,
+    learn_merges,
+    llama3_tokenizer,
+    whole_counts,
+)
 from dilqur.vocabulary.word_counts import Source, count_words, refuse_other_scripts, word_weights
 
 # a file's source: its name without endings and without the number of a part: wiki-00003.jsonl.zst is wiki
@@ -65,7 +74,7 @@ class TokenizerSettings(StageSettings, ReadingSettings):
     source_temperature: Annotated[float, Field(ge=0, le=1)] = field(
         default=0.5, metadata={"help": "without weights a source counts (its words) ** this: 1 as it is, 0 all alike"}
     )
-    vocab_size: Size | None = field(default=None, metadata={"help": "bytes and merges, without the 256 special tokens"})
+    vocab_size: Size | None = field(default=None, metadata={"help": "bytes and merges, without the control tokens"})
     vocab_sizes: list[Size] | None = field(
         default=None, metadata={"help": "several, each a multiple of 128: trained once, in OUTPUT_DIR/SIZE"}
     )
@@ -78,6 +87,9 @@ class TokenizerSettings(StageSettings, ReadingSettings):
         metadata={
             "help": "what cuts text into words; llama3_marks for scripts with combining vowels; none: llama3, or the base's"
         },
+    )
+    control_tokens: Literal["llama3", "encoder"] = field(
+        default="llama3", metadata={"help": "Llama 3's 256; encoder: 128, with [CLS], [SEP], [MASK] and [PAD]"}
     )
     min_frequency: Annotated[int, Field(ge=1)] = field(
         default=1, metadata={"help": "a pair seen less often is not merged"}
@@ -115,6 +127,8 @@ def check(settings):
         raise InputError("base_tokenizer and new_tokens belong together: what to extend, and by how many tokens")
     if settings.base_tokenizer and settings.pre_tokenizer:
         raise InputError("pre_tokenizer: an extension cuts text as its base does; leave the key out")
+    if settings.base_tokenizer and settings.control_tokens != "llama3":
+        raise InputError("control_tokens: an extension keeps its base's; leave the key out")
     for key in ("vocab_sizes", "new_tokens"):
         sizes = getattr(settings, key) or []
         if len(set(sizes)) < len(sizes) or getattr(settings, key) == []:
@@ -149,19 +163,22 @@ def sources_of(settings):
     return sources
 
 
-def save(backend, folder, settings):
+def save(merges, folder, settings):
     """The files of a new tokenizer that AutoTokenizer reads."""
     from transformers import PreTrainedTokenizerFast
 
+    if settings.control_tokens == "llama3":
+        make, roles = llama3_tokenizer, {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
+        roles["chat_template"] = CHAT_TEMPLATE
+    else:  # a document begins and ends with what BERT calls so
+        make, roles = encoder_tokenizer, {"bos_token": CLS, "eos_token": SEP, "pad_token": bert_tokens.PAD}
+        roles |= {"cls_token": CLS, "sep_token": SEP, "mask_token": MASK}
     PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=PAD,
+        tokenizer_object=make(merges, settings.pre_tokenizer or "llama3"),
         model_max_length=settings.model_max_length,
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
-        chat_template=CHAT_TEMPLATE,
+        **roles,
     ).save_pretrained(folder)
 
 
@@ -199,8 +216,7 @@ def main():
     if settings.check:
         return print(f"{stage.name}: ok")
     stage.open()
-    pre_tokenizer = settings.pre_tokenizer or "llama3"
-    cut = extension.words if extension else regex.compile(PATTERNS[pre_tokenizer]).findall
+    cut = extension.words if extension else regex.compile(PATTERNS[settings.pre_tokenizer or "llama3"]).findall
     num_proc = settings.num_proc or cores()
     bad = count_words(sources, settings, cut, settings.sample_bytes, num_proc, f"{stage.name}: count")
     if not settings.mixed_scripts:
@@ -233,7 +249,7 @@ def main():
             if extension:
                 save_extension(extension, extension.cut(merges, size), folder)
             else:
-                save(llama3_tokenizer(cut_merges(merges, size), pre_tokenizer), folder, settings)
+                save(cut_merges(merges, size), folder, settings)
             made[size] = about(TextTokenizer(folder), extension)
     result = {
         "documents": sum(source.documents for source in sources),

@@ -10,6 +10,7 @@ import sys
 import regex
 import xxhash
 
+from dilqur.bert_tokens import CLS, CONTROL_TOKENS, SEP
 from dilqur.errors import InputError
 from dilqur.llama3 import BOS, PATTERNS, SPECIAL_TOKENS
 from dilqur.tokenizer import byte_characters
@@ -93,6 +94,18 @@ def train(counts, vocab_size, min_frequency, alphabet=()):
 
 def llama3_tokenizer(merges, pre_tokenizer):
     """A `tokenizers.Tokenizer` of the 256 bytes, `merges`, and the 256 special tokens of Llama 3. pre_tokenizer: of llama3.PATTERNS."""
+    return byte_level_tokenizer(merges, pre_tokenizer, SPECIAL_TOKENS, f"{BOS} $A", f"{BOS} $A {BOS}:1 $B:1")
+
+
+def encoder_tokenizer(merges, pre_tokenizer):
+    """The same cut and the same merges with the control tokens of an encoder, dilqur/bert_tokens.py."""
+    return byte_level_tokenizer(
+        merges, pre_tokenizer, CONTROL_TOKENS, f"{CLS} $A {SEP}", f"{CLS} $A {SEP} $B:1 {SEP}:1"
+    )
+
+
+def byte_level_tokenizer(merges, pre_tokenizer, control_tokens, single, pair):
+    """single, pair: what stands around one text and around two, as processors.TemplateProcessing has it."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
     vocabulary = {character: i for i, character in enumerate(sorted(_BYTES))}
@@ -106,10 +119,9 @@ def llama3_tokenizer(merges, pre_tokenizer):
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
-    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control_tokens])
+    used = [(token, tokenizer.token_to_id(token)) for token in control_tokens if token in single.split()]
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=used)
     return tokenizer
 
 

@@ -66,6 +66,27 @@ def test_its_chat_template_gives_the_ids_that_fine_tuning_uses(hugging_face, tok
         assert rendered == encode_chat(tokenizer, messages, add_generation_prompt=generate)[0]
 
 
+def test_an_encoders_tokenizer_has_its_control_tokens_and_text_never_becomes_one(run, made, tokenizer, tmp_path):
+    from transformers import AutoTokenizer
+
+    flags = ("--input", made / "clean" / "train", "--vocab_size", 1024, "--control_tokens", "encoder")
+    run(PROGRAM, *flags, "--output_dir", tmp_path)
+    ours, theirs = TextTokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.size == len(theirs) == 1024 + 128
+    text = "Salam, [MASK] dünya [SEP]!"
+    plain = ours.encode(text)
+    assert plain == tokenizer.encode(text), "the same merges"
+    assert max(plain) < 1024 and ours.decode(plain) == text
+    assert (ours.bos_token, ours.eos_token) == ("[CLS]", "[SEP]")
+    names = (theirs.pad_token, theirs.cls_token, theirs.sep_token, theirs.mask_token)
+    assert names == ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
+    assert theirs.convert_tokens_to_ids([*names]) == [1024, 1025, 1026, 1027]
+    one = theirs("Salam!")["input_ids"]
+    assert one == [1025, *ours.encode("Salam!"), 1026]
+    assert theirs("Salam!", "Dünya")["input_ids"] == [*one, *ours.encode("Dünya"), 1026]
+    assert theirs("Salam, [MASK]")["input_ids"][-2] == 1027, "for fill-mask it is one"
+
+
 def test_a_vocabulary_larger_than_the_text_supports_stops_at_what_there_is_and_says_so(run, tmp_path):
     (tmp_path / "a.txt").write_text("salam salam dünya dünya\n")
     done = run(PROGRAM, "--input", tmp_path / "a.txt", "--vocab_size", 500, "--output_dir", tmp_path / "out")
