@@ -7,6 +7,7 @@ A sample is the tokens [i · max_length, (i + 1) · max_length) of a dataset (pa
 of documents with hardly any padding (packing: best_fit, dilqur/best_fit.py).
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -33,8 +34,9 @@ class TokenSamples:
     The last label is -100 where the stream ends; with best_fit, those at a document's end and of padding are.
     plans: for best_fit, the folder with its plans; those that are missing are written. None: for checks alone, the samples
     are counted as concat's, and no batch can be drawn. document_boundaries: also "position_ids", which begin again with
-    every document. copies: {real path: folder} of datasets that are to be read elsewhere (dilqur/local_copy.py). Raises
-    InputError where the datasets were packed by different tokenizers, or hold less than one sample.
+    every document. copies: {real path: folder} of datasets that are to be read elsewhere (dilqur/local_copy.py). masking:
+    dilqur.masking.Masking, for an encoder: labels are then the tokens that it hides. Raises InputError where the datasets were
+    packed by different tokenizers, or hold less than one sample.
     """
 
     def __init__(
@@ -47,8 +49,10 @@ class TokenSamples:
         plans=None,
         document_boundaries=False,
         copies=None,
+        masking=None,
     ):
         self.max_length, self.packing, self.document_boundaries = max_length, packing, document_boundaries
+        self.masking = masking
         self.mixtures = [{"position": p, "datasets": list(d)} for p, d in [(0, datasets), *changes]]
         spelled = [str(d["path"]) for mixture in self.mixtures for d in mixture["datasets"]]
         first_spelled = {os.path.realpath(path): path for path in reversed(spelled)}
@@ -160,7 +164,11 @@ class TokenSamples:
         """{"input_ids", "labels"[, "position_ids"]}: int64 arrays of shape (len(positions), max_length)."""
         datasets, samples = self.order.batch(positions)
         fill = self._concat if self.packing == "concat" else self._best_fit
-        return fill(datasets, samples)
+        arrays = fill(datasets, samples)
+        if self.masking:
+            hidden = self.masking(arrays["input_ids"], np.asarray(positions), self.order.seed)
+            arrays["input_ids"], arrays["labels"] = hidden
+        return arrays
 
     def _concat(self, datasets, samples):
         length = self.max_length
@@ -255,7 +263,7 @@ def training_batches(samples, start, steps, batch, accumulation, rank, world_siz
     loader = DataLoader(
         samples,
         batch_sampler=(range(first, first + batch) for first in first_positions),
-        collate_fn=_as_tensors,
+        collate_fn=functools.partial(_as_tensors, masked=bool(samples.masking)),
         num_workers=num_workers,
         prefetch_factor=AHEAD if num_workers else None,
         pin_memory=pin_memory,
@@ -278,7 +286,7 @@ def evaluation_batches(samples, batch, rank, world_size, limit=None):
         positions = np.arange(first + rank * batch, first + (rank + 1) * batch)
         arrays = samples.batch(np.where(positions < count, positions, 0))
         arrays["labels"][positions >= count] = IGNORE
-        yield _as_tensors(arrays)
+        yield _as_tensors(arrays, bool(samples.masking))
 
 
 def _leave_signals_to_the_run(worker):
@@ -289,11 +297,14 @@ def _leave_signals_to_the_run(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
-def _as_tensors(arrays):
-    """The batch comes whole from `TokenSamples.batch`: nothing to stack. Beside position_ids, what attention needs of them."""
+def _as_tensors(arrays, masked):
+    """The batch comes whole from `TokenSamples.batch`: nothing to stack. Beside position_ids, what attention needs of them; where
+    tokens are masked, the places of those that have a label, which a GPU could only be waited for to count."""
     import torch
 
     tensors = {name: torch.from_numpy(values) for name, values in arrays.items()}
     if "position_ids" in tensors:
         tensors |= document_kwargs(tensors["position_ids"])
+    if masked:
+        tensors["masked_positions"] = tensors["labels"].flatten().ne(IGNORE).nonzero().flatten()
     return tensors

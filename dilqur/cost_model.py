@@ -38,6 +38,13 @@ def training_flops_per_token(config, max_length, embeddings_only=False):
     return (4 if embeddings_only else 6) * layers + 6 * head + attention
 
 
+def encoder_flops_per_token(hidden_size, ffn_width, num_hidden_layers, vocab_size, max_length, masked=1.0):
+    """The same of a step of masked language modelling, by every token that is read. Attention looks both ways, so that no mask saves
+    half of it; the head computes the share `masked` of the tokens."""
+    layers = num_hidden_layers * (4 * hidden_size * hidden_size + 3 * hidden_size * ffn_width)
+    return 6 * layers + 6 * masked * vocab_size * hidden_size + 12 * num_hidden_layers * hidden_size * max_length
+
+
 # Dense bfloat16 products with fp32 sums, floating-point operations a second: NVIDIA's data sheets, without sparsity.
 PEAK_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A10G": 70e12}
 

@@ -25,12 +25,13 @@ from dilqur.watchdog import Watchdog
 STOPPED_MIRROR_S = 60  # for the copy of the last checkpoint, where the job is about to end
 
 
-def train(settings, stage, model, compute_loss, write_model, flops_per_token=None):
+def train(settings, stage, model, compute_loss, write_model, flops_per_token=None, loss_and_correct=None):
     """Train `model` as `settings` say, in `stage`'s folder; leave `model/` and a manifest there, or a checkpoint and REQUEUE.
 
     compute_loss(model, batch, tokens): the summed loss of `batch` divided by `tokens`, a 0-d tensor. write_model(reader, folder):
     write the model with the trained weights of a CheckpointReader into an empty folder, on rank 0. flops_per_token: of a step, for
-    the MFU. Raises InputError as `check_training`, and where a checkpoint cannot be read or written.
+    the MFU. loss_and_correct(model, batch): of an evaluation, the summed loss and how many labels were foretold, two 0-d tensors;
+    None: the loss alone. Raises InputError as `check_training`, and where a checkpoint cannot be read or written.
     """
     import torch
     from accelerate.utils import send_to_device
@@ -97,7 +98,7 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
     interrupt = Interrupt(stage.folder, settings.max_minutes, settings.stop_at_step)
     watchdog = Watchdog(stage.folder, accelerator.process_index, settings.hang_minutes, interrupt)
     metrics = Metrics(stage.folder, max_steps, accelerator if settings.report_to else None, settings.logging_steps)
-    evaluation = Evaluation(settings, accelerator, compute_loss, batch_size)
+    evaluation = Evaluation(settings, accelerator, compute_loss, batch_size, loss_and_correct)
     keep = {"keep": settings.save_total_limit, "keep_every": settings.save_keep_every}
     mirror = CheckpointMirror(settings.mirror_to, **keep) if settings.mirror_to and main else None
     writer = CheckpointWriter(stage.folder / "checkpoints", accelerator, **keep, mirror=mirror)

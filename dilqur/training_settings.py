@@ -175,6 +175,10 @@ class TrainingSettings(StageSettings):
     )
     profile: bool = field(default=False, metadata={"help": "trace a few early steps with torch's profiler"})
 
+    def masking(self):
+        """The dilqur.masking.Masking of the samples, or None: the labels are the next tokens."""
+        return None
+
 
 def check_training(settings, folder=None, copies=None):
     """All that can be known to go wrong before torch is loaded. Returns (samples, start position, steps).
@@ -257,8 +261,13 @@ def check_model(settings, samples, config, tokenizer_path):
 
 def held_out_samples(settings, dataset):
     """TokenSamples of one of `eval_datasets`."""
-    boundaries = settings.intra_document_masking
-    return TokenSamples([dataset], settings.max_length, settings.seed, document_boundaries=boundaries)
+    return TokenSamples(
+        [dataset],
+        settings.max_length,
+        settings.seed,
+        document_boundaries=settings.intra_document_masking,
+        masking=settings.masking(),
+    )
 
 
 def copy_to_node(settings):
@@ -304,6 +313,7 @@ def _samples(settings, folder, copies):
         plans,
         document_boundaries=settings.intra_document_masking,
         copies=copies,
+        masking=settings.masking(),
     )
     comparable = folder or settings.packing == "concat"  # without its plan best_fit's shares are not known exactly
     if before and comparable and not same_past(before["fingerprint"], samples.fingerprint(), start):

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM, EuroBertForMaskedLM
 
 from dilqur.document_attention import attention_for, document_kwargs, register_document_attention
-from dilqur.encoder_export import eurobert_config, eurobert_weights, neobert_weights
+from dilqur.encoder_folder import eurobert_config, eurobert_weights, neobert_weights
 from dilqur.modeling_neobert import NeoBERTConfig, NeoBERTLMHead, parameter_count
 
 LENGTH, VOCABULARY = 48, 300

@@ -1,4 +1,4 @@
-"""A NeoBERT as EuroBertForMaskedLM, which transformers has: the same function, in a folder that needs no code of ours.
+"""An encoder as a Hugging Face folder that needs no code of ours: a NeoBERT as EuroBertForMaskedLM, the same function; and back.
 
 q, k     rows from adjacent pairs (x₀, x₁), (x₂, x₃) to halves (x₀, x₂, …, x₁, x₃, …), which rotate_half turns alike
 qkv      split into q_proj, k_proj and v_proj; w12 into gate_proj and up_proj
@@ -8,6 +8,15 @@ biases   EuroBERT's mlp_bias gives the head one, and the feed-forward layers too
 import torch
 from transformers import EuroBertConfig
 
+from dilqur.bert_tokens import MASK
+from dilqur.errors import InputError
+from dilqur.modeling_neobert import NeoBERTConfig, NeoBERTLMHead
+from dilqur.safetensors_folder import read_tensor, stored_tensors
+from dilqur.safetensors_shards import write_shards
+from dilqur.stage import read_config
+from dilqur.tokenizer import TextTokenizer
+from dilqur.tokenizer_files import copy_tokenizer
+
 OUTER = {
     "model.encoder.weight": "model.embed_tokens.weight",
     "model.layer_norm.weight": "model.norm.weight",
@@ -15,6 +24,72 @@ OUTER = {
     "decoder.bias": "lm_head.bias",
 }
 NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+
+
+def write_encoder(folder, weights, config, tokenizer):
+    """Write a NeoBERT into the empty `folder` as a EuroBERT. weights: {name: tensor} of NeoBERTLMHead; tokenizer: its folder."""
+    theirs = eurobert_weights(weights, config)
+    write_shards(folder, {name: (w.dtype, tuple(w.shape), lambda w=w: w) for name, w in theirs.items()})
+    control = TextTokenizer(tokenizer)
+    tokens = {"bos_token_id": control.bos_id, "eos_token_id": control.eos_id, "mask_token_id": control.control_id(MASK)}
+    theirs = eurobert_config(config, **tokens)
+    theirs.dtype = next(iter(weights.values())).dtype
+    theirs.save_pretrained(folder)
+    copy_tokenizer(tokenizer, folder)
+
+
+def read_encoder(folder, dtype=torch.float32, **changes):
+    """NeoBERTLMHead of a folder: a EuroBERT that `write_encoder` wrote, or a NeoBERT as published. changes: of its config.
+
+    Raises InputError where a weight is missing, one is there that a NeoBERT has no place for, or a shape is another.
+    """
+    config, stored = read_config(folder), stored_tensors(folder)
+    weights = {name: read_tensor(where, name).to(dtype) for name, where in stored.items()}
+    config = neobert_config(folder, config)
+    if "model.embed_tokens.weight" in weights:
+        try:
+            weights = neobert_weights(weights, config)
+        except (KeyError, ValueError, RuntimeError) as problem:
+            what = f"{problem.args[0]} is missing" if isinstance(problem, KeyError) else problem
+            raise InputError(f"{folder}: no EuroBERT that a NeoBERT could be: {what}") from None
+    for key, value in changes.items():
+        setattr(config, key, value)
+    with torch.device("meta"):
+        model = NeoBERTLMHead(config).to(dtype)
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    for name in sorted({*expected, *weights}):
+        if name not in weights:
+            raise InputError(f"{folder}: {name} is missing: not the whole of a NeoBERT with its decoder")
+        if name not in expected:
+            raise InputError(f"{folder}: {name}: a NeoBERT has no such weight")
+        if weights[name].shape != expected[name]:
+            raise InputError(f"{folder}: {name} is {list(weights[name].shape)}, its config says {list(expected[name])}")
+    model.load_state_dict(weights, assign=True)
+    return model
+
+
+def neobert_config(folder, config):
+    """NeoBERTConfig of a config.json, NeoBERT's or EuroBERT's, as a dict. Raises InputError for another model's."""
+    if config.get("model_type") == "neobert":
+        known = NeoBERTConfig.__dataclass_fields__
+        return NeoBERTConfig(**{key: value for key, value in config.items() if key in known})
+    if config.get("model_type") != "eurobert":
+        raise InputError(
+            f"{folder}: a {config.get('model_type')}: only NeoBERT, and EuroBERT made of it, are trained here"
+        )
+    if config.get("num_key_value_heads") not in (None, config["num_attention_heads"]):
+        raise InputError(f"{folder}: a EuroBERT with fewer key than query heads is no NeoBERT")
+    return NeoBERTConfig(
+        vocab_size=config["vocab_size"],
+        hidden_size=config["hidden_size"],
+        intermediate_size=config["intermediate_size"] * 3 // 2,
+        num_hidden_layers=config["num_hidden_layers"],
+        num_attention_heads=config["num_attention_heads"],
+        norm_eps=config["rms_norm_eps"],
+        rope_theta=config["rope_parameters"]["rope_theta"],
+        max_length=config["max_position_embeddings"],
+        pad_token_id=config["pad_token_id"],
+    )
 
 
 def eurobert_config(config, **tokens):

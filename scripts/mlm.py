@@ -1,0 +1,170 @@
+r"""Pre-trains an encoder, a NeoBERT, by masked language modelling on token shards: from random weights, or going on with one.
+
+    python scripts/mlm.py --config recipes/quickstart-encoder/mlm-1.yaml --check
+    accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 \
+        scripts/mlm.py --config recipes/quickstart-encoder/mlm-1.yaml
+    sbatch slurm/mlm_h200.sbatch
+
+The loop, its checkpoints and its keys are those of scripts/cpt.py; what differs is the model, the loss, and that labels are the tokens that
+were masked, by seed and position alone. At the end OUTPUT_DIR/model is a Hugging Face folder that transformers loads as
+EuroBertForMaskedLM, the same function, with no code of ours.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from dilqur.bert_tokens import MASK
+from dilqur.cost_model import encoder_flops_per_token
+from dilqur.errors import InputError, program
+from dilqur.loop import train
+from dilqur.masking import COUNTS, RULES, Masking
+from dilqur.quiet import quiet_libraries
+from dilqur.recipe import parse
+from dilqur.safetensors_folder import stored_tensors
+from dilqur.stage import Stage, TokenizerPath, read_config
+from dilqur.tokenizer import TextTokenizer
+from dilqur.training_settings import TrainingSettings, check_training
+
+# a NeoBERTConfig's, with its defaults; here so that a recipe is checked without torch
+MODEL_KEYS = {
+    "hidden_size": 768, "num_hidden_layers": 28, "num_attention_heads": 12, "intermediate_size": 3072, "vocab_size": 30_522,
+    "max_length": 1024, "norm_eps": 1e-5, "rope_theta": 10_000.0, "embedding_init_range": 0.02, "decoder_init_range": 0.02,
+}  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class MlmSettings(TrainingSettings):
+    model_config: dict | None = field(
+        default=None, metadata={"help": "keys of a NeoBERTConfig, to begin with random weights"}
+    )
+    tokenizer: TokenizerPath | None = field(
+        default=None, metadata={"help": "with model_config: the tokenizer that goes into model/"}
+    )
+    max_position_embeddings: Annotated[int, Field(ge=1)] | None = field(
+        default=None,
+        metadata={"help": "with model_name_or_path: its longest context from now on (RoPE has no weights)"},
+    )
+    mlm_probability: Annotated[float, Field(gt=0, lt=1)] = field(
+        default=0.2, metadata={"help": "share of the tokens that are to be guessed"}
+    )
+    mask_rule: Literal[RULES] = field(default="mask", metadata={"help": "what is shown instead of them"})
+    mask_count: Literal[COUNTS] = field(
+        default="independent", metadata={"help": "each by itself, or the rounded share of each sample"}
+    )
+
+    def masking(self):
+        tokenizer = TextTokenizer(self.tokenizer or self.model_name_or_path)
+        special = {i for i, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special}
+        if (mask_id := tokenizer.backend.token_to_id(MASK)) is None or mask_id not in special:
+            raise InputError(
+                f"{tokenizer.path}: no {MASK} in it: train one with data_tools/train_tokenizer.py --control_tokens encoder"
+            )
+        return Masking(
+            mask_id, frozenset(special), tokenizer.size, self.mlm_probability, self.mask_rule, self.mask_count
+        )
+
+
+def check(settings):
+    """InputError for whatever can be seen without torch."""
+    if bool(settings.model_name_or_path) == bool(settings.model_config):
+        raise InputError("give model_name_or_path (an encoder to continue), or model_config and tokenizer (a new one)")
+    new = settings.model_config
+    if new:
+        if not settings.tokenizer:
+            raise InputError("tokenizer missing: model_config needs one")
+        if settings.unfrozen_parameters:
+            raise InputError("unfrozen_parameters: the rest of a new model would stay random: leave it out")
+        if settings.max_position_embeddings:
+            raise InputError("max_position_embeddings: of a new model that is max_length in model_config")
+        if unknown := sorted(set(new) - set(MODEL_KEYS)):
+            raise InputError(f"model_config: {unknown[0]}: not a key of a NeoBERT; there are {', '.join(MODEL_KEYS)}")
+        config = {**MODEL_KEYS, **new}
+        if config["hidden_size"] % (2 * config["num_attention_heads"]):
+            raise InputError(
+                f"model_config: hidden_size {config['hidden_size']} does not divide into {config['num_attention_heads']} heads "
+                "of an even size"
+            )
+    else:
+        if settings.tokenizer:
+            raise InputError("tokenizer: a model that is continued keeps its own: leave it out")
+        config = read_config(settings.model_name_or_path)
+        stored_tensors(settings.model_name_or_path)
+    samples, _, _ = check_training(settings)
+    tokenizer = TextTokenizer(settings.tokenizer or settings.model_name_or_path)
+    if tokenizer.hash != samples.tokenizer_hash:
+        raise InputError(
+            f"datasets: {settings.datasets[0]['path']} was packed with another tokenizer than the one in {tokenizer.path}; "
+            "pack again with the encoder's"
+        )
+    if tokenizer.size > config["vocab_size"]:
+        raise InputError(f"vocab_size {config['vocab_size']} of the model: {tokenizer.path} has {tokenizer.size} ids")
+    longest = settings.max_position_embeddings or config.get("max_position_embeddings") or config["max_length"]
+    if settings.max_length > longest:
+        key = "max_length in model_config" if new else f"--max_position_embeddings {settings.max_length}"
+        raise InputError(f"max_length {settings.max_length} is more than the model's {longest} positions: give {key}")
+
+
+def load_model(settings):
+    """The encoder in `dtype`: from its folder, or new with weights drawn from `seed`."""
+    import torch
+    from transformers import set_seed
+
+    from dilqur.bert_tokens import PAD
+    from dilqur.document_attention import attention_for, register_document_attention
+    from dilqur.encoder_folder import read_encoder
+    from dilqur.modeling_neobert import NeoBERTConfig, NeoBERTLMHead
+
+    register_document_attention()
+    attention = attention_for(settings.attn_implementation, settings.intra_document_masking)
+    dtype = getattr(torch, settings.dtype)
+    if settings.model_name_or_path:
+        longer = {"max_length": settings.max_position_embeddings} if settings.max_position_embeddings else {}
+        return read_encoder(settings.model_name_or_path, dtype, **longer, _attn_implementation=attention)
+    pad = TextTokenizer(settings.tokenizer).backend.token_to_id(PAD)
+    set_seed(settings.seed)
+    return NeoBERTLMHead(NeoBERTConfig(**settings.model_config, pad_token_id=pad, attn_implementation=attention)).to(
+        dtype
+    )
+
+
+def masked_loss(model, batch, tokens):
+    """Sum of the losses of the masked tokens of `batch` / `tokens`."""
+    return model(**batch, num_items_in_batch=tokens).loss
+
+
+def loss_and_correct(model, batch):
+    """Of an evaluation: the summed loss, and how many masked tokens are what the model finds likeliest."""
+    labels = batch["labels"].flatten()[batch["masked_positions"]]
+    out = model(**batch, num_items_in_batch=1)
+    return out.loss, (out.logits.argmax(-1) == labels).sum()
+
+
+@program
+def main():
+    settings = parse(MlmSettings, __doc__)
+    stage = Stage(settings, __file__)
+    stage.refuse_finished()
+    check(settings)
+    if settings.check:
+        return print(f"{stage.name}: ok")
+
+    quiet_libraries()
+    from dilqur.encoder_folder import write_encoder
+
+    model = load_model(settings)
+    config = model.config
+
+    def write_model(reader, folder):
+        weights = {name: reader.tensor("weight", name) for name in reader.shapes}
+        write_encoder(folder, weights, config, settings.tokenizer or settings.model_name_or_path)
+
+    shape = (config.hidden_size, config.ffn_width, config.num_hidden_layers, config.vocab_size)
+    flops = encoder_flops_per_token(*shape, settings.max_length, settings.mlm_probability)
+    train(settings, stage, model, masked_loss, write_model, flops, loss_and_correct)
+    return None
+
+
+if __name__ == "__main__":
+    main()
