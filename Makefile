@@ -1,4 +1,5 @@
 # make quickstart   raw text to a model that speaks the language, on a laptop (runs/quickstart/report/report.html)
+# make quickstart-encoder   the same for an encoder from scratch (runs/quickstart-encoder/mlm-2/model)
 # make test         the tests
 # make lint         ruff and shellcheck
 SHELL := /bin/bash
@@ -7,10 +8,13 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 SHELL_SCRIPTS := $(wildcard slurm/*.sh slurm/*.sbatch apptainer/*.sh .ci/run)
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart quickstart-encoder test lint clean
 
 quickstart: $(VENV)/installed
 	slurm/pipeline.sh quickstart --local
+
+quickstart-encoder: $(VENV)/installed
+	slurm/pipeline.sh quickstart-encoder --local
 
 test: $(VENV)/installed-dev
 	pytest -n auto --dist loadfile --no-loadscope-reorder

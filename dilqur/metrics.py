@@ -9,7 +9,7 @@ step_seconds             slowest rank's; step_seconds_median: the median over ra
 data_wait_seconds        that the slowest rank waited for its batch
 peak_memory_gb           largest over ranks since the start, GiB
 skipped_steps            so far: their loss or gradients were not finite
-checkpoint_stall_seconds, eval_loss, eval_bits_per_byte, eval_seconds    in the steps after which it was done
+checkpoint_stall_seconds, eval_loss, eval_bits_per_byte, eval_accuracy, eval_seconds    in the steps after which it was done
 gpu_utilization, gpu_power_w, gpu_temperature_c, gpu_throttled           rank 0's GPU, from NVML
 """
 

@@ -51,7 +51,8 @@ def write_result(settings, stage, samples, start, steps, reader, write_model, wo
         write_model(reader, folder)
     records = [json.loads(line) for line in (stage.folder / "metrics.jsonl").read_text().splitlines()]
     tokens, end = steps * settings.global_batch_size * settings.max_length, start + steps * settings.global_batch_size
-    steady = sorted(r["tokens_per_second"] for r in records[min(2, len(records) - 1) :] if "tokens_per_second" in r)
+    rate = "tokens_per_second_all" if samples.masking else "tokens_per_second"  # of masked ones a fifth bears a loss
+    steady = sorted(r[rate] for r in records[min(2, len(records) - 1) :] if rate in r)
     last = records[-1] if records else {}  # none where a finished run came to a new machine without its metrics
     result = {
         "steps": steps,
@@ -60,6 +61,7 @@ def write_result(settings, stage, samples, start, steps, reader, write_model, wo
         "loss": last.get("loss"),
         "eval_loss": last.get("eval_loss"),
         "eval_bits_per_byte": last.get("eval_bits_per_byte"),
+        **({"eval_accuracy": last["eval_accuracy"]} if "eval_accuracy" in last else {}),
         "tokens_per_second": steady[len(steady) // 2] if steady else None,
         "skipped_steps": skipped,
         "model_of_step": reader.trainer["step"],

@@ -22,7 +22,7 @@ from dilqur.errors import InputError, program
 from dilqur.recipe import parse
 from dilqur.stage import Input, Stage, StageSettings, file_identity, read_manifest
 
-TRAINING = ("cpt.py",)
+TRAINING = ("cpt.py", "mlm.py")
 EQUAL = 0.05  # a difference in text seen that counts as none
 VERDICT = {True: "holds", False: "does not hold at this size"}
 
@@ -306,6 +306,7 @@ def training(found, run_dir):
         "loss": "{loss:.4f}",
         "eval_loss": "{eval_loss:.4f}",
         "held-out bits a byte": "{eval_bits_per_byte:.4f}",
+        "masked accuracy": "{eval_accuracy:.1%}",
         "tokens/s": "{tokens_per_second:,.0f}",
         "peak memory": "{memory:.1f} GB",
         "parameters": "{parameters:,}",

@@ -4,7 +4,7 @@
 #     slurm/launch.sh scripts/cpt.py --config recipes/NAME/STAGE.yaml [--max_steps 10 ...]
 #
 # Programs that train get a process for each GPU of each node, under DILQUR_STRATEGY (an accelerate config; the default is
-# fsdp2.yaml, and ddp.yaml for sft.py); with one process in all, and for every other program: plain python, on the first node.
+# fsdp2.yaml, and ddp.yaml for mlm.py and sft.py); with one process in all, and for every other program: plain python, on the first node.
 # DILQUR_NUM_PROCESSES: processes a node where there is no GPU.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -53,11 +53,11 @@ gpus() {
 }
 here=1 default=accelerate_configs/fsdp2.yaml
 case $program in
-  scripts/cpt.py | scripts/sft.py)
+  scripts/cpt.py | scripts/mlm.py | scripts/sft.py)
     export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false} # its threads do not survive the fork of data workers
     here=$(gpus)
     ((here > 0)) || here=${DILQUR_NUM_PROCESSES:-1}
-    [[ $program != scripts/sft.py ]] || default=accelerate_configs/ddp.yaml # an adapter needs no sharding, and is merged on one GPU
+    [[ $program == scripts/cpt.py ]] || default=accelerate_configs/ddp.yaml # an adapter and an encoder fit on one GPU whole
     ;;
   *)
     ((node == 0)) || exit 0

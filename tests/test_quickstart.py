@@ -1,6 +1,8 @@
 """The front door: the whole chain in a fresh copy of the tree, again, and every command line the programs open with."""
 
 import ast
+import json
+import math
 import subprocess
 import time
 
@@ -14,6 +16,12 @@ PROGRAMS = sorted([*(ROOT / "data_tools").glob("*.py"), *(ROOT / "scripts").glob
 def quickstart(tree):
     """What `make quickstart` prints."""
     return run_pipeline(tree, "quickstart").stdout
+
+
+@pytest.fixture(scope="module")
+def encoder(tree):
+    """What `make quickstart-encoder` prints."""
+    return run_pipeline(tree, "quickstart-encoder").stdout
 
 
 def result(tree, stage):
@@ -49,6 +57,19 @@ def test_the_second_time_every_stage_says_it_is_finished(tree, quickstart):
     assert time.monotonic() - started < 60, "the second run only looks: 6 s on 2 free cores"
 
 
+def test_the_encoders_chain_ends_with_a_model_that_transformers_loads_and_that_learned(tree, encoder):
+    from transformers import AutoModelForMaskedLM
+
+    lines = (tree / "runs/quickstart-encoder/mlm-1/metrics.jsonl").read_text().splitlines()
+    first, last = json.loads(lines[0]), json.loads(lines[-1])
+    assert first["loss"] == pytest.approx(math.log(2048), rel=0.02), "it knows nothing"
+    assert last["eval_loss"] < first["loss"] - 1
+    longer = stage_result(tree, "quickstart-encoder", "mlm-2")
+    assert longer["eval_loss"] < last["eval_loss"] + 0.2, "the second phase goes on from there"
+    model = AutoModelForMaskedLM.from_pretrained(tree / "runs/quickstart-encoder/mlm-2/model")
+    assert model.config.max_position_embeddings == 256
+
+
 def commands_of(program):
     doc = ast.get_docstring(ast.parse(program.read_text()), clean=False)
     doc = doc.replace("\\\n", "")  # a backslash: the command goes on in the next line
@@ -60,7 +81,7 @@ def commands_of(program):
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda p: p.stem)
-def test_the_command_lines_a_program_opens_with_run_as_pasted(program, tree, quickstart):
+def test_the_command_lines_a_program_opens_with_run_as_pasted(program, tree, quickstart, encoder):
     commands = commands_of(program)
     assert commands
     for command in commands:
