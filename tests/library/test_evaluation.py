@@ -21,7 +21,7 @@ def settings(tmp_path):
     shards = make_shards(tmp_path / "shards", [30, 50, 80])
     return SimpleNamespace(
         eval_datasets=[{"path": str(shards)}], eval_steps=10, max_eval_samples=None, max_length=16, seed=1,
-        intra_document_masking=False,
+        intra_document_masking=False, masking=lambda: None,
     )  # fmt: skip
 
 
