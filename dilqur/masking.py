@@ -12,6 +12,7 @@ it stands at another position. Random numbers are NumPy's Philox with the key (s
     fixed         round(rate · eligible tokens) of each sample, at least one: the same number wherever as many are eligible
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,16 +39,23 @@ class Masking:
     def __call__(self, input_ids, positions, seed):
         """(masked input_ids, labels), int64 arrays of the shape of `input_ids`, (samples, length): labels are IGNORE where nothing is to be
         guessed. positions: int array (samples,). Raises InputError where count is fixed and a sample has no eligible token."""
-        eligible = ~np.isin(input_ids, list(self.special))
+        eligible = self._is_ordinary[input_ids]
         numbers = np.stack([_numbers(seed, position, input_ids.shape[1]) for position in positions.tolist()])
         chosen = self._choose(numbers[:, 0], eligible, positions)
         labels = np.where(chosen, input_ids, IGNORE)
         if self.rule == "mask":
             return np.where(chosen, self.mask_id, input_ids), labels
-        ordinary = np.setdiff1d(np.arange(self.vocab_size), list(self.special))
+        ordinary = np.flatnonzero(self._is_ordinary)
         drawn = ordinary[(numbers[:, 2] * len(ordinary)).astype(np.int64)]
         shown = np.where(numbers[:, 1] < 0.8, self.mask_id, np.where(numbers[:, 1] < 0.9, drawn, input_ids))
         return np.where(chosen, shown, input_ids), labels
+
+    @functools.cached_property
+    def _is_ordinary(self):
+        """bool array (vocab_size,)."""
+        ordinary = np.ones(self.vocab_size, bool)
+        ordinary[list(self.special)] = False
+        return ordinary
 
     def _choose(self, numbers, eligible, positions):
         if self.count == "independent":

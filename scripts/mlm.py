@@ -9,6 +9,7 @@ were masked, by seed and position alone. At the end OUTPUT_DIR/model is a Huggin
 EuroBertForMaskedLM, the same function, with no code of ours.
 """
 
+import functools
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -54,15 +55,20 @@ class MlmSettings(TrainingSettings):
     )
 
     def masking(self):
-        tokenizer = TextTokenizer(self.tokenizer or self.model_name_or_path)
-        special = {i for i, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special}
-        if (mask_id := tokenizer.backend.token_to_id(MASK)) is None or mask_id not in special:
-            raise InputError(
-                f"{tokenizer.path}: no {MASK} in it: train one with data_tools/train_tokenizer.py --control_tokens encoder"
-            )
-        return Masking(
-            mask_id, frozenset(special), tokenizer.size, self.mlm_probability, self.mask_rule, self.mask_count
+        how = (self.mlm_probability, self.mask_rule, self.mask_count)
+        return Masking(*tokens_of(self.tokenizer or self.model_name_or_path), *how)
+
+
+@functools.cache
+def tokens_of(path):
+    """(id of [MASK], ids of all control tokens, number of ids) of a tokenizer. Raises InputError where it has no [MASK]."""
+    tokenizer = TextTokenizer(path)
+    special = {i for i, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special}
+    if (mask_id := tokenizer.backend.token_to_id(MASK)) is None or mask_id not in special:
+        raise InputError(
+            f"{tokenizer.path}: no {MASK} in it: train one with data_tools/train_tokenizer.py --control_tokens encoder"
         )
+    return mask_id, frozenset(special), tokenizer.size
 
 
 def check(settings):
