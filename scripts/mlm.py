@@ -2,7 +2,7 @@ r"""Pre-trains an encoder, a NeoBERT, by masked language modelling on token shar
 
     python scripts/mlm.py --config recipes/quickstart-encoder/mlm-1.yaml --check
     accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 \
-        scripts/mlm.py --config recipes/quickstart-encoder/mlm-2.yaml --max_steps 4 --output_dir runs/try/mlm
+        scripts/mlm.py --config recipes/quickstart-encoder/mlm-2.yaml --max_steps 8 --output_dir runs/try/mlm
 
 The loop, its checkpoints and its keys are those of scripts/cpt.py; what differs is the model, the loss, and that labels are the tokens that
 were masked, by seed and position alone. At the end OUTPUT_DIR/model is a Hugging Face folder that transformers loads as
