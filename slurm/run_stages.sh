@@ -65,13 +65,16 @@ start() {
   pid=$!
 }
 
+exec {never}<> <(:) # a pipe without anybody to write into it
+
 # Sets code to the exit code of pid, once it has ended. A `wait` that a signal interrupts may give 138 or -1 for a child that
-# ends just then (bash 5.2), so what is waited for has ended already.
+# ends just then (bash 5.2), so what is waited for has ended already. No `sleep`: bash forgets a Ctrl-C that comes in the moment
+# in which a command in the foreground ends.
 wait_for_end() {
   local naps=0 nap=0.05
   while kill -0 "$pid" 2>/dev/null; do
     ((++naps < 100)) || nap=1
-    sleep "$nap" || true # the signal may have been for everyone
+    read -rt "$nap" -u "$never" || true
   done
   code=0
   wait "$pid" || code=$?
