@@ -235,6 +235,14 @@ def check_training(settings, folder=None, copies=None):
     return samples, start, steps
 
 
+def check_new_model(settings):
+    """Can a model begin with random weights under these settings? Raises InputError."""
+    if not settings.tokenizer:
+        raise InputError("tokenizer missing: model_config needs one")
+    if settings.unfrozen_parameters:
+        raise InputError("unfrozen_parameters: the rest of a new model would stay random: leave it out")
+
+
 def check_model(settings, samples, config, tokenizer_path):
     """Do model and shards belong together? config: the model's, as a dict. Raises InputError."""
     tokenizer = TextTokenizer(tokenizer_path)

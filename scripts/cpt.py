@@ -20,7 +20,7 @@ from dilqur.quiet import quiet_libraries
 from dilqur.recipe import parse
 from dilqur.safetensors_folder import stored_tensors
 from dilqur.stage import Stage, TokenizerPath, read_config
-from dilqur.training_settings import TrainingSettings, check_model, check_training
+from dilqur.training_settings import TrainingSettings, check_model, check_new_model, check_training
 
 
 @dataclass(kw_only=True)
@@ -39,10 +39,7 @@ def check(settings):
     if bool(settings.model_name_or_path) == bool(settings.model_config):
         raise InputError("give model_name_or_path (a model to continue), or model_config and tokenizer (a new one)")
     if settings.model_config:
-        if not settings.tokenizer:
-            raise InputError("tokenizer missing: model_config needs one")
-        if settings.unfrozen_parameters:
-            raise InputError("unfrozen_parameters: the rest of a new model would stay random: leave it out")
+        check_new_model(settings)
         check_model(settings, samples, settings.model_config, settings.tokenizer)
     else:
         config = read_config(settings.model_name_or_path)

@@ -25,7 +25,7 @@ from dilqur.recipe import parse
 from dilqur.safetensors_folder import stored_tensors
 from dilqur.stage import Stage, TokenizerPath, read_config
 from dilqur.tokenizer import TextTokenizer
-from dilqur.training_settings import TrainingSettings, check_training
+from dilqur.training_settings import TrainingSettings, check_new_model, check_training
 
 # a NeoBERTConfig's, with its defaults; here so that a recipe is checked without torch
 MODEL_KEYS = {
@@ -77,10 +77,7 @@ def check(settings):
         raise InputError("give model_name_or_path (an encoder to continue), or model_config and tokenizer (a new one)")
     new = settings.model_config
     if new:
-        if not settings.tokenizer:
-            raise InputError("tokenizer missing: model_config needs one")
-        if settings.unfrozen_parameters:
-            raise InputError("unfrozen_parameters: the rest of a new model would stay random: leave it out")
+        check_new_model(settings)
         if settings.max_position_embeddings:
             raise InputError("max_position_embeddings: of a new model that is max_length in model_config")
         if unknown := sorted(set(new) - set(MODEL_KEYS)):
