@@ -1,4 +1,4 @@
-"""What a Llama of a given config has in parameters, and what training it costs in floating-point operations."""
+"""What a Llama or a NeoBERT of a given config has in parameters, and what training it costs in floating-point operations."""
 
 
 class UnknownArchitecture(Exception):
@@ -6,9 +6,13 @@ class UnknownArchitecture(Exception):
 
 
 def parameter_sizes(config):
-    """{name: elements} of a Llama of this config, a dict. Raises UnknownArchitecture for others, KeyError for what config lacks."""
-    if config.get("model_type", "llama") != "llama":
-        raise UnknownArchitecture(f"the size of a {config['model_type']} is not known here")
+    """{name: elements} of a model of this config, a dict: a Llama, or a NeoBERT, as which a EuroBERT is trained. Raises UnknownArchitecture
+    for others, KeyError for what config lacks."""
+    kind = config.get("model_type", "llama")
+    if kind in ("neobert", "eurobert"):
+        return _neobert_sizes(config, neobert_width if kind == "neobert" else int)
+    if kind != "llama":
+        raise UnknownArchitecture(f"the size of a {kind} is not known here")
     hidden, heads, inner = (config[k] for k in ("hidden_size", "num_attention_heads", "intermediate_size"))
     width = config.get("head_dim") or hidden // heads
     keys = hidden * width * (config.get("num_key_value_heads") or heads)
@@ -20,6 +24,22 @@ def parameter_sizes(config):
     layer |= {f"mlp.{name}_proj": hidden * inner for name in ("gate", "up", "down")}
     for number in range(config["num_hidden_layers"]):
         sizes |= {f"model.layers.{number}.{name}.weight": size for name, size in layer.items()}
+    return sizes
+
+
+def neobert_width(intermediate_size):
+    """Of a feed-forward layer, as the reference code reads the key: two thirds of it, up to a multiple of 8."""
+    return -(-int(2 * intermediate_size / 3) // 8) * 8
+
+
+def _neobert_sizes(config, width_of):
+    hidden, vocab, width = config["hidden_size"], config["vocab_size"], width_of(config["intermediate_size"])
+    sizes = {"model.encoder.weight": vocab * hidden, "model.layer_norm.weight": hidden}
+    sizes |= {"decoder.weight": vocab * hidden, "decoder.bias": vocab}
+    layer = {"qkv": 3 * hidden * hidden, "wo": hidden * hidden, "attention_norm": hidden, "ffn_norm": hidden}
+    layer |= {"ffn.w12": 2 * hidden * width, "ffn.w3": width * hidden}
+    for number in range(config["num_hidden_layers"]):
+        sizes |= {f"model.transformer_encoder.{number}.{name}.weight": size for name, size in layer.items()}
     return sizes
 
 

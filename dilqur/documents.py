@@ -103,15 +103,8 @@ def fold(text):
 
 def documents(block, text_field="text", sample_by="line", on_error=None):
     """Yield the Documents of one Block. Every record of it becomes one, or a call of `on_error` (None: InputError)."""
-    kind = kind_of(Path(block.file))
-    if kind == ".txt":
-        found = ((line, {"text": text}) for line, text in _texts(block, sample_by, on_error))
-        text_field = "text"
-    elif kind == ".parquet":
-        found = _rows(block, on_error)
-    else:
-        found = _objects(block, on_error)
-    for line, record in found:
+    text_field = "text" if kind_of(Path(block.file)) == ".txt" else text_field
+    for line, record in records(block, sample_by, on_error):
         text = record.get(text_field)
         where = f"{block.file}:{line}"
         if not isinstance(text, str):
@@ -120,6 +113,14 @@ def documents(block, text_field="text", sample_by="line", on_error=None):
             _report(f"{where}: NUL (U+0000) in the text: damaged, or not text; {_SKIP}", on_error)
         else:
             yield Document(text, block.file, line, record)
+
+
+def records(block, sample_by="line", on_error=None):
+    """(line, record) of a Block, whatever is in its fields; of a text file {"text"}."""
+    kind = kind_of(Path(block.file))
+    if kind == ".txt":
+        return ((line, {"text": text}) for line, text in _texts(block, sample_by, on_error))
+    return _rows(block, on_error) if kind == ".parquet" else _objects(block, on_error)
 
 
 def _no_text(record, text_field):

@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.eurobert.modeling_eurobert import eager_attention_forward
 
 from dilqur.batches import IGNORE
+from dilqur.cost_model import neobert_width
 
 
 class NeoBERTConfig(PreTrainedConfig):
@@ -43,16 +44,7 @@ class NeoBERTConfig(PreTrainedConfig):
 
     @property
     def ffn_width(self):
-        """Of the feed-forward layer: two thirds of intermediate_size, up to a multiple of 8."""
-        return -(-int(2 * self.intermediate_size / 3) // 8) * 8
-
-
-def parameter_count(config):
-    """Of NeoBERTLMHead, from its config: {"embeddings", "layers", "decoder"}."""
-    hidden, vocab = config.hidden_size, config.vocab_size
-    layer = 4 * hidden * hidden + 3 * hidden * config.ffn_width + 2 * hidden
-    layers = config.num_hidden_layers * layer + hidden
-    return {"embeddings": vocab * hidden, "layers": layers, "decoder": vocab * hidden + vocab}
+        return neobert_width(self.intermediate_size)
 
 
 class SwiGLU(nn.Module):

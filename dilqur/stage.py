@@ -231,14 +231,6 @@ class Stage:
         `hashed`: {file: file_identity} of inputs that were hashed while they were read."""
         if self.folder is None:
             return None
-        hashed = hashed or {}
-        hashes = {
-            path: {
-                "kind": kind,
-                "files": {f: hashed.get(f) or file_identity(Path(f)) for f in _read(path, kind, hashed)},
-            }
-            for path, kind in self.inputs.items()
-        }
         manifest = {
             **more,
             "stage": self.name,
@@ -246,7 +238,7 @@ class Stage:
             "command": shlex.join(sys.argv),
             "recipe": self.config and {"path": self.config, "xxh3": _xxh3(Path(self.config))},
             "arguments": to_dict(self.settings),
-            "inputs": hashes,
+            "inputs": self.input_identities(hashed),
             "seed": getattr(self.settings, "seed", None),
             "git": _git(),
             "packages": _packages(),
@@ -258,6 +250,17 @@ class Stage:
         }
         write_json(self.folder / "manifest.json", manifest)
         return manifest
+
+    def input_identities(self, hashed=None):
+        """{path: {"kind", "files": {file: file_identity}}} of what this stage reads."""
+        hashed = hashed or {}
+        return {
+            path: {
+                "kind": kind,
+                "files": {f: hashed.get(f) or file_identity(Path(f)) for f in _read(path, kind, hashed)},
+            }
+            for path, kind in self.inputs.items()
+        }
 
     def _is_finished(self):
         again = self.settings.overwrite_output_dir and not self.settings.check
@@ -288,6 +291,19 @@ def display_names(paths):
     """{name to show: path}: the folder's name, its parent's for a `model/`, the whole path where two are alike."""
     names = [Path(p).resolve().parent.name if Path(p).name == "model" else Path(p).resolve().name for p in paths]
     return {name if names.count(name) == 1 else str(path): path for name, path in zip(names, paths, strict=True)}
+
+
+def named_models(settings):
+    """{name: path} of `model_name_or_path`, called as `names` says or after their folders. Raises InputError without any, and unless
+    there is a name for each, all different."""
+    paths, names = settings.model_name_or_path, settings.names
+    if not paths:
+        raise InputError("model_name_or_path: give a model at least")
+    if names is None:
+        return display_names(paths)
+    if not len(set(names)) == len(names) == len(paths) or "" in names:
+        raise InputError(f"names: {', '.join(names)} for {len(paths)} models: give each one, all different")
+    return dict(zip(names, paths, strict=True))
 
 
 STAGE_NAME = re.compile(r"\w[\w.-]*(@[\w.@-]+)?", re.ASCII)  # a folder's name, safe in a shell and in HTML

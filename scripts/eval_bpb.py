@@ -30,7 +30,7 @@ from dilqur.errors import InputError, program
 from dilqur.input_files import expand
 from dilqur.quiet import quiet_libraries
 from dilqur.recipe import parse
-from dilqur.stage import Documents, ModelPath, Stage, StageSettings, display_names, read_config
+from dilqur.stage import Documents, ModelPath, Stage, StageSettings, named_models, read_config
 from dilqur.tokenizer import TextTokenizer
 
 
@@ -60,18 +60,6 @@ def load(path, bf16):
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16 if bf16 else torch.float32)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), TextTokenizer(path)
-
-
-def named_models(settings):
-    """{name: path} of the models. Raises InputError without any, and unless there is a name for each, all different."""
-    paths, names = settings.model_name_or_path, settings.names
-    if not paths:
-        raise InputError("model_name_or_path: give a model at least")
-    if names is None:
-        return display_names(paths)
-    if not len(set(names)) == len(names) == len(paths) or "" in names:
-        raise InputError(f"names: {', '.join(names)} for {len(paths)} models: give each one, all different")
-    return dict(zip(names, paths, strict=True))
 
 
 def check(settings):

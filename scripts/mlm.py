@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from dilqur.bert_tokens import MASK
-from dilqur.cost_model import encoder_flops_per_token
+from dilqur.cost_model import encoder_flops_per_token, neobert_width, parameter_sizes
 from dilqur.errors import InputError, program
 from dilqur.loop import train
 from dilqur.masking import COUNTS, RULES, Masking
@@ -29,6 +29,7 @@ from dilqur.training_settings import TrainingSettings, check_new_model, check_tr
 
 # a NeoBERTConfig's, with its defaults; here so that a recipe is checked without torch
 MODEL_KEYS = {
+    "model_type": "neobert",
     "hidden_size": 768, "num_hidden_layers": 28, "num_attention_heads": 12, "intermediate_size": 3072, "vocab_size": 30_522,
     "max_length": 1024, "norm_eps": 1e-5, "rope_theta": 10_000.0, "embedding_init_range": 0.02, "decoder_init_range": 0.02,
 }  # fmt: skip
@@ -108,6 +109,19 @@ def check(settings):
         raise InputError(f"max_length {settings.max_length} is more than the model's {longest} positions: give {key}")
 
 
+def readings(settings):
+    """Of a new model: how many parameters it has, and would have if intermediate_size were the layer's width; else ""."""
+    if not settings.model_config:
+        return ""
+    config = {**MODEL_KEYS, **settings.model_config}
+    size = config["intermediate_size"]
+    ours, other = (sum(parameter_sizes({**config, "model_type": kind}).values()) for kind in ("neobert", "eurobert"))
+    return (
+        f"; {ours:,} parameters, intermediate_size {size:,} being a layer {neobert_width(size):,} wide, as the reference code "
+        f"reads it; {other:,} if it were {size:,} wide (intermediate_size {size * 3 // 2:,})"
+    )
+
+
 def load_model(settings):
     """The encoder in `dtype`: from its folder, or new with weights drawn from `seed`."""
     import torch
@@ -150,7 +164,7 @@ def main():
     stage.refuse_finished()
     check(settings)
     if settings.check:
-        return print(f"{stage.name}: ok")
+        return print(f"{stage.name}: ok{readings(settings)}")
 
     quiet_libraries()
     from dilqur.encoder_folder import write_encoder

@@ -388,7 +388,8 @@ def find_config(planned, plans):
         return read_json(made[0])
     path = getattr(settings, "model_name_or_path", None)
     if not isinstance(path, str):
-        return getattr(settings, "model_config", None)
+        config, defaults = getattr(settings, "model_config", None), getattr(planned.module, "MODEL_KEYS", {})
+        return config and {**defaults, **config}
     config = plans[later[path]].config if path in later else read_config(path)
     if not config or not hasattr(settings, "pad_to_multiple_of"):
         return config

@@ -1,34 +1,15 @@
 """The pictures of eval_tokenizer: bars of tokenizers side by side, words cut into their tokens, a curve over vocabulary sizes."""
 
-import warnings
-from pathlib import Path
+from dilqur.plots import BLUE, RED, open_pyplot, save
 
-BLUE, RED = "#2a6f97", "#c1440e"
 BOXES = ("#bcd9ea", "#f6cfa8", "#c7e3c0", "#e8c6df", "#e9e2a6")  # one after the other, as tokens come
-
-
-def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    pyplot.rcParams["text.parse_math"] = False  # a $ in a word or a name is a dollar sign
-    return pyplot
-
-
-def _save(figure, path):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box is drawn in its place
-        figure.savefig(Path(path), dpi=150)
-    _pyplot().close(figure)
 
 
 def plot_bars(measured, path):
     """Fertility and bytes a token with their intervals, a bar each of {name: figures}, in a PNG."""
     shown = {"fertility": "tokens a word (fewer is better)", "bytes_per_token": "bytes a token (more is better)"}
     size = (10, 1.2 + 0.5 * len(measured))
-    figure, axes = _pyplot().subplots(1, 2, figsize=size, layout="constrained", sharey=True)
+    figure, axes = open_pyplot().subplots(1, 2, figsize=size, layout="constrained", sharey=True)
     for axis, (key, title) in zip(axes, shown.items(), strict=True):
         values = [r[key] or 0 for r in measured.values()]
         ends = [r["intervals"][key] or [v, v] for r, v in zip(measured.values(), values, strict=True)]
@@ -40,7 +21,7 @@ def plot_bars(measured, path):
         axis.margins(x=0.15)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()  # the first one on top
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_splits(splits, path, columns=3):
@@ -50,7 +31,7 @@ def plot_splits(splits, path, columns=3):
     rows = -(-len(names) // columns)
     width = max(sum(len(piece) + 0.4 for piece in s[name]) for s in splits.values() for name in names)
     size = (1.3 + 0.12 * max(width, 12) * columns, rows * (0.6 + 0.36 * len(splits)))
-    pyplot = _pyplot()
+    pyplot = open_pyplot()
     figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", sharey=True)
     for axis in axes.flat:
         axis.set(xlim=(0, max(width, 12)), ylim=(len(splits) - 0.5, -0.5), xticks=[])
@@ -68,13 +49,13 @@ def plot_splits(splits, path, columns=3):
                 at = (x + length / 2, row)
                 axis.text(*at, piece, ha="center", va="center_baseline", family="monospace", size=10)
                 x += length + 0.1
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_sweeps(sweeps, path):
     """Fertility against vocabulary size, a line for each of [{"names", "vocab_sizes", "fertility", "intervals", "knee"}], in a
     PNG; the knee marked."""
-    figure, axis = _pyplot().subplots(figsize=(8, 5), layout="constrained")
+    figure, axis = open_pyplot().subplots(figsize=(8, 5), layout="constrained")
     for sweep in sweeps:
         sizes, values = sweep["vocab_sizes"], sweep["fertility"]
         (line,) = axis.plot(sizes, values, marker="o")
@@ -92,4 +73,4 @@ def plot_sweeps(sweeps, path):
     axis.tick_params(axis="x", rotation=45)
     axis.set(xlabel="vocabulary (bytes and merges)", ylabel="tokens a word")
     axis.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save(figure, path)

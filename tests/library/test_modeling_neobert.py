@@ -9,7 +9,9 @@ from transformers import AutoModelForMaskedLM, EuroBertForMaskedLM
 
 from dilqur.document_attention import attention_for, document_kwargs, register_document_attention
 from dilqur.encoder_folder import eurobert_config, eurobert_weights, neobert_weights
-from dilqur.modeling_neobert import NeoBERTConfig, NeoBERTLMHead, parameter_count
+from dilqur.cost_model import parameter_sizes
+from dilqur.encoder_folder import eurobert_config
+from dilqur.modeling_neobert import NeoBERTConfig, NeoBERTLMHead
 
 LENGTH, VOCABULARY = 48, 300
 SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 100}
@@ -171,9 +173,13 @@ def test_weights_are_named_as_the_published_ones_are(model):
 def test_the_published_shape_has_more_parameters_than_were_quoted_in_either_reading(intermediate_size, width, total):
     config = NeoBERTConfig(vocab_size=64_000, intermediate_size=intermediate_size)
     assert config.ffn_width == width
-    assert sum(parameter_count(config).values()) == total
     with torch.device("meta"):
-        assert sum(p.numel() for p in NeoBERTLMHead(config).parameters()) == total
+        sizes = {name: p.numel() for name, p in NeoBERTLMHead(config).named_parameters()}
+    assert sum(sizes.values()) == total
+    assert parameter_sizes(config.to_dict()) == sizes
+    assert sum(parameter_sizes(eurobert_config(config).to_dict()).values()) == total, (
+        "as preflight counts a second phase"
+    )
 
 
 def test_it_begins_as_published_and_so_knows_nothing(ids):

@@ -34,7 +34,15 @@ def options(file):
 
 
 def test_these_are_the_batch_files():
-    assert [f.stem for f in FILES] == ["array_cpu", "cpt_p4d", "cpt_p5", "eval_1gpu", "prepare_cpu", "sft_1gpu"]
+    assert [f.stem for f in FILES] == [
+        "array_cpu",
+        "cpt_p4d",
+        "cpt_p5",
+        "eval_1gpu",
+        "mlm_h200",
+        "prepare_cpu",
+        "sft_1gpu",
+    ]
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.stem != "array_cpu"], ids=lambda f: f.stem)

@@ -1,0 +1,116 @@
+"""Which words an encoder can guess: whole words of held-out documents are masked, every token of them, and one counts as guessed where
+every token is right. The same words are masked for every encoder, whatever its tokenizer, so that figures compare; the number of [MASK]
+gives away how many tokens a word has.
+"""
+
+import collections
+from dataclasses import dataclass
+
+import numpy as np
+import regex
+import torch
+import xxhash
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, set_seed
+
+from dilqur.errors import InputError
+
+SEEN = {"never": 0, "1 to 9 times": 1, "10 to 99": 10, "100 to 999": 100, "1,000 or more": 1000}  # from how many on
+ENDING, MIN_LETTERS, ENDINGS = 3, 6, 15  # letters of an ending, of a word that has one, how many endings
+_WORD = regex.compile(r"\p{L}[\p{L}\p{M}'’]*")
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A text whose `words`, (begin, end) in it, are to be masked. document: the one it was cut from, a number."""
+
+    text: str
+    words: tuple
+    document: int
+
+
+def passages(texts, words_at_once, rate, seed):
+    """Cut texts, before a word, into Passages of so many words; each word is masked with probability `rate`, by its place and `seed`."""
+    out = []
+    for document, text in enumerate(texts):
+        spans = [match.span() for match in _WORD.finditer(text)]
+        for at in range(0, len(spans), words_at_once):
+            begin = spans[at][0] if at else 0
+            end = spans[at + words_at_once][0] if at + words_at_once < len(spans) else len(text)
+            drawn = [
+                (a - begin, b - begin)
+                for number, (a, b) in enumerate(spans[at : at + words_at_once], at)
+                if xxhash.xxh3_64_intdigest(f"{document} {number}", seed=seed) < rate * 2**64
+            ]
+            if drawn:
+                out.append(Passage(text[begin:end].rstrip(), tuple(drawn), document))
+    return out
+
+
+def count_words(texts):
+    """Counter of the words of documents, as `passages` finds them."""
+    seen = collections.Counter()
+    for text in texts:
+        seen.update(_WORD.findall(text))
+    return seen
+
+
+def classes(found, seen, suffixes=None):
+    """({word: how often it was seen, a key of SEEN}, {word: its ending}, the endings): endings are the longest of `suffixes` that a word
+    ends with, or the most frequent ones of three letters in words of six or more."""
+    often = {word: next(name for name, least in reversed(SEEN.items()) if seen[word] >= least) for word in found}
+    long = collections.Counter(word[-ENDING:] for word in found if len(word) >= MIN_LETTERS)
+    endings = suffixes or [ending for ending, _ in long.most_common(ENDINGS)]
+    by_length = sorted(endings, key=len, reverse=True)
+    least = 0 if suffixes else MIN_LETTERS
+    of = {w: next((e for e in by_length if len(w) >= max(least, len(e) + 1) and w.endswith(e)), None) for w in found}
+    return often, of, endings
+
+
+class Guesser:
+    """A masked language model of a folder; with random weights, to see what knowing nothing gives."""
+
+    def __init__(self, path, bf16, random=False, seed=0):
+        self.path, self.tokenizer = path, AutoTokenizer.from_pretrained(path)
+        if self.tokenizer.mask_token_id is None:
+            raise InputError(f"{path}: its tokenizer has no mask token: it cannot guess words")
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        set_seed(seed)
+        model = (
+            AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
+            if random
+            else AutoModelForMaskedLM.from_pretrained(path, dtype=dtype)
+        )
+        self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+    @torch.inference_mode()
+    def guess(self, passages, max_length, batch_size, progress):
+        """bool array, a number for each masked word of all Passages, in order: was it guessed. One that `max_length` cut off was not."""
+        items = [self._mask(passage, max_length) for passage in passages]
+        right = [None] * len(passages)
+        order = sorted(range(len(passages)), key=lambda i: len(items[i][0]))
+        for at in range(0, len(order), batch_size):
+            batch = order[at : at + batch_size]
+            shown = self.tokenizer.pad({"input_ids": [items[i][0] for i in batch]}, return_tensors="pt").to(
+                self.model.device
+            )
+            likeliest = self.model(**shown).logits.argmax(-1).cpu()
+            for row, i in zip(likeliest, batch, strict=True):
+                right[i] = [bool(where) and all(int(row[t]) == was for t, was in where) for where in items[i][1]]
+            progress(len(batch))
+        return np.array([guessed for passage in right for guessed in passage], bool)
+
+    def _mask(self, passage, max_length):
+        """(ids with masks, [(place, the id that was there), …] for each word)"""
+        item = self.tokenizer(passage.text, truncation=True, max_length=max_length, return_offsets_mapping=True)
+        ids, words = item["input_ids"], []
+        place = collections.defaultdict(list)  # of a character
+        for token, (begin, end) in enumerate(item["offset_mapping"]):
+            for character in range(begin, end):
+                place[character].append(token)
+        cut = max(place, default=-1) + 1
+        for begin, end in passage.words:
+            tokens = sorted({token for character in range(begin, end) for token in place[character]})
+            words.append([(token, ids[token]) for token in tokens] if end <= cut else [])
+        for token, _ in (pair for word in words for pair in word):
+            ids[token] = self.tokenizer.mask_token_id
+        return ids, words

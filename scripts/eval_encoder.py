@@ -1,0 +1,369 @@
+r"""How good encoders are: fine-tuned on a task with labels, or asked to guess masked words; several side by side, with intervals.
+
+    python scripts/eval_encoder.py --config recipes/quickstart-encoder/kinds.yaml --check
+    python scripts/eval_encoder.py --model_name_or_path runs/quickstart-encoder/mlm-2 --task masked_words \
+        --train runs/quickstart-encoder/clean/train --test runs/quickstart-encoder/clean/validation --output_dir runs/try/words
+
+task                      what is measured
+sequence_classification   accuracy or macro_f1 of texts with a label
+token_classification      accuracy, macro_f1 or entity_f1 of words with a tag each
+masked_words              how many words of held-out documents are guessed: by how often `train` has them, by ending
+
+Every encoder is fine-tuned with each of `learning_rates` and each of `seeds`. The rate with the best mean on `validation` is taken, and the
+mean of its seeds on `test` is the score. Without `test` the seeds are folds: each tests on a part of its own, validates on the next one and
+trains on the rest. Without `validation` a tenth of `train` is taken. Intervals are of 95 %, over seeds and test documents; differences to
+the first encoder are paired. `random_control` adds the first encoder's shape with random weights: what pre-training gave is the difference.
+
+Each fine-tuning is kept in OUTPUT_DIR/runs when it ends; the same command again goes on with those that are missing.
+"""
+
+import dataclasses
+import itertools
+import json
+import sys
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import Field
+from tqdm import tqdm
+
+from dilqur.atomic import atomic_file, write_json
+from dilqur.documents import read
+from dilqur.encoder_tasks.labelled_examples import draw, folds, read_examples
+from dilqur.encoder_tasks.scores import METRICS, compare, counts, score
+from dilqur.errors import InputError, program
+from dilqur.input_files import expand
+from dilqur.quiet import quiet_libraries
+from dilqur.recipe import parse, to_dict
+from dilqur.stage import FilePath, ModelPath, Stage, StageSettings, named_models, read_config
+
+RANDOM = "random weights"
+LEARNING_RATES, SEEDS = [1e-5, 2e-5, 3e-5, 5e-5], [1, 2, 3, 4, 5]
+DEFAULT_METRIC = {"sequence_classification": "accuracy", "token_classification": "accuracy", "masked_words": None}
+HARMLESS = (
+    "run_dir",
+    "output_dir",
+    "overwrite_output_dir",
+    "stage",
+    "check",
+    "model_name_or_path",
+    "names",
+    "learning_rates",
+    "seeds",
+)
+
+
+@dataclass(kw_only=True)
+class EncoderSettings(StageSettings):
+    model_name_or_path: list[ModelPath] = field(metadata={"help": "encoders: Hugging Face folders or stages"})
+    names: list[str] | None = field(default=None, metadata={"help": "what to call them; none: their folders' names"})
+    random_control: bool = field(default=False, metadata={"help": "also the first one's shape with random weights"})
+    task: Literal[tuple(DEFAULT_METRIC)] = field(metadata={"help": "what is asked of them"})
+    train: list[FilePath] = field(metadata={"help": "files or folders: .tsv, .csv, .jsonl, .parquet, .conllu, .conll"})
+    validation: list[FilePath] | None = field(default=None, metadata={"help": "what chooses the learning rate"})
+    test: list[FilePath] | None = field(default=None, metadata={"help": "what is measured; none: folds of `train`"})
+    text_field: str = field(default="text", metadata={"help": "column or key of the text, or of the list of words"})
+    label_field: str = field(
+        default="label", metadata={"help": "of the label, or of the list of tags; @file: the file's name"}
+    )
+    label_names: list[str] | None = field(default=None, metadata={"help": "names of labels that are numbers from 0"})
+    paragraphs: bool = field(default=False, metadata={"help": "each paragraph of a text is an example of its own"})
+    metric: Literal[METRICS] | None = field(default=None, metadata={"help": "what is reported; none: accuracy"})
+    max_train_samples: Annotated[int, Field(ge=1)] | None = field(
+        default=None, metadata={"help": "examples drawn of train"}
+    )
+    max_eval_samples: Annotated[int, Field(ge=1)] | None = field(
+        default=None, metadata={"help": "examples drawn of validation and of test; documents for masked_words"}
+    )
+    max_length: Annotated[int, Field(ge=8)] = field(default=512, metadata={"help": "tokens read of an example"})
+    learning_rates: list[Annotated[float, Field(gt=0)]] = field(
+        default_factory=LEARNING_RATES.copy, metadata={"help": "those that are tried"}
+    )
+    seeds: list[Annotated[int, Field(ge=0)]] = field(
+        default_factory=SEEDS.copy,
+        metadata={"help": "of the new head and the order; fine-tunings for each learning rate"},
+    )
+    num_train_epochs: Annotated[float, Field(gt=0)] = field(default=10, metadata={"help": "times `train` is seen"})
+    per_device_train_batch_size: Annotated[int, Field(ge=1)] = field(default=32, metadata={"help": "examples a step"})
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = field(
+        default=0.1, metadata={"help": "share of the steps in which the learning rate rises; then it falls to 0"}
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = field(default=0.01, metadata={"help": "AdamW's"})
+    mlm_probability: Annotated[float, Field(gt=0, lt=1)] = field(
+        default=0.15, metadata={"help": "masked_words: share of the words that are masked"}
+    )
+    suffixes: list[str] | None = field(
+        default=None, metadata={"help": "masked_words: endings; none: the 15 most frequent ones of three letters"}
+    )
+    bf16: bool = field(default=False, metadata={"help": "bfloat16 products"})
+
+
+def check(settings):
+    """InputError for what can be seen without torch and without the examples."""
+    named_models(settings)
+    if settings.random_control and RANDOM in named_models(settings):
+        raise InputError(f"names: {RANDOM} is what random_control is called")
+    for path in settings.model_name_or_path:
+        positions = read_config(path).get("max_position_embeddings", settings.max_length)
+        if settings.max_length > positions:
+            raise InputError(f"max_length {settings.max_length} is more than the {positions} positions of {path}")
+    for key in ("learning_rates", "seeds"):
+        if len(set(getattr(settings, key))) != len(getattr(settings, key)) or not getattr(settings, key):
+            raise InputError(f"{key}: give one at least, and none twice")
+    if settings.task == "masked_words":
+        if settings.metric or not settings.test:
+            raise InputError("masked_words: give --test, the documents whose words are masked, and no metric")
+    elif settings.test is None and len(settings.seeds) < 3:
+        raise InputError("test: without it the seeds are folds, and there must be three at least")
+    if settings.metric == "entity_f1" and settings.task != "token_classification":
+        raise InputError("metric entity_f1: of token_classification alone")
+
+
+# -- fine-tuning on labels --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Data:
+    """examples: all of them. parts: {seed: (numbers of train, of validation, of test)}. labels: all there are, sorted."""
+
+    examples: list
+    parts: dict
+    labels: list
+
+    def of(self, numbers):
+        return [self.examples[i] for i in numbers]
+
+
+def read_data(settings):
+    """The Data of a task with labels. Raises InputError for what is wrong with it."""
+    words = settings.task == "token_classification"
+    how = (words, settings.text_field, settings.label_field, settings.label_names, settings.paragraphs)
+    splits, source = {}, 0
+    for name in ("train", "validation", "test"):
+        if paths := getattr(settings, name):
+            most = settings.max_train_samples if name == "train" else settings.max_eval_samples
+            examples = read_examples(paths, *how, first_source=source)
+            source = examples[-1].source + 1
+            splits[name] = draw(examples, most)
+    if settings.test is None:
+        examples = splits["train"]
+        parts = dict(zip(settings.seeds, fold_parts(examples, len(settings.seeds)), strict=True))
+    else:
+        if "validation" not in splits:
+            first, *others = folds(splits["train"], 10)
+            splits["validation"] = [splits["train"][i] for i in first]
+            splits["train"] = [splits["train"][i] for fold in others for i in fold]
+        known = {e.text for e in splits["train"]}
+        if twice := sum(e.text in known for e in splits["test"]):
+            print(f"warning: {twice:,} of the {len(splits['test']):,} test examples are in train, too", file=sys.stderr)
+        names = ("train", "validation", "test")
+        ends = np.cumsum([0, *(len(splits[name]) for name in names)])
+        parts = dict.fromkeys(settings.seeds, tuple(range(a, b) for a, b in itertools.pairwise(ends.tolist())))
+        examples = [e for name in names for e in splits[name]]
+    if not all(part for each in parts.values() for part in each):
+        raise InputError(f"train: {len(splits['train'])} examples are too few to keep some for validation")
+    labels = sorted({label for e in examples for label in (e.label if words else (e.label,))})
+    if len(labels) < 2:
+        raise InputError(f"train: every label is {labels[0]!r}: nothing to learn")
+    return Data(examples, parts, labels)
+
+
+def fold_parts(examples, count):
+    """(numbers of train, of validation, of test) for each of `count` folds: it tests on its own and validates on the next."""
+    parts = folds(examples, count)
+    for i in range(count):
+        following = (i + 1) % count
+        rest = [number for j, part in enumerate(parts) if j not in (i, following) for number in part]
+        yield rest, parts[following], parts[i]
+
+
+def fine_tune_all(settings, stage, data, models):
+    """{name: {learning rate: [(validation score, above, below) of each seed]}}; each fine-tuning is read where it was kept."""
+    from dilqur.encoder_tasks.fine_tuning import Encoder, Protocol
+
+    metric = settings.metric or DEFAULT_METRIC[settings.task]
+    protocol = Protocol(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(Protocol)})
+    out, total = {}, len(models) * len(settings.learning_rates) * len(settings.seeds)
+    with tqdm(desc=stage.name, total=total, unit="run", disable=None) as bar:
+        for name, path in models.items():
+            encoder = Encoder(path, data.labels, settings.task == "token_classification", random=name == RANDOM)
+            for rate in settings.learning_rates:
+                for seed in settings.seeds:
+                    kept = stage.folder / "runs" / f"{file_name(name)}-{rate:g}-{seed}.npz"
+                    if not kept.exists():
+                        train, *others = (data.of(numbers) for numbers in data.parts[seed])
+                        said = encoder.fine_tune(train, others, protocol, rate, seed)
+                        (valid, test) = (
+                            counts(metric, [e.label for e in examples], says, data.labels)
+                            for examples, says in zip(others, said, strict=True)
+                        )
+                        with atomic_file(kept) as file:
+                            np.savez(file, validation=score(*(x.sum(0) for x in valid)), above=test[0], below=test[1])
+                    with np.load(kept) as run:
+                        figures = float(run["validation"]), run["above"], run["below"]
+                    out.setdefault(name, {}).setdefault(rate, []).append(figures)
+                    bar.update()
+                    bar.set_postfix_str(f"{name} {rate:g}: {figures[0]:.3f}", refresh=False)
+                    if bar.disable:
+                        print(
+                            f"{stage.name}: {name}, learning rate {rate:g}, seed {seed}: validation {figures[0]:.4f}",
+                            file=sys.stderr,
+                        )
+    return out
+
+
+def classification(settings, stage, models):
+    """The result of a task with labels."""
+    data = read_data(settings)
+    keep_identity(settings, stage, models)
+    runs = fine_tune_all(settings, stage, data, models)
+    validation = {
+        name: {rate: float(np.mean([v for v, _, _ in each])) for rate, each in rates.items()}
+        for name, rates in runs.items()
+    }
+    best = {name: max(rates, key=rates.get) for name, rates in validation.items()}
+    chosen = {
+        name: [
+            (np.array(data.parts[seed][2]), above, below)
+            for seed, (_, above, below) in zip(settings.seeds, runs[name][rate], strict=True)
+        ]
+        for name, rate in best.items()
+    }
+    figures, differences = compare(chosen, [example.source for example in data.examples])
+    for name in figures:
+        grid = {f"{rate:g}": value for rate, value in validation[name].items()}
+        figures[name] |= {"learning_rate": best[name], "validation": grid}
+        if name in differences:
+            figures[name] |= {f"difference{'_interval' * (k == 'interval')}": v for k, v in differences[name].items()}
+    first = data.parts[settings.seeds[0]]
+    examples = dict(zip(("train", "validation", "test"), map(len, first), strict=True))
+    metric = settings.metric or DEFAULT_METRIC[settings.task]
+    return {
+        "metric": metric,
+        "folds": settings.test is None,
+        "examples": examples,
+        "labels": data.labels,
+        "models": figures,
+    }
+
+
+# -- masked words -----------------------------------------------------------------------------------------------------
+
+
+def masked_words(settings, models):
+    """The result of masked_words."""
+    from dilqur.bootstrap import interval, resampled_ratios
+    from dilqur.encoder_tasks.masked_words import SEEN, Guesser, classes, count_words, passages
+
+    texts = draw([d.text for d in read(expand(settings.test), settings.text_field)], settings.max_eval_samples)
+    cut = passages(texts, max(1, settings.max_length // 4), settings.mlm_probability, settings.seeds[0])
+    if not cut:
+        raise InputError(f"{' '.join(settings.test)}: no word was drawn to be masked: give more documents")
+    words = [passage.text[begin:end] for passage in cut for begin, end in passage.words]
+    documents = np.array([passage.document for passage in cut for _ in passage.words])
+    seen = count_words(d.text for d in read(expand(settings.train), settings.text_field))
+    often, ending, endings = classes(set(words), seen, settings.suffixes)
+    groups = {
+        "by_frequency": {name: np.array([often[word] == name for word in words]) for name in SEEN},
+        "by_suffix": {e: np.array([ending[word] == e for word in words]) for e in endings},
+    }
+    guessed = {}
+    for name, path in models.items():
+        guesser = Guesser(path, settings.bf16, random=name == RANDOM)
+        with tqdm(desc=name, total=len(cut), unit=" passages", disable=None) as bar:
+            guessed[name] = guesser.guess(cut, settings.max_length, settings.per_device_train_batch_size, bar.update)
+    _, place = np.unique(documents, return_inverse=True)
+    sums = np.stack([np.bincount(place, weights=right) for right in guessed.values()], axis=1)
+    drawn = resampled_ratios(sums, np.bincount(place))
+    result = {}
+    for column, (name, right) in enumerate(guessed.items()):
+        result[name] = {"score": float(right.mean()), "interval": interval(drawn[:, column])}
+        if column:
+            result[name]["difference"] = result[name]["score"] - next(iter(result.values()))["score"]
+            result[name]["difference_interval"] = interval(drawn[:, column] - drawn[:, 0])
+        for kind, members in groups.items():
+            result[name][kind] = {key: float(right[of].mean()) if of.any() else None for key, of in members.items()}
+    many = {kind: {key: int(of.sum()) for key, of in members.items()} for kind, members in groups.items()}
+    return {"metric": "words guessed", "words": len(words), "documents": len(texts), "in_group": many, "models": result}
+
+
+# -- around them ------------------------------------------------------------------------------------------------------
+
+
+def file_name(name):
+    return "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
+
+
+def keep_identity(settings, stage, models):
+    """Fine-tunings that were kept go on only with what they were begun with; another encoder, rate or seed is added to them."""
+    path = stage.folder / "runs" / "identity.json"
+    now = {key: value for key, value in to_dict(settings).items() if key not in HARMLESS}
+    if settings.test is None:  # they are the folds
+        now["seeds"] = settings.seeds
+    now |= {f"encoder {name}": model for name, model in models.items()} | stage.input_identities()
+    now = json.loads(json.dumps(now))
+    then = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if changed := [key for key in now if key in then and now[key] != then[key]]:
+        raise InputError(
+            f"{stage.folder}: begun with another {changed[0]}; remove {path.parent}, or choose another --output_dir"
+        )
+    write_json(path, {**then, **now})
+
+
+def table(result):
+    """Markdown, a line an encoder."""
+    lines = [
+        f"| encoder | {result['metric']} | 95 % interval | less the first | its interval | learning rate |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, f in result["models"].items():
+        spans = [
+            "–" if s is None else f"{s[0]:.3f} to {s[1]:.3f}" for s in (f["interval"], f.get("difference_interval"))
+        ]
+        difference = f"{f['difference']:+.3f}" if "difference" in f else "–"
+        rate = f"{f['learning_rate']:g}" if "learning_rate" in f else "–"
+        lines.append(f"| {name} | {f['score']:.3f} | {spans[0]} | {difference} | {spans[1]} | {rate} |")
+    for kind, title in (("by_frequency", "seen in train"), ("by_suffix", "ending")):
+        if groups := result.get("in_group", {}).get(kind):
+            names = list(result["models"])
+            lines += ["", f"| {title} | words | " + " | ".join(names) + " |", "|---|---:|" + "---:|" * len(names)]
+            for key, many in groups.items():
+                shares = [result["models"][n][kind][key] for n in names]
+                lines.append(
+                    f"| {key} | {many:,} | " + " | ".join("–" if s is None else f"{s:.3f}" for s in shares) + " |"
+                )
+    return "\n".join(lines) + "\n"
+
+
+@program
+def main():
+    settings = parse(EncoderSettings, __doc__)
+    stage = Stage(settings, __file__)
+    stage.refuse_finished()
+    check(settings)
+    if settings.check:
+        if settings.task != "masked_words":
+            read_data(settings)
+        return print(f"{stage.name}: ok")
+    stage.open()
+    quiet_libraries()
+    from dilqur.encoder_tasks.plots import plot_scores
+
+    models = named_models(settings)
+    if settings.random_control:
+        models[RANDOM] = next(iter(models.values()))
+    result = (
+        masked_words(settings, models) if settings.task == "masked_words" else classification(settings, stage, models)
+    )
+    text = table(result)
+    with atomic_file(stage.folder / "results.md", "w", encoding="utf-8") as file:
+        file.write(text)
+    plot_scores(result, stage.folder / "scores.png")
+    stage.finish(result)
+    print(text, end="")
+    return None
+
+
+if __name__ == "__main__":
+    main()
