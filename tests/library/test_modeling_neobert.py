@@ -7,10 +7,9 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM, EuroBertForMaskedLM
 
+from dilqur.cost_model import parameter_sizes
 from dilqur.document_attention import attention_for, document_kwargs, register_document_attention
 from dilqur.encoder_folder import eurobert_config, eurobert_weights, neobert_weights
-from dilqur.cost_model import parameter_sizes
-from dilqur.encoder_folder import eurobert_config
 from dilqur.modeling_neobert import NeoBERTConfig, NeoBERTLMHead
 
 LENGTH, VOCABULARY = 48, 300
