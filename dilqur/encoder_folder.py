@@ -1,4 +1,5 @@
-"""An encoder as a Hugging Face folder that needs no code of ours: a NeoBERT as EuroBertForMaskedLM, the same function; and back.
+"""An encoder as a Hugging Face folder that needs no code of ours: a NeoBERT as EuroBertForMaskedLM, the same function; and back. Or with
+the published NeoBERT's names and config keys, for which transformers has no class: it wants that model's own code beside it.
 
 q, k     rows from adjacent pairs (x₀, x₁), (x₂, x₃) to halves (x₀, x₂, …, x₁, x₃, …), which rotate_half turns alike
 qkv      split into q_proj, k_proj and v_proj; w12 into gate_proj and up_proj
@@ -23,18 +24,26 @@ OUTER = {
     "decoder.weight": "lm_head.weight",
     "decoder.bias": "lm_head.bias",
 }
+_OWN_KEYS = [key for key in NeoBERTConfig.__annotations__ if key != "model_type"]
 NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 
 
-def write_encoder(folder, weights, config, tokenizer):
-    """Write a NeoBERT into the empty `folder` as a EuroBERT. weights: {name: tensor} of NeoBERTLMHead; tokenizer: its folder."""
-    theirs = eurobert_weights(weights, config)
-    write_shards(folder, {name: (w.dtype, tuple(w.shape), lambda w=w: w) for name, w in theirs.items()})
-    control = TextTokenizer(tokenizer)
-    tokens = {"bos_token_id": control.bos_id, "eos_token_id": control.eos_id, "mask_token_id": control.control_id(MASK)}
-    theirs = eurobert_config(config, **tokens)
-    theirs.dtype = next(iter(weights.values())).dtype
-    theirs.save_pretrained(folder)
+LAYOUTS = ("eurobert", "neobert")
+
+
+def write_encoder(folder, weights, config, tokenizer, layout="eurobert"):
+    """Write a NeoBERT into the empty `folder`, in one of LAYOUTS. weights: {name: tensor} of NeoBERTLMHead; tokenizer: its folder."""
+    if layout == "eurobert":
+        control = TextTokenizer(tokenizer)
+        ids = {"bos_token_id": control.bos_id, "eos_token_id": control.eos_id}
+        stored = eurobert_weights(weights, config)
+        described = eurobert_config(config, **ids, mask_token_id=control.control_id(MASK))
+    else:
+        stored = weights
+        described = NeoBERTConfig(**{key: getattr(config, key) for key in _OWN_KEYS}, architectures=["NeoBERTLMHead"])
+    write_shards(folder, {name: (w.dtype, tuple(w.shape), lambda w=w: w) for name, w in stored.items()})
+    described.dtype = next(iter(weights.values())).dtype
+    described.save_pretrained(folder)
     copy_tokenizer(tokenizer, folder)
 
 
@@ -71,8 +80,7 @@ def read_encoder(folder, dtype=torch.float32, **changes):
 def neobert_config(folder, config):
     """NeoBERTConfig of a config.json, NeoBERT's or EuroBERT's, as a dict. Raises InputError for another model's."""
     if config.get("model_type") == "neobert":
-        known = NeoBERTConfig.__dataclass_fields__
-        return NeoBERTConfig(**{key: value for key, value in config.items() if key in known})
+        return NeoBERTConfig(**{key: config[key] for key in _OWN_KEYS if key in config})
     if config.get("model_type") != "eurobert":
         raise InputError(
             f"{folder}: a {config.get('model_type')}: only NeoBERT, and EuroBERT made of it, are trained here"

@@ -8,6 +8,8 @@ r"""Converts checkpoints: to a Hugging Face folder and back, and those of DeepSp
 What is given decides: a checkpoint of this project becomes a Hugging Face folder; a Hugging Face folder (--model_name_or_path
 alone) or another program's checkpoint (--checkpoint THEIRS --model_name_or_path BASE --trust_pickle) becomes OUTPUT_DIR/step-N,
 from which cpt.py goes on, moments included. Other programs' are pickles: loading one runs what is in it, hence --trust_pickle.
+An encoder's checkpoint or folder becomes a folder that transformers loads or, with --encoder_layout neobert, one with the names
+of the published NeoBERT.
 One process, no GPU, one tensor in memory at a time. docs/checkpoints-converting.md says what is read and how to go on.
 """
 
@@ -21,11 +23,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from dilqur.atomic import atomic_files
+from dilqur.bert_tokens import PAD
 from dilqur.conversion.foreign_checkpoints import is_ours, read_foreign, reader_of
 from dilqur.errors import InputError, program
 from dilqur.quiet import quiet_libraries
 from dilqur.recipe import parse
-from dilqur.stage import Input, ModelPath, Stage, StageSettings, file_identity
+from dilqur.stage import Input, ModelPath, Stage, StageSettings, file_identity, read_config
+from dilqur.tokenizer import TextTokenizer
 
 CheckpointPath = Annotated[str, Input("file")]
 
@@ -53,6 +57,12 @@ class ConvertSettings(StageSettings):
         default=False,
         metadata={"help": "load another program's pickles: they can run any code, so know where they are from"},
     )
+    encoder_layout: Literal["eurobert", "neobert"] | None = field(
+        default=None,
+        metadata={
+            "help": "of an encoder: a folder transformers loads (eurobert), or one with the published names (neobert)"
+        },
+    )
     verify: bool = field(default=False, metadata={"help": "read every byte of the checkpoint, write nothing"})
     json: bool = field(default=False, metadata={"help": "one JSON object on standard output"})
 
@@ -65,6 +75,11 @@ def direction(settings):
     if settings.checkpoint and (complete := sorted(Path(settings.checkpoint).glob("step-*/COMPLETE"))):
         settings.checkpoint = str(complete[-1].parent)
     ours = settings.checkpoint and is_ours(settings.checkpoint)
+    encoder = is_encoder(settings, ours)
+    if settings.encoder_layout and not encoder:
+        raise InputError(
+            "encoder_layout: is for an encoder: a checkpoint of mlm.py, or a folder of a NeoBERT or EuroBERT"
+        )
     if not settings.checkpoint and not settings.model_name_or_path:
         raise InputError("give checkpoint (one to convert or verify), or model_name_or_path (a folder to make one of)")
     if settings.verify:
@@ -75,6 +90,15 @@ def direction(settings):
         return verify
     if not settings.output_dir:
         raise InputError("--output_dir missing: the folder the result goes to; or give --verify")
+    if encoder:
+        if settings.with_optimizer:
+            raise InputError("with_optimizer: an encoder's folder has other names than its checkpoint: leave it out")
+        if not ours and not settings.encoder_layout:
+            raise InputError(
+                f"{settings.model_name_or_path}: mlm.py goes on from an encoder's folder itself; give --encoder_layout to change "
+                "its names"
+            )
+        return to_encoder
     if ours:
         if settings.with_optimizer and settings.dtype:
             raise InputError(
@@ -108,7 +132,20 @@ def direction(settings):
     return from_elsewhere
 
 
-# -- the three things it does -----------------------------------------------------------------------------------------
+def is_encoder(settings, ours):
+    """Is it a checkpoint of mlm.py, or the folder of a model that mlm.py trains?"""
+    if ours:
+        try:
+            trainer = json.loads((Path(settings.checkpoint) / "trainer.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False  # what is wrong with it is said when it is read
+        return "mlm_probability" in (trainer.get("recipe") or {})
+    if settings.checkpoint or not settings.model_name_or_path:
+        return False
+    return read_config(settings.model_name_or_path).get("model_type") in ("eurobert", "neobert")
+
+
+# -- the four things it does -----------------------------------------------------------------------------------------
 
 
 def verify(settings, stage):
@@ -167,6 +204,42 @@ def to_hugging_face(settings, stage):
     )
 
 
+def to_encoder(settings, stage):
+    """A checkpoint or folder of an encoder as a Hugging Face folder. Returns (result, line)."""
+    import torch
+
+    from dilqur.checkpoint_files import CheckpointReader
+    from dilqur.encoder_folder import neobert_config, read_encoder, write_encoder
+    from dilqur.modeling_neobert import NeoBERTConfig
+
+    if settings.checkpoint:
+        reader = CheckpointReader(settings.checkpoint)
+        recipe, step = reader.trainer["recipe"], reader.trainer["step"]
+        base = settings.model_name_or_path or recipe["model_name_or_path"]
+        if base:
+            tokenizer, config = base, neobert_config(base, read_config(base))
+            config.max_length = recipe["max_position_embeddings"] or config.max_length
+        else:
+            tokenizer = recipe["tokenizer"]
+            config = NeoBERTConfig(**recipe["model_config"], pad_token_id=TextTokenizer(tokenizer).control_id(PAD))
+        weights = {name: reader.tensor("weight", name) for name in reader.shapes}
+        marker = reader.folder / "COMPLETE"
+    else:
+        base = tokenizer = settings.model_name_or_path
+        model, step, marker = read_encoder(base), None, None
+        weights, config = model.state_dict(), model.config
+    if settings.dtype:
+        weights = {name: weight.to(getattr(torch, settings.dtype)) for name, weight in weights.items()}
+    layout = settings.encoder_layout or "eurobert"
+    stage.open()
+    with atomic_files(stage.folder) as part:
+        write_encoder(part, weights, config, tokenizer, layout)
+    result = {"step": step, "parameters": sum(w.numel() for w in weights.values()), "layout": layout}
+    stage.finish(result, hashed={str(marker): file_identity(marker)} if marker else None)
+    of = f"step {step}, " if step is not None else ""
+    return result, f"{stage.folder}: {of}{result['parameters']:,} parameters, as a {layout}"
+
+
 def from_elsewhere(settings, stage):
     """A Hugging Face folder, or another program's checkpoint, as OUTPUT_DIR/step-N. Returns (result, line)."""
     from dilqur.conversion.checkpoint_import import refuse_other_base, trained_names, write_checkpoint
@@ -216,7 +289,7 @@ def main():
     settings = parse(ConvertSettings, __doc__)
     stage = Stage(settings, __file__, prints_only_without_folder=True)
     convert = direction(settings)
-    if convert is to_hugging_face:
+    if convert in (to_hugging_face, to_encoder):
         stage.refuse_finished()
     if settings.check:
         return print(f"{stage.name}: ok")

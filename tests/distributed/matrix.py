@@ -2,6 +2,7 @@
 
     python tests/distributed/matrix.py --output benchmarks/checkpoint_matrix.json                        225 cells in fp32
     python tests/distributed/matrix.py --bf16 --output benchmarks/checkpoint_matrix_bf16.json            and in bf16
+    python tests/distributed/matrix.py --program mlm --output benchmarks/checkpoint_matrix_mlm.json      of an encoder
     python tests/distributed/matrix.py --strategies ddp zero3 --worlds 1 2 --controls false              a part
 
 A run of 30 steps under each of them is stopped by nothing; its checkpoint of step 10 is then loaded under each, and the 20 losses that
@@ -25,32 +26,41 @@ from fork_launch import ROOT, run
 
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 SAVED, STEPS = 10, 30
-MODEL = (
-    "{vocab_size: 1280, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 3, num_attention_heads: 4, "
-    "num_key_value_heads: 2, tie_word_embeddings: true, bos_token_id: 1024, eos_token_id: 1025, pad_token_id: 1028}"
-)
+# of each program: a model of 180,000 random weights, the control tokens its tokenizer has, and two of its weights of one shape
+MODELS = {
+    "cpt": (
+        "{vocab_size: 1280, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 3, num_attention_heads: 4, "
+        "num_key_value_heads: 2, tie_word_embeddings: true, bos_token_id: 1024, eos_token_id: 1025, pad_token_id: 1028}"
+    ),
+    "mlm": "{vocab_size: 1152, hidden_size: 64, intermediate_size: 192, num_hidden_layers: 3, num_attention_heads: 4, max_length: 64}",
+}
+CONTROL_TOKENS = {"cpt": "llama3", "mlm": "encoder"}
+ALIKE = {"cpt": "model.layers.{}.self_attn.q_proj.weight", "mlm": "model.transformer_encoder.{}.wo.weight"}
 
 
-def make_data(folder):
-    """Tokenizer, shards and a tiny model of 180,000 random weights, by the programs a user would use."""
+def make_data(folder, kind="cpt"):
+    """Tokenizer, shards and a tiny model, by the programs a user would use."""
     corpus = ROOT / "recipes" / "quickstart" / "corpus" / "az"
 
     def program(name, *flags):
         subprocess.run([sys.executable, name, *map(str, flags)], cwd=ROOT, check=True, capture_output=True)
 
     tokenizer, shards = folder / "tokenizer", folder / "shards"
-    program("data_tools/train_tokenizer.py", "--input", corpus, "--vocab_size", 1024, "--output_dir", tokenizer)
+    control = ("--control_tokens", CONTROL_TOKENS[kind])
+    program(
+        "data_tools/train_tokenizer.py", "--input", corpus, "--vocab_size", 1024, *control, "--output_dir", tokenizer
+    )
     program("data_tools/pack_mmap.py", "--input", corpus, "--tokenizer", tokenizer, "--output_dir", shards)
-    new = ("--model_config", MODEL, "--tokenizer", tokenizer, "--max_steps", 1, "--learning_rate", "1e-9")
+    new = ("--model_config", MODELS[kind], "--tokenizer", tokenizer, "--max_steps", 1, "--learning_rate", "1e-9")
     data = ("--datasets", f"{{path: {shards}}}", "--max_length", 64, "--global_batch_size", 8)
-    program("scripts/cpt.py", *new, *data, "--output_dir", folder / "made")
+    program(f"scripts/{kind}.py", *new, *data, "--output_dir", folder / "made")
     return folder / "made" / "model", shards
 
 
 class Matrix:
-    def __init__(self, folder, bf16):
-        self.folder, self.bf16 = folder, bf16
-        self.model, self.shards = make_data(folder)
+    def __init__(self, folder, kind, bf16):
+        self.folder, self.kind, self.bf16 = folder, kind, bf16
+        self.model, self.shards = make_data(folder, kind)
 
     def train(self, strategy, world, name, *flags):
         """{step: loss} of one run."""
@@ -59,7 +69,8 @@ class Matrix:
         rest = f"--learning_rate 1e-3 --warmup_steps 5 --save_steps {SAVED} --save_total_limit none".split()
         data = ("--model_name_or_path", self.model, "--datasets", f"{{path: {self.shards}}}", "--bf16", self.bf16)
         log = self.folder / f"{strategy}-{world}-{name}.log"
-        run(strategy, world, (*data, *shape, *rest, *flags, "--output_dir", out), log)
+        program = ROOT / "scripts" / f"{self.kind}.py"
+        run(strategy, world, (*data, *shape, *rest, *flags, "--output_dir", out), log, program=program)
         records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         if name != "whole":
             shutil.rmtree(out)
@@ -80,7 +91,7 @@ class Matrix:
 
     def swapped(self, checkpoint):
         """A copy in which two parameters of one shape have changed places, with checksums that fit."""
-        names = [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 2)]
+        names = [ALIKE[self.kind].format(layer) for layer in (0, 2)]
         return self._rewritten(checkpoint, "swapped", {}, lambda _: dict(zip(names, names[::-1], strict=True)))
 
     def _rewritten(self, checkpoint, name, trainer, renamed):
@@ -101,6 +112,7 @@ class Matrix:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--program", choices=list(MODELS), default="cpt")
     parser.add_argument("--strategies", nargs="+", default=STRATEGIES, choices=STRATEGIES)
     parser.add_argument("--worlds", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--bf16", action="store_true")
@@ -112,7 +124,7 @@ def main():
 
     began, places = time.monotonic(), [(s, w) for s in arguments.strategies for w in arguments.worlds]
     with tempfile.TemporaryDirectory() as folder:
-        matrix = Matrix(Path(folder), arguments.bf16)
+        matrix = Matrix(Path(folder), arguments.program, arguments.bf16)
         whole = {place: matrix.train(*place, "whole") for place in places}
         cells, controls = [], []
         for source in places:
@@ -135,6 +147,7 @@ def main():
                 print(f"control, {place[0]} × {place[1]}, {what}: {difference:.2e}", flush=True)
     same = [c["largest_difference"] for c in cells if c["saved_by"] == c["read_by"]]
     result = {
+        "program": arguments.program,
         "dtype": "bf16" if arguments.bf16 else "fp32",
         "cells": len(cells),
         "largest_difference": max(c["largest_difference"] for c in cells),

@@ -3,12 +3,14 @@
 DILQUR_ALL_GRIDS=1 pytest tests/distributed/test_gradients.py -s      every cell, with its difference (a telling part by default)
 """
 
+import functools
 import json
 import os
 
 import pytest
 import torch
 from conftest import ROOT
+from matrix import make_data
 
 from dilqur.checkpoint_files import CheckpointReader
 
@@ -31,22 +33,30 @@ TELLING = [
     ("zero3", 2, 2),
 ]
 GRID = ALL if os.environ.get("DILQUR_ALL_GRIDS") else TELLING
+ENCODERS = GRID if os.environ.get("DILQUR_ALL_GRIDS") else [("single", 1, 2), ("ddp", 4, 2), ("zero3", 2, 2)]
 
 
 @pytest.fixture(scope="module")
-def cpt_gradient(server, made, tiny_model, tmp_path_factory):
-    """Of cpt.py's first step: AdamW's first moment is then a tenth of it, and the checkpoint has that to the bit."""
+def first_gradient(server, tmp_path_factory):
+    """Of the first step of scripts/PROGRAM.py with these flags: AdamW's first moment is then a tenth of it, and the checkpoint has
+    that to the bit."""
     made_already = {}
 
-    def gradient(strategy, world, per_device):
-        key = (strategy, world, per_device)
+    def gradient(program, flags, strategy, world, per_device):
+        key = (program, strategy, world, per_device)
         if key not in made_already:
-            folder = tmp_path_factory.mktemp("cpt")
-            # best_fit and its padding: no two samples have as many labels, and a mean of means would be another number
-            shape = f"--max_length 64 --packing best_fit --global_batch_size {BATCH} --max_steps 1".split()
-            flags = ("--model_name_or_path", tiny_model, "--datasets", f"{{path: {made}/shards}}", *shape)
-            flags += ("--per_device_train_batch_size", per_device, "--learning_rate", "1e-3", "--max_grad_norm", "none")
-            with server.launch(strategy, (*flags, "--output_dir", folder / "run"), folder / "log", world) as process:
+            folder = tmp_path_factory.mktemp(program)
+            shape = f"--max_length 64 --global_batch_size {BATCH} --max_steps 1 --max_grad_norm none".split()
+            shape += (
+                "--per_device_train_batch_size",
+                per_device,
+                "--learning_rate",
+                "1e-3",
+                "--output_dir",
+                folder / "run",
+            )
+            what = {"program": ROOT / "scripts" / f"{program}.py"}
+            with server.launch(strategy, (*flags, *shape), folder / "log", world, **what) as process:
                 assert process.wait(300) == 0, (folder / "log").read_text()
             reader = CheckpointReader(folder / "run" / "checkpoints" / "step-0000001")
             parts = [reader.tensor("exp_avg", name).flatten() for name in sorted(reader.shapes)]
@@ -54,6 +64,22 @@ def cpt_gradient(server, made, tiny_model, tmp_path_factory):
         return made_already[key]
 
     return gradient
+
+
+@pytest.fixture(scope="module")
+def cpt_gradient(first_gradient, made, tiny_model):
+    # best_fit and its padding: no two samples have as many labels, and a mean of means would be another number
+    flags = ("--model_name_or_path", tiny_model, "--datasets", f"{{path: {made}/shards}}", "--packing", "best_fit")
+    return functools.partial(first_gradient, "cpt", flags)
+
+
+@pytest.fixture(scope="module")
+def mlm_gradient(first_gradient, tmp_path_factory):
+    # masks are drawn for each token by itself: no two samples have as many labels
+    model, shards = make_data(tmp_path_factory.mktemp("encoder"), "mlm")
+    return functools.partial(
+        first_gradient, "mlm", ("--model_name_or_path", model, "--datasets", f"{{path: {shards}}}")
+    )
 
 
 def relative(found, expected):
@@ -64,6 +90,13 @@ def relative(found, expected):
 def test_continued_pre_training_has_the_same_gradient_in_every_cell(cpt_gradient, cell):
     difference = relative(cpt_gradient(*cell), cpt_gradient("single", 1, BATCH))
     print(f"cpt {cell}: {difference:.1e}")
+    assert difference <= ROUNDING
+
+
+@pytest.mark.parametrize("cell", ENCODERS, ids=lambda c: f"{c[0]}-{c[1]}x{c[2]}")
+def test_pre_training_of_an_encoder_has_the_same_gradient_in_every_cell(mlm_gradient, cell):
+    difference = relative(mlm_gradient(*cell), mlm_gradient("single", 1, BATCH))
+    print(f"mlm {cell}: {difference:.1e}")
     assert difference <= ROUNDING
 
 

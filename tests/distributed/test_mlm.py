@@ -103,6 +103,51 @@ def test_its_model_is_transformers_own_and_gives_the_logits_of_the_checkpoint(ba
     assert len(found) == 5 and found[0]["score"] >= found[1]["score"]
 
 
+@pytest.fixture(scope="module")
+def encoders(run, base, tmp_path_factory):
+    """{name: folder} of the trained model as transformers loads it, with the published names, and made from the checkpoint."""
+    folder = tmp_path_factory.mktemp("encoders")
+    convert = ("scripts/convert_checkpoint.py", "--output_dir")
+    run(*convert, folder / "published", "--model_name_or_path", base, "--encoder_layout", "neobert")
+    run(*convert, folder / "back", "--model_name_or_path", folder / "published", "--encoder_layout", "eurobert")
+    run(*convert, folder / "checkpoint", "--checkpoint", base / "checkpoints")
+    run(*convert, folder / "named", "--checkpoint", base / "checkpoints", "--encoder_layout", "neobert")
+    return {"trained": base / "model", **{p.name: p for p in folder.iterdir()}}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_every_layout_is_the_same_function_of_trained_weights(encoders, packed):
+    """Ours, EuroBERT in transformers, and the published names read again: 1e-5 in fp32."""
+    from transformers import AutoModelForMaskedLM
+
+    from dilqur.document_attention import attention_for, document_kwargs, register_document_attention
+    from dilqur.encoder_folder import read_encoder
+
+    register_document_attention()
+    ids = torch.randint(256, 1000, (2, 48), generator=torch.Generator().manual_seed(0))
+    attention = attention_for("sdpa", packed)
+    if packed:
+        inputs = document_kwargs(torch.stack((torch.arange(48), torch.cat((torch.arange(20), torch.arange(28))))))
+        inputs["position_ids"] = torch.as_tensor(inputs["position_ids"])
+        seen = torch.ones_like(ids).bool()
+    else:
+        inputs = {"attention_mask": torch.ones_like(ids)}
+        inputs["attention_mask"][1, 30:] = 0
+        seen = inputs["attention_mask"].bool()
+    models = {name: read_encoder(folder, _attn_implementation=attention) for name, folder in encoders.items()}
+    with torch.no_grad():
+        found = {name: model.eval()(ids, **inputs).logits[seen] for name, model in models.items()}
+        for name in ("trained", "back", "checkpoint"):
+            model = AutoModelForMaskedLM.from_pretrained(encoders[name]).eval()
+            if packed:  # a document does not see the one before it: as each alone
+                logits = torch.cat([model(part[None]).logits[0] for part in (ids[0], ids[1, :20], ids[1, 20:])])
+            else:
+                logits = model(ids, **inputs).logits[seen]
+            found[f"{name} in transformers"] = logits
+    for name, logits in found.items():
+        assert (logits - found["trained"]).abs().max() <= 1e-5, name
+
+
 def test_a_second_phase_reads_longer_samples_with_documents_apart(run, base, flags, tmp_path):
     longer = ("--max_length", 2 * LENGTH, "--max_position_embeddings", 2 * LENGTH, "--global_batch_size", 4)
     apart = ("--intra_document_masking", "true", "--mask_count", "fixed", "--mask_rule", "80-10-10")

@@ -1,11 +1,12 @@
 """SIGKILL for all processes of a training run at random moments, again and again, until it is done: nothing may be lost.
 
     python tests/faults/kill_training.py --kills 100 --output benchmarks/kill_training.json
+    python tests/faults/kill_training.py --program mlm --output benchmarks/kill_training_mlm.json      of an encoder
     python tests/faults/kill_training.py --kills 4 --strategies fsdp2 --steps 100              a short one
 
 Half of the kills wait for a save to be under way. After each, every complete checkpoint must be whole and the newest must not be older than
-before. In the end the losses must be those of a run that was never killed, bit for bit, the weights too, and a ledger of the
-positions that each step drew must have each exactly once.
+before. In the end the losses must be those of a run that was never killed, bit for bit, the weights too, and a ledger of what each step
+drew must have each position exactly once, with the same labels: for an encoder, the same tokens masked.
 """
 
 import argparse
@@ -20,14 +21,16 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent / "distributed")]
 import fork_launch
-from fork_launch import Run, run
+import xxhash
+from fork_launch import ROOT, Run, run
 from matrix import make_data
 
 BATCH, WORLD = 8, 2
 
 
 def keep_ledger(folder):
-    """From the next fork on, workers write {"step", "positions"} of every step they draw, one file for each start and rank."""
+    """From the next fork on, workers write {"step", "drawn": [[position, hash of its labels], …]} of every step they draw, one file for
+    each start and rank."""
     import os
 
     import dilqur.batches
@@ -37,27 +40,35 @@ def keep_ledger(folder):
 
     def recorded(samples, start, steps, batch, accumulation, rank, *more, **named):
         drawn, batch_of = [], samples.batch
-        samples.batch = lambda positions: (drawn.extend(map(int, positions)), batch_of(positions))[1]
+
+        def noted(positions):
+            arrays = batch_of(positions)
+            labels = (xxhash.xxh3_64_hexdigest(row.tobytes()) for row in arrays["labels"])
+            drawn.extend(zip(map(int, positions), labels, strict=True))
+            return arrays
+
+        samples.batch = noted
         first = start // (batch * accumulation * int(os.environ.get("WORLD_SIZE", 1)))
         with (folder / f"{time.time_ns()}-{rank}.jsonl").open("w") as file:
             steps_of = original(samples, start, steps, batch, accumulation, rank, *more, **named)
             for step, micro_batches in enumerate(steps_of, first + 1):
-                file.write(json.dumps({"step": step, "positions": drawn}) + "\n")
+                file.write(json.dumps({"step": step, "drawn": drawn}) + "\n")
                 file.flush()
                 drawn.clear()
                 yield micro_batches
 
+    folder.mkdir()
     dilqur.loop.training_batches = recorded
 
 
-def positions_of_the_surviving_steps(folder):
-    """Of each step, what the last start that did it drew, over all ranks."""
+def drawn_in_the_surviving_steps(folder):
+    """[[position, hash of its labels], …] of what the last start that did a step drew for it, over all ranks, in order."""
     by_step = {}
     for file in sorted(folder.iterdir()):
         for line in file.read_text().splitlines():
             record = json.loads(line)
             rank = file.stem.rpartition("-")[2]
-            by_step.setdefault(record["step"], {})[rank] = record["positions"]
+            by_step.setdefault(record["step"], {})[rank] = record["drawn"]
     return sorted(itertools.chain.from_iterable(p for step in by_step.values() for p in step.values()))
 
 
@@ -76,21 +87,23 @@ def check_checkpoints(folder, newest):
     return now
 
 
-def campaign(strategy, kills, steps, folder, flags, seed):
+def campaign(program, strategy, kills, steps, folder, flags, seed):
     """{"kills", "inside_a_save", "runs"} of one strategy: when a run is done before it was killed often enough, another begins.
     AssertionError where anything was lost."""
     from safetensors.torch import load_file
 
     moments, made, inside, whole = random.Random(seed), 0, 0, folder / "whole"
     began = time.monotonic()
-    run(strategy, WORLD, (*flags, "--output_dir", whole), folder / "whole.log")
+    keep_ledger(folder / "ledger")
+    run(strategy, WORLD, (*flags, "--output_dir", whole), folder / "whole.log", program=program)
     longest = (time.monotonic() - began) / 5
+    expected = drawn_in_the_surviving_steps(folder / "ledger")
+    assert [position for position, _ in expected] == list(range(steps * BATCH))
     for number in itertools.count(1):
         out, ledger, newest = folder / f"killed-{number}", folder / f"ledger-{number}", 0
-        ledger.mkdir()
         keep_ledger(ledger)
         while True:
-            running = Run(strategy, WORLD, (*flags, "--output_dir", out), folder / "killed.log")
+            running = Run(strategy, WORLD, (*flags, "--output_dir", out), folder / "killed.log", program=program)
             if made < kills:
                 wait_for_a_moment(running, out, moments, longest, in_a_save=made % 2)
                 if running.poll() is None:
@@ -103,9 +116,7 @@ def campaign(strategy, kills, steps, folder, flags, seed):
         assert numbers(out) == numbers(whole), "the losses are not those of the uninterrupted run"
         ours, theirs = (load_file(f / "model" / "model.safetensors") for f in (out, whole))
         assert all(ours[name].equal(theirs[name]) for name in theirs), "other weights"
-        assert positions_of_the_surviving_steps(ledger) == list(range(steps * BATCH)), (
-            "a position was lost or seen twice"
-        )
+        assert drawn_in_the_surviving_steps(ledger) == expected, "a position was lost, seen twice, or masked otherwise"
         if made >= kills:
             return {"kills": made, "inside_a_save": inside, "runs": number}
     return None
@@ -129,6 +140,7 @@ def numbers(folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--program", choices=["cpt", "mlm"], default="cpt")
     parser.add_argument("--kills", type=int, default=100, help="in all")
     parser.add_argument("--strategies", nargs="+", default=["ddp", "fsdp2", "zero2", "zero3"])
     parser.add_argument("--steps", type=int, default=400, help="of the run that is killed")
@@ -141,18 +153,18 @@ def main():
     made, began = {}, time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model, shards = make_data(folder)
+        model, shards = make_data(folder, arguments.program)
         flags = ("--model_name_or_path", model, "--datasets", f"{{path: {shards}}}", "--max_length", 64)
         flags += ("--global_batch_size", BATCH, "--per_device_train_batch_size", 2, "--max_steps", arguments.steps)
         flags += ("--learning_rate", "1e-3", "--save_steps", 3, "--save_total_limit", 3)
         for number, strategy in enumerate(arguments.strategies):
             share = len(range(number, arguments.kills, len(arguments.strategies)))
             (folder / strategy).mkdir()
-            made[strategy] = campaign(
-                strategy, share, arguments.steps, folder / strategy, flags, arguments.seed + number
-            )
+            how = (strategy, share, arguments.steps, folder / strategy, flags, arguments.seed + number)
+            made[strategy] = campaign(ROOT / "scripts" / f"{arguments.program}.py", *how)
             print(f"{strategy}: {made[strategy]}: same losses, weights and positions, no checkpoint lost", flush=True)
     result = {
+        "program": arguments.program,
         "kills": sum(m["kills"] for m in made.values()),
         "inside_a_save": sum(m["inside_a_save"] for m in made.values()),
         "by_strategy": made,

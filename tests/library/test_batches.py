@@ -12,6 +12,7 @@ from make_shards import make_shards
 from dilqur.batches import IGNORE, TokenSamples, evaluation_batches, same_past, split_batch, training_batches
 from dilqur.document_attention import cu_seqlens
 from dilqur.errors import InputError
+from dilqur.masking import Masking
 
 LENGTH = 64  # tokens a sample: some 900 samples in the corpus
 
@@ -323,6 +324,43 @@ def test_two_ranks_with_four_readers_each_deliver_exactly_the_union(tmp_path):
 def test_a_run_that_starts_in_the_middle_gets_the_samples_of_the_rest(samples):
     whole = step_by_step(samples, 2, 4, steps=6)
     assert step_by_step(samples, 4, 2, start=4 * 16, steps=2) == whole[4:]
+
+
+def masks_by_position(samples, world, stretches):
+    """{position: labels, a tuple} that all of `world` ranks get in runs that begin at each of [(first position, steps), …]."""
+    found = {}
+    for start, steps in stretches:
+        for rank in range(world):
+            batches = training_batches(samples, start, steps, 8 // world, 1, rank, world)
+            for step, (batch,) in enumerate(batches):
+                first = start + 8 * step + rank * (8 // world)
+                for row, labels in enumerate(batch["labels"].tolist()):
+                    assert first + row not in found
+                    found[first + row] = tuple(labels)
+    return found
+
+
+def test_the_same_tokens_are_masked_on_any_number_of_ranks_and_after_a_resume_and_others_in_each_of_three_rounds(made):
+    special = frozenset(range(1024, 1280))
+    masking = Masking(mask_id=1026, special=special, vocab_size=1280)
+    samples = TokenSamples([{"path": made / "shards"}], LENGTH, seed=42, masking=masking)
+    a_round = samples.samples_per_epoch()
+    steps = 3 * a_round // 8
+    once = masks_by_position(samples, 1, [(0, steps)])
+    for world, killed_after in ((2, 17), (4, a_round // 8 + 5)):
+        assert masks_by_position(samples, world, [(0, killed_after), (8 * killed_after, steps - killed_after)]) == once
+    labels = np.array([once[position] for position in range(8 * steps)])
+    unmasked = TokenSamples([{"path": made / "shards"}], LENGTH, seed=42)
+    tokens = unmasked.batch(np.arange(8 * steps))["input_ids"]
+    chosen, eligible = labels != IGNORE, ~np.isin(tokens, list(special))
+    assert not (chosen & ~eligible).any() and (~eligible).any()
+    assert (labels[chosen] == tokens[chosen]).all()
+    n = eligible.sum()
+    assert abs(chosen.sum() / n - 0.2) < 4 * math.sqrt(0.2 * 0.8 / n)
+    rounds = {}
+    for text, mask in zip(map(tuple, tokens.tolist()), chosen.tolist(), strict=True):
+        rounds.setdefault(text, set()).add(tuple(mask))
+    assert sum(map(len, rounds.values())) == 8 * steps, "never the same mask again"
 
 
 @pytest.mark.parametrize("limit", [None, 1, 17])
