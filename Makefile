@@ -1,5 +1,5 @@
 # make quickstart   raw text to a model that speaks the language, on a laptop (runs/quickstart/report/report.html)
-# make quickstart-encoder   the same for an encoder from scratch (runs/quickstart-encoder/mlm-2/model)
+# make quickstart-encoder   the same for an encoder from scratch (runs/quickstart-encoder/report/report.html)
 # make test         the tests
 # make lint         ruff and shellcheck
 SHELL := /bin/bash

@@ -29,6 +29,7 @@ from pydantic import Field
 from tqdm import tqdm
 
 from dilqur.atomic import atomic_file, write_json
+from dilqur.bert_tokens import MASK
 from dilqur.documents import read
 from dilqur.encoder_tasks.labelled_examples import draw, folds, read_examples
 from dilqur.encoder_tasks.scores import METRICS, compare, counts, score
@@ -41,17 +42,11 @@ from dilqur.stage import FilePath, ModelPath, Stage, StageSettings, named_models
 RANDOM = "random weights"
 LEARNING_RATES, SEEDS = [1e-5, 2e-5, 3e-5, 5e-5], [1, 2, 3, 4, 5]
 DEFAULT_METRIC = {"sequence_classification": "accuracy", "token_classification": "accuracy", "masked_words": None}
+# what kept fine-tunings do not depend on; the encoders and their content are looked at one by one
 HARMLESS = (
-    "run_dir",
-    "output_dir",
-    "overwrite_output_dir",
-    "stage",
-    "check",
-    "model_name_or_path",
-    "names",
-    "learning_rates",
-    "seeds",
-)
+    "run_dir", "output_dir", "overwrite_output_dir", "stage", "check", "model_name_or_path", "names", "random_control",
+    "learning_rates", "seeds",
+)  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -96,6 +91,9 @@ class EncoderSettings(StageSettings):
     suffixes: list[str] | None = field(
         default=None, metadata={"help": "masked_words: endings; none: the 15 most frequent ones of three letters"}
     )
+    fill_mask: list[str] | None = field(
+        default=None, metadata={"help": "masked_words: sentences with one [MASK] each; what is found likeliest there"}
+    )
     bf16: bool = field(default=False, metadata={"help": "bfloat16 products"})
 
 
@@ -114,6 +112,8 @@ def check(settings):
     if settings.task == "masked_words":
         if settings.metric or not settings.test:
             raise InputError("masked_words: give --test, the documents whose words are masked, and no metric")
+        if wrong := [sentence for sentence in settings.fill_mask or [] if sentence.count(MASK) != 1]:
+            raise InputError(f"fill_mask: {wrong[0]!r} does not have one {MASK}")
     elif settings.test is None and len(settings.seeds) < 3:
         raise InputError("test: without it the seeds are folds, and there must be three at least")
     if settings.metric == "entity_f1" and settings.task != "token_classification":
@@ -268,11 +268,13 @@ def masked_words(settings, models):
         "by_frequency": {name: np.array([often[word] == name for word in words]) for name in SEEN},
         "by_suffix": {e: np.array([ending[word] == e for word in words]) for e in endings},
     }
-    guessed = {}
+    guessed, filled = {}, {sentence: {} for sentence in settings.fill_mask or []}
     for name, path in models.items():
         guesser = Guesser(path, settings.bf16, random=name == RANDOM)
         with tqdm(desc=name, total=len(cut), unit=" passages", disable=None) as bar:
             guessed[name] = guesser.guess(cut, settings.max_length, settings.per_device_train_batch_size, bar.update)
+        for sentence, by_model in filled.items():
+            by_model[name] = guesser.fill(sentence)
     _, place = np.unique(documents, return_inverse=True)
     sums = np.stack([np.bincount(place, weights=right) for right in guessed.values()], axis=1)
     drawn = resampled_ratios(sums, np.bincount(place))
@@ -285,7 +287,8 @@ def masked_words(settings, models):
         for kind, members in groups.items():
             result[name][kind] = {key: float(right[of].mean()) if of.any() else None for key, of in members.items()}
     many = {kind: {key: int(of.sum()) for key, of in members.items()} for kind, members in groups.items()}
-    return {"metric": "words guessed", "words": len(words), "documents": len(texts), "in_group": many, "models": result}
+    about = {"metric": "words guessed", "words": len(words), "documents": len(texts), "in_group": many}
+    return {**about, "models": result, "fill_mask": filled}
 
 
 # -- around them ------------------------------------------------------------------------------------------------------
@@ -333,6 +336,10 @@ def table(result):
                 lines.append(
                     f"| {key} | {many:,} | " + " | ".join("–" if s is None else f"{s:.3f}" for s in shares) + " |"
                 )
+    for sentence, by_model in result.get("fill_mask", {}).items():
+        lines += ["", sentence]
+        for name, guesses in by_model.items():
+            lines.append(f"- {name}: " + ", ".join(f"{token} {share:.3f}" for token, share in guesses))
     return "\n".join(lines) + "\n"
 
 

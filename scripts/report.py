@@ -110,6 +110,23 @@ def bpb_claim(found, run_dir):
     return max(claims, key=lambda claim: claim["utf8_bytes_seen"], default=None)
 
 
+def encoder_claims(found):
+    """{stage: the first encoder beside its shape with random weights}, where that was asked for."""
+    claims = {}
+    for name, (_, manifest) in by_program(found, "eval_encoder.py").items():
+        models, metric = manifest["result"]["models"], manifest["result"]["metric"]
+        if control := models.get("random weights"):
+            encoder, span = next(iter(models)), control["difference_interval"]
+            claim = {
+                "metric": metric,
+                "encoder": encoder,
+                "score": models[encoder]["score"],
+                "random": control["score"],
+            }
+            claims[name] = {**claim, "holds": bool(span) and span[1] < 0}
+    return claims
+
+
 def changed_inputs(manifest):
     """Names of the stages this one was made from that have been made again since."""
     files = {Path(f): was["xxh3"] for record in manifest["inputs"].values() for f, was in record["files"].items()}
@@ -208,7 +225,7 @@ def thin(points, most=300):
 # -- sections: the HTML of each, "" where there is no stage for it ----------------------------------------------------
 
 
-def summary(found, run_dir, fertility, bpb):
+def summary(found, run_dir, fertility, bpb, encoder):
     def card(title, figure, holds, text):
         verdict = f'<p class="{"yes" if holds else "no"}">{VERDICT[holds]}</p>'
         return f'<div class="card"><h3>{title}</h3><p class="figure">{figure}</p>{verdict}<p>{escape(text)}</p></div>'
@@ -222,6 +239,12 @@ def summary(found, run_dir, fertility, bpb):
         seen = f"{short(b['utf8_bytes_seen'], 'B')} and {short(b['control_utf8_bytes_seen'], 'B')} of text seen"
         text = f"{b['model']} against {b['control']}; {seen} in training"
         cards += card("Fewer bits a byte than the control at equal bytes seen", figure, b["holds"], text)
+    for stage, e in encoder.items():
+        figure, text = (
+            f"{e['score']:.3f} against {e['random']:.3f}",
+            f"{stage}: {e['metric']}, {e['encoder']} against random weights",
+        )
+        cards += card("Better for having been pre-trained", figure, e["holds"], text)
     for _, manifest in by_program(found, "eval_bpb.py").values():
         models = manifest["result"]["models"].items()
         each = [f"{n} {m['bits_per_byte']:.3f} ({short(past(m['model'], run_dir).utf8_bytes, 'B')})" for n, m in models]
@@ -389,6 +412,45 @@ def vocabulary_study(found):
     return html
 
 
+def encoders(found):
+    html = ""
+    for name, (_, manifest) in by_program(found, "eval_encoder.py").items():
+        result, stated = manifest["result"], manifest["arguments"]
+        columns = {
+            escape(result["metric"]): "{score:.3f}",
+            "": BAR,
+            "95 % interval": "{interval[0]:.3f} to {interval[1]:.3f}",
+            "less the first": "{difference:+.3f}",
+            "its 95 % interval": "{difference_interval[0]:+.3f} to {difference_interval[1]:+.3f}",
+            "each seed": "{each}",
+            "learning rate": "{learning_rate:g}",
+        }
+        rows = with_bars(result["models"], "score")
+        for figures in rows.values():
+            if scores := figures.get("scores"):
+                figures["each"] = ", ".join(f"{value:.3f}" for value in scores)
+        html += f"<h3>{escape(name)}</h3>{table('encoder', rows, columns)}"
+        if "examples" in result:
+            train, _, test = result["examples"].values()
+            html += f"<p>{len(result['labels'])} labels, fine-tuned on {train:,} examples of {escape(', '.join(stated['train']))}, "
+            html += f"measured on {test:,}{' a fold' * result['folds']}. Intervals: over seeds and documents.</p>"
+        for kind, title in (("by_frequency", "in the training documents"), ("by_suffix", "ending")):
+            if groups := result.get("in_group", {}).get(kind):
+                shares = {str(n): m[kind] for n, m in result["models"].items()}
+                rows = {
+                    key: {"words": many, **{f"m{i}": s[key] for i, s in enumerate(shares.values())}}
+                    for key, many in groups.items()
+                }
+                columns = {escape(n): f"{{m{i}:.1%}}" for i, n in enumerate(shares)}
+                html += table(title, rows, {"words": "{words:,}", **columns})
+        for sentence, by_model in result.get("fill_mask", {}).items():
+            guesses = {
+                n: {"guesses": ", ".join(f"{token} {share:.2f}" for token, share in g)} for n, g in by_model.items()
+            }
+            html += f"<p>{escape(sentence)}</p>{table('encoder', guesses, {'finds likeliest': '{guesses}'})}"
+    return html
+
+
 def fine_tuning(found):
     rows = {name: {**m["arguments"], **m["result"]} for name, (_, m) in by_program(found, "sft.py").items()}
     columns = {
@@ -490,14 +552,15 @@ summary { cursor: pointer; padding: .25rem 0; } pre { overflow: auto; max-height
 """ + "".join(f".c{n} {{ --c: var(--c{n}); }} " for n in range(8))
 
 
-def page(title, run_dir, found, fertility, bpb):
+def page(title, run_dir, found, *claims):
     """The whole page."""
     sections = {
-        "Summary": summary(found, run_dir, fertility, bpb),
+        "Summary": summary(found, run_dir, *claims),
         "Tokenizers": tokenizers(found),
         "Training": training(found, run_dir),
         "Bits per byte": bits_per_byte(found, run_dir),
         "Vocabulary study": vocabulary_study(found),
+        "Encoders": encoders(found),
         "Fine-tuning": fine_tuning(found),
         "Generations": generations(found),
         "Manifests": manifests(found),
@@ -534,11 +597,11 @@ def main():
         return print(f"{stage.name}: ok")
     stage.open()
 
-    fertility, bpb = fertility_claim(found), bpb_claim(found, stage.run_dir)
+    fertility, bpb, encoder = fertility_claim(found), bpb_claim(found, stage.run_dir), encoder_claims(found)
     with atomic_file(stage.folder / "report.html", "w", encoding="utf-8") as file:
-        file.write(page(settings.title, stage.run_dir, found, fertility, bpb))
+        file.write(page(settings.title, stage.run_dir, found, fertility, bpb, encoder))
     speeds = {name: m["result"]["tokens_per_second"] for name, (_, m) in by_program(found, *TRAINING).items()}
-    stage.finish({"fertility": fertility, "bits_per_byte": bpb, "tokens_per_second": speeds})
+    stage.finish({"fertility": fertility, "bits_per_byte": bpb, "encoders": encoder, "tokens_per_second": speeds})
     if f := fertility:
         figures = f"{f['base_fertility']:.2f} → {f['fertility']:.2f} tokens a word ({f['base']} → {f['custom']})"
         print(f"fertility      {figures}; fewer: {VERDICT[f['holds']]}")
@@ -546,6 +609,9 @@ def main():
         figures = f"{b['bits_per_byte']:.3f} {b['model']}, {b['control_bits_per_byte']:.3f} {b['control']}, its control"
         seen = f"{short(b['utf8_bytes_seen'], 'B')} and {short(b['control_utf8_bytes_seen'], 'B')} seen"
         print(f"bits per byte  {figures} ({seen}); fewer: {VERDICT[b['holds']]}")
+    for name, e in encoder.items():
+        figures = f"{e['metric']} {e['score']:.3f} {e['encoder']}, {e['random']:.3f} random weights"
+        print(f"{name:<14} {figures}; better, interval and all: {VERDICT[e['holds']]}")
     if speeds:
         print("tokens/s       " + ", ".join(f"{speed:,.0f} {name}" for name, speed in speeds.items()))
     print(f"report         {stage.folder}/report.html")

@@ -33,7 +33,9 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in ("test_quickstart.py", "test_second_language.py"))
 
 
-IMPORT_TORCH = ("cpt", "mlm", "sft", "eval_bpb", "compare_generations", "transplant_tokenizer", "convert_checkpoint")
+IMPORT_TORCH = (
+    "cpt", "mlm", "sft", "eval_bpb", "eval_encoder", "compare_generations", "transplant_tokenizer", "convert_checkpoint",
+)  # fmt: skip
 _servers = []
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import regex
 import torch
 import xxhash
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, pipeline, set_seed
 
+from dilqur.bert_tokens import MASK
 from dilqur.errors import InputError
 
 SEEN = {"never": 0, "1 to 9 times": 1, "10 to 99": 10, "100 to 999": 100, "1,000 or more": 1000}  # from how many on
@@ -39,7 +40,7 @@ def passages(texts, words_at_once, rate, seed):
             drawn = [
                 (a - begin, b - begin)
                 for number, (a, b) in enumerate(spans[at : at + words_at_once], at)
-                if xxhash.xxh3_64_intdigest(f"{document} {number}", seed=seed) < rate * 2**64
+                if xxhash.xxh3_64_intdigest(f"{document} {number}".encode(), seed=seed) < rate * 2**64
             ]
             if drawn:
                 out.append(Passage(text[begin:end].rstrip(), tuple(drawn), document))
@@ -98,6 +99,12 @@ class Guesser:
                 right[i] = [bool(where) and all(int(row[t]) == was for t, was in where) for where in items[i][1]]
             progress(len(batch))
         return np.array([guessed for passage in right for guessed in passage], bool)
+
+    def fill(self, sentence, top=5):
+        """[(token, probability), …]: what it finds likeliest where `sentence` says [MASK], by transformers' own pipeline."""
+        fill_mask = pipeline("fill-mask", model=self.model, tokenizer=self.tokenizer, device=self.model.device)
+        guesses = fill_mask(sentence.replace(MASK, self.tokenizer.mask_token), top_k=top)
+        return [(guess["token_str"].strip(), round(guess["score"], 4)) for guess in guesses]
 
     def _mask(self, passage, max_length):
         """(ids with masks, [(place, the id that was there), …] for each word)"""

@@ -192,6 +192,18 @@ def test_it_begins_as_published_and_so_knows_nothing(ids):
     assert loss == pytest.approx(math.log(VOCABULARY), rel=0.02)
 
 
+def test_at_the_published_shape_it_begins_knowing_nothing():
+    """28 × 768 with 64,000 tokens: 2 % of ln(64,000) = 11.07, in training's own loss, forward alone."""
+    torch.manual_seed(0)
+    model = NeoBERTLMHead(NeoBERTConfig(vocab_size=64_000))
+    ids = torch.randint(5, 64_000, (2, 64))
+    labels = torch.where(torch.rand(ids.shape) < 0.2, ids, -100)
+    where = labels.flatten().ne(-100).nonzero().flatten()
+    with torch.inference_mode():
+        loss = model(ids.where(labels == -100, 4), labels=labels, masked_positions=where).loss.item()
+    assert loss == pytest.approx(math.log(64_000), rel=0.02)
+
+
 # -- loss -------------------------------------------------------------------------------------------------------------
 
 
