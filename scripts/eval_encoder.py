@@ -18,11 +18,11 @@ Each fine-tuning is kept in OUTPUT_DIR/runs when it ends; the same command again
 """
 
 import dataclasses
-import itertools
 import json
 import sys
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
+from urllib.parse import quote
 
 import numpy as np
 from pydantic import Field
@@ -31,8 +31,9 @@ from tqdm import tqdm
 from dilqur.atomic import atomic_file, write_json
 from dilqur.bert_tokens import MASK
 from dilqur.documents import read
-from dilqur.encoder_tasks.labelled_examples import draw, folds, read_examples
+from dilqur.encoder_tasks.labelled_examples import draw
 from dilqur.encoder_tasks.scores import METRICS, compare, counts, score
+from dilqur.encoder_tasks.splits import read_splits
 from dilqur.errors import InputError, program
 from dilqur.input_files import expand
 from dilqur.quiet import quiet_libraries
@@ -123,61 +124,6 @@ def check(settings):
 # -- fine-tuning on labels --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Data:
-    """examples: all of them. parts: {seed: (numbers of train, of validation, of test)}. labels: all there are, sorted."""
-
-    examples: list
-    parts: dict
-    labels: list
-
-    def of(self, numbers):
-        return [self.examples[i] for i in numbers]
-
-
-def read_data(settings):
-    """The Data of a task with labels. Raises InputError for what is wrong with it."""
-    words = settings.task == "token_classification"
-    how = (words, settings.text_field, settings.label_field, settings.label_names, settings.paragraphs)
-    splits, source = {}, 0
-    for name in ("train", "validation", "test"):
-        if paths := getattr(settings, name):
-            most = settings.max_train_samples if name == "train" else settings.max_eval_samples
-            examples = read_examples(paths, *how, first_source=source)
-            source = examples[-1].source + 1
-            splits[name] = draw(examples, most)
-    if settings.test is None:
-        examples = splits["train"]
-        parts = dict(zip(settings.seeds, fold_parts(examples, len(settings.seeds)), strict=True))
-    else:
-        if "validation" not in splits:
-            first, *others = folds(splits["train"], 10)
-            splits["validation"] = [splits["train"][i] for i in first]
-            splits["train"] = [splits["train"][i] for fold in others for i in fold]
-        known = {e.text for e in splits["train"]}
-        if twice := sum(e.text in known for e in splits["test"]):
-            print(f"warning: {twice:,} of the {len(splits['test']):,} test examples are in train, too", file=sys.stderr)
-        names = ("train", "validation", "test")
-        ends = np.cumsum([0, *(len(splits[name]) for name in names)])
-        parts = dict.fromkeys(settings.seeds, tuple(range(a, b) for a, b in itertools.pairwise(ends.tolist())))
-        examples = [e for name in names for e in splits[name]]
-    if not all(part for each in parts.values() for part in each):
-        raise InputError(f"train: {len(splits['train'])} examples are too few to keep some for validation")
-    labels = sorted({label for e in examples for label in (e.label if words else (e.label,))})
-    if len(labels) < 2:
-        raise InputError(f"train: every label is {labels[0]!r}: nothing to learn")
-    return Data(examples, parts, labels)
-
-
-def fold_parts(examples, count):
-    """(numbers of train, of validation, of test) for each of `count` folds: it tests on its own and validates on the next."""
-    parts = folds(examples, count)
-    for i in range(count):
-        following = (i + 1) % count
-        rest = [number for j, part in enumerate(parts) if j not in (i, following) for number in part]
-        yield rest, parts[following], parts[i]
-
-
 def fine_tune_all(settings, stage, data, models):
     """{name: {learning rate: [(validation score, above, below) of each seed]}}; each fine-tuning is read where it was kept."""
     from dilqur.encoder_tasks.fine_tuning import Encoder, Protocol
@@ -190,7 +136,7 @@ def fine_tune_all(settings, stage, data, models):
             encoder = Encoder(path, data.labels, settings.task == "token_classification", random=name == RANDOM)
             for rate in settings.learning_rates:
                 for seed in settings.seeds:
-                    kept = stage.folder / "runs" / f"{file_name(name)}-{rate:g}-{seed}.npz"
+                    kept = stage.folder / "runs" / f"{quote(name, safe='')}-{rate:g}-{seed}.npz"
                     if not kept.exists():
                         train, *others = (data.of(numbers) for numbers in data.parts[seed])
                         said = encoder.fine_tune(train, others, protocol, rate, seed)
@@ -215,7 +161,7 @@ def fine_tune_all(settings, stage, data, models):
 
 def classification(settings, stage, models):
     """The result of a task with labels."""
-    data = read_data(settings)
+    data = read_splits(settings)
     keep_identity(settings, stage, models)
     runs = fine_tune_all(settings, stage, data, models)
     validation = {
@@ -294,10 +240,6 @@ def masked_words(settings, models):
 # -- around them ------------------------------------------------------------------------------------------------------
 
 
-def file_name(name):
-    return "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
-
-
 def keep_identity(settings, stage, models):
     """Fine-tunings that were kept go on only with what they were begun with; another encoder, rate or seed is added to them."""
     path = stage.folder / "runs" / "identity.json"
@@ -351,7 +293,7 @@ def main():
     check(settings)
     if settings.check:
         if settings.task != "masked_words":
-            read_data(settings)
+            read_splits(settings)
         return print(f"{stage.name}: ok")
     stage.open()
     quiet_libraries()

@@ -148,6 +148,19 @@ def test_every_layout_is_the_same_function_of_trained_weights(encoders, packed):
         assert (logits - found["trained"]).abs().max() <= 1e-5, name
 
 
+def test_sentence_transformers_takes_means_of_it_by_itself(base):
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoModel, AutoTokenizer
+
+    texts = ["Bakı gözəl şəhərdir.", "Salam!"]
+    found = SentenceTransformer(str(base / "model"), device="cpu").encode(texts, convert_to_tensor=True)
+    batch = AutoTokenizer.from_pretrained(base / "model")(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        states = AutoModel.from_pretrained(base / "model").eval()(**batch).last_hidden_state
+    seen = batch["attention_mask"].unsqueeze(-1)
+    assert torch.allclose(found, (states * seen).sum(1) / seen.sum(1), atol=1e-6)
+
+
 def test_a_second_phase_reads_longer_samples_with_documents_apart(run, base, flags, tmp_path):
     longer = ("--max_length", 2 * LENGTH, "--max_position_embeddings", 2 * LENGTH, "--global_batch_size", 4)
     apart = ("--intra_document_masking", "true", "--mask_count", "fixed", "--mask_rule", "80-10-10")
