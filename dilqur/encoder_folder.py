@@ -52,9 +52,8 @@ def read_encoder(folder, dtype=torch.float32, **changes):
 
     Raises InputError where a weight is missing, one is there that a NeoBERT has no place for, or a shape is another.
     """
-    config, stored = read_config(folder), stored_tensors(folder)
+    stored, config = stored_tensors(folder), neobert_config(folder, read_config(folder))
     weights = {name: read_tensor(where, name).to(dtype) for name, where in stored.items()}
-    config = neobert_config(folder, config)
     if "model.embed_tokens.weight" in weights:
         try:
             weights = neobert_weights(weights, config)
@@ -65,16 +64,21 @@ def read_encoder(folder, dtype=torch.float32, **changes):
         setattr(config, key, value)
     with torch.device("meta"):
         model = NeoBERTLMHead(config).to(dtype)
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    for name in sorted({*expected, *weights}):
-        if name not in weights:
-            raise InputError(f"{folder}: {name} is missing: not the whole of a NeoBERT with its decoder")
-        if name not in expected:
-            raise InputError(f"{folder}: {name}: a NeoBERT has no such weight")
-        if weights[name].shape != expected[name]:
-            raise InputError(f"{folder}: {name} is {list(weights[name].shape)}, its config says {list(expected[name])}")
+    refuse_other_shapes(folder, {name: tuple(w.shape) for name, w in weights.items()}, model)
     model.load_state_dict(weights, assign=True)
     return model
+
+
+def refuse_other_shapes(source, shapes, model):
+    """InputError unless `shapes`, {name: shape}, are those of a NeoBERTLMHead, all of them."""
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    for name in sorted({*expected, *shapes}):
+        if name not in shapes:
+            raise InputError(f"{source}: {name} is missing: not the whole of a NeoBERT with its decoder")
+        if name not in expected:
+            raise InputError(f"{source}: {name}: a NeoBERT of its config has no such weight")
+        if tuple(shapes[name]) != expected[name]:
+            raise InputError(f"{source}: {name} is {list(shapes[name])}, its config says {list(expected[name])}")
 
 
 def neobert_config(folder, config):
@@ -87,6 +91,7 @@ def neobert_config(folder, config):
         )
     if config.get("num_key_value_heads") not in (None, config["num_attention_heads"]):
         raise InputError(f"{folder}: a EuroBERT with fewer key than query heads is no NeoBERT")
+    rope = config.get("rope_parameters") or config
     return NeoBERTConfig(
         vocab_size=config["vocab_size"],
         hidden_size=config["hidden_size"],
@@ -94,7 +99,7 @@ def neobert_config(folder, config):
         num_hidden_layers=config["num_hidden_layers"],
         num_attention_heads=config["num_attention_heads"],
         norm_eps=config["rms_norm_eps"],
-        rope_theta=config["rope_parameters"]["rope_theta"],
+        rope_theta=rope["rope_theta"],
         max_length=config["max_position_embeddings"],
         pad_token_id=config["pad_token_id"],
     )

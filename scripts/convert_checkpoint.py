@@ -209,8 +209,8 @@ def to_encoder(settings, stage):
     import torch
 
     from dilqur.checkpoint_files import CheckpointReader
-    from dilqur.encoder_folder import neobert_config, read_encoder, write_encoder
-    from dilqur.modeling_neobert import NeoBERTConfig
+    from dilqur.encoder_folder import neobert_config, read_encoder, refuse_other_shapes, write_encoder
+    from dilqur.modeling_neobert import NeoBERTConfig, NeoBERTLMHead
 
     if settings.checkpoint:
         reader = CheckpointReader(settings.checkpoint)
@@ -222,6 +222,8 @@ def to_encoder(settings, stage):
         else:
             tokenizer = recipe["tokenizer"]
             config = NeoBERTConfig(**recipe["model_config"], pad_token_id=TextTokenizer(tokenizer).control_id(PAD))
+        with torch.device("meta"):
+            refuse_other_shapes(reader.folder, reader.shapes, NeoBERTLMHead(config))
         weights = {name: reader.tensor("weight", name) for name in reader.shapes}
         marker = reader.folder / "COMPLETE"
     else:

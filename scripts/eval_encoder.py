@@ -11,15 +11,18 @@ masked_words              how many words of held-out documents are guessed: by h
 
 Every encoder is fine-tuned with each of `learning_rates` and each of `seeds`. The rate with the best mean on `validation` is taken, and the
 mean of its seeds on `test` is the score. Without `test` the seeds are folds: each tests on a part of its own, validates on the next one and
-trains on the rest. Without `validation` a tenth of `train` is taken. Intervals are of 95 %, over seeds and test documents; differences to
-the first encoder are paired. `random_control` adds the first encoder's shape with random weights: what pre-training gave is the difference.
+trains on the rest. Without `validation` a tenth of `train` is taken. Intervals are of 95 %, over test documents, and over seeds where these
+are no folds; differences to the first encoder are paired. `random_control` adds the first encoder's shape with random weights, as
+transformers begins it: what pre-training gave is the difference.
 
-Each fine-tuning is kept in OUTPUT_DIR/runs when it ends; the same command again goes on with those that are missing.
+Each fine-tuning is kept in OUTPUT_DIR/runs when it ends; the same command again goes on with those that are missing, and so does one with
+more encoders, learning rates or (with `test`) seeds, once OUTPUT_DIR/manifest.json is removed.
 """
 
 import dataclasses
 import json
 import sys
+import time
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 from urllib.parse import quote
@@ -32,22 +35,19 @@ from dilqur.atomic import atomic_file, write_json
 from dilqur.bert_tokens import MASK
 from dilqur.documents import read
 from dilqur.encoder_tasks.labelled_examples import draw
-from dilqur.encoder_tasks.scores import METRICS, compare, counts, score
+from dilqur.encoder_tasks.scores import METRICS, RANDOM_WEIGHTS, compare, counts, score
 from dilqur.encoder_tasks.splits import read_splits
 from dilqur.errors import InputError, program
 from dilqur.input_files import expand
+from dilqur.interrupt import Interrupt
 from dilqur.quiet import quiet_libraries
 from dilqur.recipe import parse, to_dict
 from dilqur.stage import FilePath, ModelPath, Stage, StageSettings, named_models, read_config
 
-RANDOM = "random weights"
 LEARNING_RATES, SEEDS = [1e-5, 2e-5, 3e-5, 5e-5], [1, 2, 3, 4, 5]
-DEFAULT_METRIC = {"sequence_classification": "accuracy", "token_classification": "accuracy", "masked_words": None}
-# what kept fine-tunings do not depend on; the encoders and their content are looked at one by one
-HARMLESS = (
-    "run_dir", "output_dir", "overwrite_output_dir", "stage", "check", "model_name_or_path", "names", "random_control",
-    "learning_rates", "seeds",
-)  # fmt: skip
+DEFAULT_METRIC = "accuracy"
+# what kept fine-tunings do not depend on, or is looked at one by one
+HARMLESS = ("model_name_or_path", "names", "random_control", "learning_rates", "seeds")
 
 
 @dataclass(kw_only=True)
@@ -55,8 +55,12 @@ class EncoderSettings(StageSettings):
     model_name_or_path: list[ModelPath] = field(metadata={"help": "encoders: Hugging Face folders or stages"})
     names: list[str] | None = field(default=None, metadata={"help": "what to call them; none: their folders' names"})
     random_control: bool = field(default=False, metadata={"help": "also the first one's shape with random weights"})
-    task: Literal[tuple(DEFAULT_METRIC)] = field(metadata={"help": "what is asked of them"})
-    train: list[FilePath] = field(metadata={"help": "files or folders: .tsv, .csv, .jsonl, .parquet, .conllu, .conll"})
+    task: Literal["sequence_classification", "token_classification", "masked_words"] = field(
+        metadata={"help": "what is asked of them"}
+    )
+    train: list[FilePath] = field(
+        metadata={"help": "files or folders: .tsv, .csv, .jsonl, .parquet, .conllu, .conll, .bio"}
+    )
     validation: list[FilePath] | None = field(default=None, metadata={"help": "what chooses the learning rate"})
     test: list[FilePath] | None = field(default=None, metadata={"help": "what is measured; none: folds of `train`"})
     text_field: str = field(default="text", metadata={"help": "column or key of the text, or of the list of words"})
@@ -65,6 +69,8 @@ class EncoderSettings(StageSettings):
     )
     label_names: list[str] | None = field(default=None, metadata={"help": "names of labels that are numbers from 0"})
     paragraphs: bool = field(default=False, metadata={"help": "each paragraph of a text is an example of its own"})
+    dotted_i: bool = field(default=False, metadata={"help": "as in clean_corpus: of texts and words with labels"})
+    replace: dict | None = field(default=None, metadata={"help": "the same, e.g. {ǝ: ə}; as pre-training had it"})
     metric: Literal[METRICS] | None = field(default=None, metadata={"help": "what is reported; none: accuracy"})
     max_train_samples: Annotated[int, Field(ge=1)] | None = field(
         default=None, metadata={"help": "examples drawn of train"}
@@ -78,7 +84,9 @@ class EncoderSettings(StageSettings):
     )
     seeds: list[Annotated[int, Field(ge=0)]] = field(
         default_factory=SEEDS.copy,
-        metadata={"help": "of the new head and the order; fine-tunings for each learning rate"},
+        metadata={
+            "help": "of the new head and the order; fine-tunings for each learning rate. Of masked_words the first, for the masks"
+        },
     )
     num_train_epochs: Annotated[float, Field(gt=0)] = field(default=10, metadata={"help": "times `train` is seen"})
     per_device_train_batch_size: Annotated[int, Field(ge=1)] = field(default=32, metadata={"help": "examples a step"})
@@ -101,10 +109,13 @@ class EncoderSettings(StageSettings):
 def check(settings):
     """InputError for what can be seen without torch and without the examples."""
     named_models(settings)
-    if settings.random_control and RANDOM in named_models(settings):
-        raise InputError(f"names: {RANDOM} is what random_control is called")
+    if settings.random_control and RANDOM_WEIGHTS in named_models(settings):
+        raise InputError(f"names: {RANDOM_WEIGHTS} is what random_control is called")
     for path in settings.model_name_or_path:
-        positions = read_config(path).get("max_position_embeddings", settings.max_length)
+        config = read_config(path)
+        positions = config.get("max_position_embeddings") or settings.max_length
+        if "roberta" in config.get("model_type", ""):  # they count from the padding's id on
+            positions -= config.get("pad_token_id", 1) + 1
         if settings.max_length > positions:
             raise InputError(f"max_length {settings.max_length} is more than the {positions} positions of {path}")
     for key in ("learning_rates", "seeds"):
@@ -115,6 +126,8 @@ def check(settings):
             raise InputError("masked_words: give --test, the documents whose words are masked, and no metric")
         if wrong := [sentence for sentence in settings.fill_mask or [] if sentence.count(MASK) != 1]:
             raise InputError(f"fill_mask: {wrong[0]!r} does not have one {MASK}")
+    elif settings.test is None and settings.validation:
+        raise InputError("validation: without test each fold validates on the next: leave it out, or give test")
     elif settings.test is None and len(settings.seeds) < 3:
         raise InputError("test: without it the seeds are folds, and there must be three at least")
     if settings.metric == "entity_f1" and settings.task != "token_classification":
@@ -124,73 +137,79 @@ def check(settings):
 # -- fine-tuning on labels --------------------------------------------------------------------------------------------
 
 
-def fine_tune_all(settings, stage, data, models):
-    """{name: {learning rate: [(validation score, above, below) of each seed]}}; each fine-tuning is read where it was kept."""
-    from dilqur.encoder_tasks.fine_tuning import Encoder, Protocol
+def fine_tune_all(settings, stage, splits, models):
+    """{name: {learning rate: [(validation score, numerators, denominators) of each seed]}}; each fine-tuning is read where it was
+    kept. None where the run was asked to stop before all were done."""
+    from dilqur.encoder_tasks.fine_tuning import Encoder, TuningSettings
 
-    metric = settings.metric or DEFAULT_METRIC[settings.task]
-    protocol = Protocol(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(Protocol)})
-    out, total = {}, len(models) * len(settings.learning_rates) * len(settings.seeds)
-    with tqdm(desc=stage.name, total=total, unit="run", disable=None) as bar:
-        for name, path in models.items():
-            encoder = Encoder(path, data.labels, settings.task == "token_classification", random=name == RANDOM)
-            for rate in settings.learning_rates:
-                for seed in settings.seeds:
-                    kept = stage.folder / "runs" / f"{quote(name, safe='')}-{rate:g}-{seed}.npz"
-                    if not kept.exists():
-                        train, *others = (data.of(numbers) for numbers in data.parts[seed])
-                        said = encoder.fine_tune(train, others, protocol, rate, seed)
-                        (valid, test) = (
-                            counts(metric, [e.label for e in examples], says, data.labels)
-                            for examples, says in zip(others, said, strict=True)
-                        )
-                        with atomic_file(kept) as file:
-                            np.savez(file, validation=score(*(x.sum(0) for x in valid)), above=test[0], below=test[1])
-                    with np.load(kept) as run:
-                        figures = float(run["validation"]), run["above"], run["below"]
-                    out.setdefault(name, {}).setdefault(rate, []).append(figures)
-                    bar.update()
-                    bar.set_postfix_str(f"{name} {rate:g}: {figures[0]:.3f}", refresh=False)
-                    if bar.disable:
-                        print(
-                            f"{stage.name}: {name}, learning rate {rate:g}, seed {seed}: validation {figures[0]:.4f}",
-                            file=sys.stderr,
-                        )
-    return out
+    tuning = TuningSettings(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(TuningSettings)})
+    interrupt = Interrupt(stage.folder, margin_s=60)
+    interrupt.clear_stale()
+    interrupt.listen()
+    todo = [
+        (n, p, rate, seed) for n, p in models.items() for rate in settings.learning_rates for seed in settings.seeds
+    ]
+    runs, encoder, metric = {}, None, settings.metric or DEFAULT_METRIC
+    with tqdm(desc=stage.name, total=len(todo), unit="run", disable=None) as bar:
+        for number, (name, path, rate, seed) in enumerate(todo):
+            kept, began = stage.folder / "runs" / f"{quote(name, safe='')}-{rate:g}-{seed}.npz", time.monotonic()
+            if not kept.exists():
+                if reason := interrupt.urgent_reason():
+                    interrupt.request_requeue()
+                    print(f"{stage.name}: stopped, {reason}: {number} of {len(todo)} done; start it again to go on")
+                    return None
+                if encoder is None or encoder.name != name:
+                    words, random = settings.task == "token_classification", name == RANDOM_WEIGHTS
+                    encoder = Encoder(name, path, splits.labels, words, random)
+                train, validation, test = map(splits.of, splits.parts[seed])
+                predicted = encoder.fine_tune(train, [validation, test], tuning, rate, seed)
+                counted = [
+                    counts(metric, [e.label for e in examples], labels, splits.labels)
+                    for examples, labels in zip((validation, test), predicted, strict=True)
+                ]
+                chooses = score(*(sums.sum(0) for sums in counted[0]))
+                with atomic_file(kept) as file:
+                    np.savez(file, validation=chooses, numerators=counted[1][0], denominators=counted[1][1])
+                interrupt.reserve("a fine-tuning", time.monotonic() - began)
+            with np.load(kept) as run:
+                figures = float(run["validation"]), run["numerators"], run["denominators"]
+            runs.setdefault(name, {}).setdefault(rate, []).append(figures)
+            bar.update()
+            if bar.disable:
+                said = f"{name}, learning rate {rate:g}, seed {seed}: validation {figures[0]:.4f}"
+                print(f"{stage.name} {number + 1}/{len(todo)} | {said}", file=sys.stderr)
+    return runs
 
 
 def classification(settings, stage, models):
-    """The result of a task with labels."""
-    data = read_splits(settings)
+    """The result of a task with labels; None where the run was asked to stop."""
+    splits = read_splits(settings)
+    if splits.test_in_train:
+        print(f"warning: {splits.test_in_train:,} of the test examples are in train, too", file=sys.stderr)
     keep_identity(settings, stage, models)
-    runs = fine_tune_all(settings, stage, data, models)
+    if (runs := fine_tune_all(settings, stage, splits, models)) is None:
+        return None
     validation = {
-        name: {rate: float(np.mean([v for v, _, _ in each])) for rate, each in rates.items()}
-        for name, rates in runs.items()
+        n: {rate: float(np.mean([v for v, _, _ in each])) for rate, each in r.items()} for n, r in runs.items()
     }
     best = {name: max(rates, key=rates.get) for name, rates in validation.items()}
+    tested = {seed: np.array([e.source for e in splits.of(parts.test)]) for seed, parts in splits.parts.items()}
     chosen = {
-        name: [
-            (np.array(data.parts[seed][2]), above, below)
-            for seed, (_, above, below) in zip(settings.seeds, runs[name][rate], strict=True)
-        ]
+        name: [(tested[seed], *sums) for seed, (_, *sums) in zip(settings.seeds, runs[name][rate], strict=True)]
         for name, rate in best.items()
     }
-    figures, differences = compare(chosen, [example.source for example in data.examples])
-    for name in figures:
+    result = compare(chosen)
+    for name, figures in result.items():
         grid = {f"{rate:g}": value for rate, value in validation[name].items()}
-        figures[name] |= {"learning_rate": best[name], "validation": grid}
-        if name in differences:
-            figures[name] |= {f"difference{'_interval' * (k == 'interval')}": v for k, v in differences[name].items()}
-    first = data.parts[settings.seeds[0]]
-    examples = dict(zip(("train", "validation", "test"), map(len, first), strict=True))
-    metric = settings.metric or DEFAULT_METRIC[settings.task]
+        figures |= {"learning_rate": best[name], "validation": grid}
+    first = splits.parts[settings.seeds[0]]
     return {
-        "metric": metric,
+        "metric": settings.metric or DEFAULT_METRIC,
         "folds": settings.test is None,
-        "examples": examples,
-        "labels": data.labels,
-        "models": figures,
+        "examples": {name: len(numbers) for name, numbers in first._asdict().items()},
+        "test_in_train": splits.test_in_train,
+        "labels": splits.labels,
+        "models": result,
     }
 
 
@@ -208,17 +227,18 @@ def masked_words(settings, models):
         raise InputError(f"{' '.join(settings.test)}: no word was drawn to be masked: give more documents")
     words = [passage.text[begin:end] for passage in cut for begin, end in passage.words]
     documents = np.array([passage.document for passage in cut for _ in passage.words])
-    seen = count_words(d.text for d in read(expand(settings.train), settings.text_field))
+    seen = count_words((d.text for d in read(expand(settings.train), settings.text_field)), set(words))
     often, ending, endings = classes(set(words), seen, settings.suffixes)
     groups = {
         "by_frequency": {name: np.array([often[word] == name for word in words]) for name in SEEN},
         "by_suffix": {e: np.array([ending[word] == e for word in words]) for e in endings},
     }
-    guessed, filled = {}, {sentence: {} for sentence in settings.fill_mask or []}
+    guessed, cut_off, filled = {}, {}, {sentence: {} for sentence in settings.fill_mask or []}
     for name, path in models.items():
-        guesser = Guesser(path, settings.bf16, random=name == RANDOM)
+        guesser = Guesser(path, settings.bf16, random=name == RANDOM_WEIGHTS)
         with tqdm(desc=name, total=len(cut), unit=" passages", disable=None) as bar:
-            guessed[name] = guesser.guess(cut, settings.max_length, settings.per_device_train_batch_size, bar.update)
+            how = (settings.max_length, settings.per_device_train_batch_size, bar.update)
+            guessed[name], cut_off[name] = guesser.guess(cut, *how)
         for sentence, by_model in filled.items():
             by_model[name] = guesser.fill(sentence)
     _, place = np.unique(documents, return_inverse=True)
@@ -227,6 +247,7 @@ def masked_words(settings, models):
     result = {}
     for column, (name, right) in enumerate(guessed.items()):
         result[name] = {"score": float(right.mean()), "interval": interval(drawn[:, column])}
+        result[name]["cut_off"] = int(cut_off[name].sum())
         if column:
             result[name]["difference"] = result[name]["score"] - next(iter(result.values()))["score"]
             result[name]["difference_interval"] = interval(drawn[:, column] - drawn[:, 0])
@@ -246,7 +267,9 @@ def keep_identity(settings, stage, models):
     now = {key: value for key, value in to_dict(settings).items() if key not in HARMLESS}
     if settings.test is None:  # they are the folds
         now["seeds"] = settings.seeds
-    now |= {f"encoder {name}": model for name, model in models.items()} | stage.input_identities()
+    now |= {f"encoder {name}": model for name, model in models.items()}
+    for path_of, record in stage.input_identities().items():
+        now[path_of] = {file: [was["bytes"], was["xxh3"]] for file, was in record["files"].items()}
     now = json.loads(json.dumps(now))
     then = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if changed := [key for key in now if key in then and now[key] != then[key]]:
@@ -301,10 +324,12 @@ def main():
 
     models = named_models(settings)
     if settings.random_control:
-        models[RANDOM] = next(iter(models.values()))
+        models[RANDOM_WEIGHTS] = next(iter(models.values()))
     result = (
         masked_words(settings, models) if settings.task == "masked_words" else classification(settings, stage, models)
     )
+    if result is None:
+        return None
     text = table(result)
     with atomic_file(stage.folder / "results.md", "w", encoding="utf-8") as file:
         file.write(text)

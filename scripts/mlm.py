@@ -84,6 +84,9 @@ def check(settings):
         if unknown := sorted(set(new) - set(MODEL_KEYS)):
             raise InputError(f"model_config: {unknown[0]}: not a key of a NeoBERT; there are {', '.join(MODEL_KEYS)}")
         config = {**MODEL_KEYS, **new}
+        numbers = {key: value for key, value in config.items() if key != "model_type"}
+        if wrong := [key for key, value in numbers.items() if not isinstance(value, (int, float)) or value <= 0]:
+            raise InputError(f"model_config: {wrong[0]} {config[wrong[0]]!r}: give a number above 0")
         if config["hidden_size"] % (2 * config["num_attention_heads"]):
             raise InputError(
                 f"model_config: hidden_size {config['hidden_size']} does not divide into {config['num_attention_heads']} heads "
@@ -93,6 +96,10 @@ def check(settings):
         if settings.tokenizer:
             raise InputError("tokenizer: a model that is continued keeps its own: leave it out")
         config = read_config(settings.model_name_or_path)
+        if config.get("model_type") not in ("neobert", "eurobert"):
+            raise InputError(
+                f"{settings.model_name_or_path}: a {config.get('model_type')}: only NeoBERT, and EuroBERT made of it, are trained here"
+            )
         stored_tensors(settings.model_name_or_path)
     samples, _, _ = check_training(settings)
     tokenizer = TextTokenizer(settings.tokenizer or settings.model_name_or_path)
@@ -103,7 +110,11 @@ def check(settings):
         )
     if tokenizer.size > config["vocab_size"]:
         raise InputError(f"vocab_size {config['vocab_size']} of the model: {tokenizer.path} has {tokenizer.size} ids")
-    longest = settings.max_position_embeddings or config.get("max_position_embeddings") or config["max_length"]
+    longest = (
+        settings.max_position_embeddings
+        or config.get("max_position_embeddings")
+        or config.get("max_length", settings.max_length)
+    )
     if settings.max_length > longest:
         key = "max_length in model_config" if new else f"--max_position_embeddings {settings.max_length}"
         raise InputError(f"max_length {settings.max_length} is more than the model's {longest} positions: give {key}")

@@ -18,6 +18,7 @@ from typing import Annotated
 
 from dilqur.atomic import atomic_file
 from dilqur.documents import read_jsonl
+from dilqur.encoder_tasks.scores import RANDOM_WEIGHTS
 from dilqur.errors import InputError, program
 from dilqur.recipe import parse
 from dilqur.stage import Input, Stage, StageSettings, file_identity, read_manifest
@@ -115,7 +116,7 @@ def encoder_claims(found):
     claims = {}
     for name, (_, manifest) in by_program(found, "eval_encoder.py").items():
         models, metric = manifest["result"]["models"], manifest["result"]["metric"]
-        if control := models.get("random weights"):
+        if control := models.get(RANDOM_WEIGHTS):
             encoder, span = next(iter(models)), control["difference_interval"]
             claim = {
                 "metric": metric,
@@ -178,7 +179,7 @@ BAR = '<span class="bar" style="width: {share:.2f}rem"></span>'
 
 def with_bars(rows, key):
     """The rows with what BAR needs: their `key` as a length, the largest 6 rem."""
-    largest = max(figures[key] for figures in rows.values())
+    largest = max(figures[key] for figures in rows.values()) or 1
     return {name: {**figures, "share": 6 * figures[key] / largest} for name, figures in rows.items()}
 
 
@@ -433,7 +434,11 @@ def encoders(found):
         if "examples" in result:
             train, _, test = result["examples"].values()
             html += f"<p>{len(result['labels'])} labels, fine-tuned on {train:,} examples of {escape(', '.join(stated['train']))}, "
-            html += f"measured on {test:,}{' a fold' * result['folds']}. Intervals: over seeds and documents.</p>"
+            html += f"measured on {test:,}{' a fold' * result['folds']}. "
+            html += f"Intervals: over documents{' and seeds' * (not result['folds'])}."
+            if twice := result["test_in_train"]:
+                html += f" {twice:,} of the test examples are in train, too."
+            html += "</p>"
         for kind, title in (("by_frequency", "in the training documents"), ("by_suffix", "ending")):
             if groups := result.get("in_group", {}).get(kind):
                 shares = {str(n): m[kind] for n, m in result["models"].items()}

@@ -74,6 +74,24 @@ def test_the_published_run_is_in_the_recipe():
     assert len(sft["lora_target_modules"]) == 7
 
 
+def test_the_published_encoder_is_in_the_recipe():
+    """AzNEOBERT: 28 x 768, 64,000 tokens, 20 % masked, all [MASK]; 127,000 steps of 2,304 x 1,024, then 7,000 of 512 x 4,096."""
+    from dilqur.bert_tokens import CONTROL_TOKENS
+
+    tokenizer, first, second = (load("neobert-az", s) for s in ("tokenizer", "mlm-1-1024", "mlm-2-4096"))
+    assert tokenizer["vocab_size"] + len(CONTROL_TOKENS) == first["model_config"]["vocab_size"] == 64_000
+    shape = {"hidden_size": 768, "num_hidden_layers": 28, "num_attention_heads": 12, "intermediate_size": 3072}
+    assert first["model_config"] == {**shape, "vocab_size": 64_000, "max_length": 1024}
+    keys = ("max_length", "global_batch_size", "max_steps")
+    assert [tuple(r[k] for k in keys) for r in (first, second)] == [(1024, 2304, 127_000), (4096, 512, 7000)]
+    assert (first["learning_rate"], first["min_lr_ratio"], first["warmup_steps"]) == (1e-4, 0, 2000)
+    for recipe in (first, second):
+        assert (recipe["mlm_probability"], recipe["mask_rule"], recipe["bf16"]) == (0.2, "mask", True)
+        adam = tuple(recipe[k] for k in ("adam_beta1", "adam_beta2", "weight_decay", "max_grad_norm"))
+        assert adam == (0.9, 0.95, 0.01, 1.0)
+    assert split_batch(2304, first["per_device_train_batch_size"], 8) == (48, 6), "48 × 6 accumulated × 8 GPUs"
+
+
 def test_the_8b_differs_from_the_1b_in_these_keys_alone():
     differing = {}
     for file in sorted((ROOT / "recipes" / "llama3.2-1b-az").glob("*.yaml")):

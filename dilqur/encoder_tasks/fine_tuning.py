@@ -5,7 +5,6 @@ Words with tags are joined by spaces and tokenized as text, so that every tokeni
 its first token. A word cut off by `max_length` is said to have no tag, which is wrong.
 """
 
-import itertools
 import logging
 import tempfile
 from dataclasses import dataclass
@@ -25,8 +24,10 @@ from transformers import (
 )
 
 from dilqur.batches import IGNORE
+from dilqur.encoder_tasks.loading import refused
+from dilqur.errors import InputError
 
-NONE = ""  # what is said of a word that was cut off
+NONE = ""  # what is predicted for a word that was cut off
 for chatty in (
     "modeling_utils",
     "distributed.tensor_parallel",
@@ -35,7 +36,7 @@ for chatty in (
 
 
 @dataclass(frozen=True)
-class Protocol:
+class TuningSettings:
     """How a fine-tuning is done, but for its learning rate and its seed."""
 
     max_length: int
@@ -47,34 +48,39 @@ class Protocol:
 
 
 class Encoder:
-    """A model folder to be fine-tuned, again and again. labels: all there are. random: its shape with random weights."""
+    """A model folder to be fine-tuned, again and again. labels: all there are. words: whether they are tags of words. random: its shape
+    with random weights."""
 
-    def __init__(self, path, labels, words, random=False):
-        self.path, self.labels, self.words, self.random = path, labels, words, random
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.config = AutoConfig.from_pretrained(
-            path,
-            num_labels=len(labels),
-            id2label=dict(enumerate(labels)),
-            label2id={n: i for i, n in enumerate(labels)},
-        )
+    def __init__(self, name, path, labels, words, random=False):
+        self.name, self.path, self.labels, self.words, self.random = name, path, labels, words, random
+        numbers = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+        with refused(path):
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            self.config = AutoConfig.from_pretrained(path, num_labels=len(labels), **numbers)
+        if words and not self.tokenizer.is_fast:
+            raise InputError(f"{path}: has no tokenizer.json, which says what token a word begins with")
 
-    def fine_tune(self, train, others, protocol, learning_rate, seed):
-        """What the fine-tuned model says of each list of Examples in `others`: lists of labels, or of tuples of them."""
+    def fine_tune(self, train, others, tuning, learning_rate, seed):
+        """What the fine-tuned model predicts for each list of Examples in `others`: lists of labels, or of tuples of them."""
         kind = AutoModelForTokenClassification if self.words else AutoModelForSequenceClassification
         set_seed(seed)
-        model = kind.from_config(self.config) if self.random else kind.from_pretrained(self.path, config=self.config)
+        # fp32, whatever the folder has: at 1e-5 most of AdamW's steps are smaller than what bfloat16 can tell apart
+        with refused(self.path):
+            if self.random:
+                model = kind.from_config(self.config, dtype=torch.float32)
+            else:
+                model = kind.from_pretrained(self.path, config=self.config, dtype=torch.float32)
         collator = DataCollatorForTokenClassification if self.words else DataCollatorWithPadding
-        with tempfile.TemporaryDirectory() as nowhere:
+        with tempfile.TemporaryDirectory() as scratch:
             arguments = TrainingArguments(
-                nowhere,
+                scratch,
                 learning_rate=learning_rate,
-                num_train_epochs=protocol.num_train_epochs,
-                per_device_train_batch_size=protocol.per_device_train_batch_size,
-                per_device_eval_batch_size=2 * protocol.per_device_train_batch_size,
-                warmup_steps=protocol.warmup_ratio,
-                weight_decay=protocol.weight_decay,
-                bf16=protocol.bf16,
+                num_train_epochs=tuning.num_train_epochs,
+                per_device_train_batch_size=tuning.per_device_train_batch_size,
+                per_device_eval_batch_size=2 * tuning.per_device_train_batch_size,
+                warmup_steps=tuning.warmup_ratio,
+                weight_decay=tuning.weight_decay,
+                bf16=tuning.bf16,
                 seed=seed,
                 save_strategy="no",
                 logging_strategy="no",
@@ -83,14 +89,16 @@ class Encoder:
                 use_cpu=not torch.cuda.is_available(),
                 dataloader_pin_memory=torch.cuda.is_available(),
             )
+            if arguments.n_gpu > 1:
+                arguments._n_gpu = 1  # or it spreads a batch over all it sees, and takes as many times more of them
             trainer = Trainer(
-                model, arguments, collator(self.tokenizer), [self._item(e, protocol.max_length)[0] for e in train]
+                model, arguments, collator(self.tokenizer), [self._item(e, tuning.max_length)[0] for e in train]
             )
             trainer.remove_callback(PrinterCallback)
             trainer.train()
-            return [self._say(trainer, examples, protocol.max_length) for examples in others]
+            return [self._predict(trainer, examples, tuning.max_length) for examples in others]
 
-    def _say(self, trainer, examples, max_length):
+    def _predict(self, trainer, examples, max_length):
         items = [self._item(example, max_length) for example in examples]
         likeliest = trainer.predict([item for item, _ in items]).predictions.argmax(-1)
         if not self.words:
@@ -106,23 +114,15 @@ class Encoder:
         if not self.words:
             item = self.tokenizer(example.text, truncation=True, max_length=max_length)
             return {**item, "labels": number[example.label]}, None
-        text = " ".join(example.text)
-        starts = [0, *itertools.accumulate(len(word) + 1 for word in example.text[:-1])]
-        item = self.tokenizer(text, truncation=True, max_length=max_length, return_offsets_mapping=True)
-        first = first_tokens(text, starts, item.pop("offset_mapping"))
+        text, at = " ".join(example.text), 0
+        item, first = self.tokenizer(text, truncation=True, max_length=max_length), []
+        for word in example.text:
+            # its first character may be one that the tokenizer drops
+            tokens = (item.char_to_token(character) for character in range(at, at + len(word)))
+            first.append(next((token for token in tokens if token is not None), None))
+            at += len(word) + 1
         labels = [IGNORE] * len(item["input_ids"])
         for at, label in zip(first, example.label, strict=True):
             if at is not None:
                 labels[at] = number[label]
         return {**item, "labels": labels}, first
-
-
-def first_tokens(text, starts, offsets):
-    """The first token of each word, None where no token begins there. starts: where the words begin in `text`. offsets: (begin, end) of
-    each token, which may hold the space before its word."""
-    place = {}
-    for token, (begin, end) in enumerate(offsets):
-        piece = text[begin:end]
-        if piece.strip():
-            place.setdefault(begin + len(piece) - len(piece.lstrip()), token)
-    return [place.get(start) for start in starts]

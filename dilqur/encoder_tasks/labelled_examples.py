@@ -15,7 +15,7 @@ import numpy as np
 
 from dilqur.documents import records
 from dilqur.errors import InputError
-from dilqur.input_files import blocks, expand
+from dilqur.input_files import MAX_RECORD_BYTES, blocks, expand
 
 TABLES, COLUMNS = (".tsv", ".csv"), (".conllu", ".conll", ".bio")
 CONLLU = ("id", "form", "lemma", "upos", "xpos", "feats", "head", "deprel", "deps", "misc")
@@ -24,38 +24,59 @@ FILE_NAME = "@file"  # a label_field: what the file is called, up to its first d
 
 @dataclass(frozen=True)
 class Example:
-    """text: a string with one label, or a tuple of words with a tuple of as many. source: number of the document it was cut
-    from: parts of one document are never on both sides of a fold, and are drawn together."""
+    """text: a string with one label, or a tuple of words with a tuple of as many. source: number of the document it was cut from; copies
+    of a text have the same. No source is on both sides of a fold, and a bootstrap draws them as wholes."""
 
     text: str | tuple
     label: str | tuple
     source: int
 
 
-def read_examples(paths, words, text_field, label_field, label_names=None, paragraphs=False, first_source=0):
+def read_examples(paths, words, text_field, label_field, label_names=None, paragraphs=False, clean=str, first_source=0):
     """The Examples of files and folders, in order. words: whether they are words with a tag each. label_names: of labels that are numbers.
-    paragraphs: each paragraph of a text is an example. Raises InputError with file and line."""
-    examples = []
-    records_of_all = _records(paths, words, text_field, label_field)
-    for number, (where, text, label) in enumerate(records_of_all, first_source):
+    paragraphs: each paragraph of a text is an example. clean: what is done to a text, or to a word. Raises InputError with file and
+    line."""
+    found, groups = [], _Groups()
+    for where, document, text, label in _records(paths, words, text_field, label_field):
         try:
             if words:
                 _refuse(not _is_list_of(text, str), f"{text_field!r} is not a list of words")
                 _refuse(not isinstance(label, (list, tuple)), f"{label_field!r} is not a list of tags")
                 _refuse(len(text) != len(label), f"{len(text)} words, but {len(label)} tags")
-                if text := tuple(word.strip() for word in text):
-                    _refuse("" in text, "an empty word")
-                    examples.append(Example(text, tuple(_name(tag, label_names) for tag in label), number))
-                continue
-            _refuse(not isinstance(text, str), f"{text_field!r} is not text")
-            parts = re.split(r"\n\s*\n", text) if paragraphs else [text]
-            name = _name(label, label_names)
-            examples += [Example(part.strip(), name, number) for part in parts if part.strip()]
+                text = tuple(clean(word).strip() or word.strip() for word in text)
+                _refuse("" in text, "an empty word")
+                parts, name = [text] if text else [], tuple(_name(tag, label_names) for tag in label)
+            else:
+                _refuse(not isinstance(text, str), f"{text_field!r} is not text")
+                text, name = clean(text), _name(label, label_names)
+                parts = [part.strip() for part in (re.split(r"\n\s*\n", text) if paragraphs else [text])]
         except ValueError as problem:
             raise InputError(f"{where}: {problem}") from None
-    if not examples:
+        document = document or f"record {len(found)}"
+        for part in filter(None, parts):
+            groups.join(document, part)
+            found.append((part, name))
+    if not found:
         raise InputError(f"{' '.join(paths)}: no example in there")
-    return examples
+    numbers = {}
+    for part, _ in found:
+        numbers.setdefault(groups.of(part), first_source + len(numbers))
+    return [Example(part, name, numbers[groups.of(part)]) for part, name in found]
+
+
+class _Groups:
+    """Sets of things that belong together: two that belong to a third do too."""
+
+    def __init__(self):
+        self._above = {}
+
+    def of(self, thing):
+        while (above := self._above.setdefault(thing, thing)) != thing:
+            thing = above
+        return thing
+
+    def join(self, one, other):
+        self._above[self.of(other)] = self.of(one)
 
 
 def folds(examples, count):
@@ -75,11 +96,13 @@ def draw(examples, most, seed=0):
 
 
 def _records(paths, words, text_field, label_field):
-    """(where, text, label) of every record."""
+    """(where, the document it says it is of or None, text, label) of every record."""
     for path in paths:
         for file in _files(Path(path)):
             suffix = Path(file).suffix.lower()
             if suffix in COLUMNS:
+                if not words:
+                    raise InputError(f"{file}: has words with tags, and no texts: the task is token_classification")
                 yield from _sentences(file, label_field)
             elif suffix in TABLES and words:
                 raise InputError(
@@ -99,7 +122,7 @@ def _records(paths, words, text_field, label_field):
                         raise InputError(
                             f"{where}: no {label_field!r} (there are: {', '.join(record)}); see --label_field"
                         )
-                    yield where, record[text_field], label
+                    yield where, None, record[text_field], label
 
 
 def _files(path):
@@ -118,12 +141,18 @@ def _lines(file):
 
 
 def _table(file):
-    reader = csv.DictReader(_lines(file), delimiter="\t" if file.lower().endswith(".tsv") else ",")
-    for record in reader:
-        if None in record or None in record.values():
-            columns = len(reader.fieldnames)
-            raise InputError(f"{file}:{reader.line_num}: not {columns} columns, as the first line has")
-        yield f"{file}:{reader.line_num}", record
+    csv.field_size_limit(MAX_RECORD_BYTES)
+    reader = csv.DictReader(_lines(file), delimiter="\t" if file.lower().endswith(".tsv") else ",", strict=True)
+    try:
+        for record in reader:
+            if None in record or None in record.values():
+                columns = len(reader.fieldnames)
+                raise InputError(f"{file}:{reader.line_num}: not {columns} columns, as the first line has")
+            yield f"{file}:{reader.line_num}", record
+    except csv.Error as problem:
+        raise InputError(
+            f"{file}:{reader.line_num}: {problem}: a quotation mark inside a field has to be doubled"
+        ) from None
 
 
 def _objects(file):
@@ -139,14 +168,20 @@ def _sentences(file, label_field):
         raise InputError(
             f"{file}: no column {label_field!r}; give --label_field upos, or another of {', '.join(CONLLU)}"
         )
-    words, tags, first = [], [], 1
+    words, tags, first, document = [], [], 1, None
     for number, line in enumerate([*_lines(file), "\n"], 1):
         line = line.rstrip("\r\n")
         if not line.strip():
             if words:
-                yield f"{file}:{first}", words, tags
+                yield f"{file}:{first}", document, words, tags
             words, tags, first = [], [], number + 1
-        elif not (conllu and line.startswith("#")):
+        elif re.match(r"#\s", line) and not words:
+            # sentences of one document, as treebanks name them: `weblog-1.7` is of `weblog-1`
+            if named := re.match(r"#\s*sent_id\s*=\s*(.+)[.]\d+\s*$", line):
+                document = f"{file} {named[1]}"
+            elif re.match(r"#\s*sent_id\s*=", line):
+                document = None
+        elif not line.startswith("-DOCSTART-"):
             parts = line.split("\t") if "\t" in line else line.split()
             if len(parts) < (len(CONLLU) if conllu else 2):
                 raise InputError(f"{file}:{number}: {len(parts)} columns are too few")
@@ -161,6 +196,8 @@ def _sentences(file, label_field):
 def _name(label, names):
     if isinstance(label, bool) or not isinstance(label, (int, str)) or label == "":
         raise ValueError(f"{str(label)[:40]!r} is no label: a text or a whole number")
+    if names and isinstance(label, str) and label.isdigit():
+        label = int(label)
     if isinstance(label, int) and names:
         if not 0 <= label < len(names):
             raise ValueError(f"label {label}, but label_names has {len(names)}")

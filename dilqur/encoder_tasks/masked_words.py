@@ -13,6 +13,7 @@ import xxhash
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, pipeline, set_seed
 
 from dilqur.bert_tokens import MASK
+from dilqur.encoder_tasks.loading import refused
 from dilqur.errors import InputError
 
 SEEN = {"never": 0, "1 to 9 times": 1, "10 to 99": 10, "100 to 999": 100, "1,000 or more": 1000}  # from how many on
@@ -47,11 +48,11 @@ def passages(texts, words_at_once, rate, seed):
     return out
 
 
-def count_words(texts):
-    """Counter of the words of documents, as `passages` finds them."""
+def count_words(texts, wanted):
+    """Counter of those words of documents, as `passages` finds them, that are in the set `wanted`."""
     seen = collections.Counter()
     for text in texts:
-        seen.update(_WORD.findall(text))
+        seen.update(word for word in _WORD.findall(text) if word in wanted)
     return seen
 
 
@@ -59,7 +60,7 @@ def classes(found, seen, suffixes=None):
     """({word: how often it was seen, a key of SEEN}, {word: its ending}, the endings): endings are the longest of `suffixes` that a word
     ends with, or the most frequent ones of three letters in words of six or more."""
     often = {word: next(name for name, least in reversed(SEEN.items()) if seen[word] >= least) for word in found}
-    long = collections.Counter(word[-ENDING:] for word in found if len(word) >= MIN_LETTERS)
+    long = collections.Counter(word[-ENDING:] for word in sorted(found) if len(word) >= MIN_LETTERS)
     endings = suffixes or [ending for ending, _ in long.most_common(ENDINGS)]
     by_length = sorted(endings, key=len, reverse=True)
     least = 0 if suffixes else MIN_LETTERS
@@ -71,21 +72,22 @@ class Guesser:
     """A masked language model of a folder; with random weights, to see what knowing nothing gives."""
 
     def __init__(self, path, bf16, random=False, seed=0):
-        self.path, self.tokenizer = path, AutoTokenizer.from_pretrained(path)
-        if self.tokenizer.mask_token_id is None:
-            raise InputError(f"{path}: its tokenizer has no mask token: it cannot guess words")
         dtype = torch.bfloat16 if bf16 else torch.float32
         set_seed(seed)
-        model = (
-            AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
-            if random
-            else AutoModelForMaskedLM.from_pretrained(path, dtype=dtype)
-        )
+        with refused(path):
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            if random:
+                model = AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
+            else:
+                model = AutoModelForMaskedLM.from_pretrained(path, dtype=dtype)
+        if self.tokenizer.mask_token_id is None or not self.tokenizer.is_fast:
+            raise InputError(f"{path}: its tokenizer has no mask token, or no tokenizer.json: it cannot guess words")
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
     @torch.inference_mode()
     def guess(self, passages, max_length, batch_size, progress):
-        """bool array, a number for each masked word of all Passages, in order: was it guessed. One that `max_length` cut off was not."""
+        """(was it guessed, was it cut off by `max_length`), bool arrays, a number for each masked word of all Passages, in order.
+        A word that is cut off, or unknown to the tokenizer, is not guessed."""
         items = [self._mask(passage, max_length) for passage in passages]
         right = [None] * len(passages)
         order = sorted(range(len(passages)), key=lambda i: len(items[i][0]))
@@ -96,9 +98,14 @@ class Guesser:
             )
             likeliest = self.model(**shown).logits.argmax(-1).cpu()
             for row, i in zip(likeliest, batch, strict=True):
-                right[i] = [bool(where) and all(int(row[t]) == was for t, was in where) for where in items[i][1]]
+                right[i] = [self._is_right(row, word) for word in items[i][1]]
             progress(len(batch))
-        return np.array([guessed for passage in right for guessed in passage], bool)
+        cut_off = [not word for _, words in items for word in words]
+        return np.array([guessed for passage in right for guessed in passage], bool), np.array(cut_off, bool)
+
+    def _is_right(self, likeliest, word):
+        unknown = self.tokenizer.unk_token_id
+        return bool(word) and all(int(likeliest[place]) == was != unknown for place, was in word)
 
     def fill(self, sentence, top=5):
         """[(token, probability), …]: what it finds likeliest where `sentence` says [MASK], by transformers' own pipeline."""
@@ -107,7 +114,7 @@ class Guesser:
         return [(guess["token_str"].strip(), round(guess["score"], 4)) for guess in guesses]
 
     def _mask(self, passage, max_length):
-        """(ids with masks, [(place, the id that was there), …] for each word)"""
+        """(ids with masks, [(place, the id that was there), …] for each word, none where it was cut off)"""
         item = self.tokenizer(passage.text, truncation=True, max_length=max_length, return_offsets_mapping=True)
         ids, words = item["input_ids"], []
         place = collections.defaultdict(list)  # of a character

@@ -8,9 +8,10 @@ seeds, folds and a bootstrap only add up.
 
 import numpy as np
 
-from dilqur.bootstrap import FEWEST, RESAMPLES, divide, interval
+from dilqur.bootstrap import FEWEST, RESAMPLES, interval
 
 METRICS = ("accuracy", "macro_f1", "entity_f1")
+RANDOM_WEIGHTS = "random weights"  # what a control without pre-training is called
 
 
 def entities(tags):
@@ -27,65 +28,57 @@ def entities(tags):
     return found
 
 
-def counts(metric, true, said, labels):
-    """(above, below), float64 (examples, classes), of lists of what is true and what was said: labels, or sequences of them.
-    labels: all there are."""
+def counts(metric, true, predicted, labels):
+    """(numerators, denominators), float64 (examples, classes), of lists of labels, or of sequences of them. labels: all there are."""
     if metric == "entity_f1":
-        pairs = [(entities(t), entities(s)) for t, s in zip(true, said, strict=True)]
-        above = [[2.0 * len(t & s)] for t, s in pairs]
-        return np.array(above), np.array([[float(len(t) + len(s))] for t, s in pairs])
-    true, said = ([(x,) if isinstance(x, str) else x for x in side] for side in (true, said))
+        pairs = [(entities(t), entities(p)) for t, p in zip(true, predicted, strict=True)]
+        return np.array([[2.0 * len(t & p)] for t, p in pairs]), np.array([[float(len(t) + len(p))] for t, p in pairs])
+    true, predicted = ([(x,) if isinstance(x, str) else x for x in side] for side in (true, predicted))
     if metric == "accuracy":
-        above = [[float(sum(a == b for a, b in zip(t, s, strict=True)))] for t, s in zip(true, said, strict=True)]
-        return np.array(above), np.array([[float(len(t))] for t in true])
+        right = [[float(sum(a == b for a, b in zip(t, p, strict=True)))] for t, p in zip(true, predicted, strict=True)]
+        return np.array(right), np.array([[float(len(t))] for t in true])
     number = {label: i for i, label in enumerate(labels)}
-    above, below = np.zeros((2, len(true), len(labels)))
-    for row, (t, s) in enumerate(zip(true, said, strict=True)):
-        for a, b in zip(t, s, strict=True):
-            above[row, number[a]] += 2.0 * (a == b)
-            below[row, number[a]] += 1
-            if b in number:  # else the word was cut off, and nothing said of it
-                below[row, number[b]] += 1
-    return above, below
+    numerators, denominators = np.zeros((2, len(true), len(labels)))
+    for row, (t, p) in enumerate(zip(true, predicted, strict=True)):
+        for a, b in zip(t, p, strict=True):
+            numerators[row, number[a]] += 2.0 * (a == b)
+            denominators[row, number[a]] += 1
+            if b in number:  # else the word was cut off, and nothing predicted
+                denominators[row, number[b]] += 1
+    return numerators, denominators
 
 
-def score(above, below):
-    """The metric of counts that were summed over examples, (..., classes): the mean over the classes that occur."""
-    with np.errstate(all="ignore"):
-        return np.nanmean(divide(above, below), axis=-1)
+def score(numerators, denominators):
+    """The metric of counts that were summed over examples, (classes,): the mean over the classes that occur, 0 where none does."""
+    occurs = denominators > 0
+    return float(np.mean(numerators[occurs] / denominators[occurs])) if occurs.any() else 0.0
 
 
-def compare(runs, sources, seed=0):
-    """({name: {"score", "scores", "interval"}}, {name of each model after the first: {"difference", "interval"}}).
+def compare(runs, seed=0):
+    """{name: {"score", "scores", "interval"[, "difference", "difference_interval"]}}; differences are to the first model.
 
-    runs: {name: [(numbers of the examples, above, below) of each seed]}, the same numbers for every model. sources: of all examples.
-    score is the mean of `scores`, one a seed. A resample draws seeds and sources with replacement, the same for all models; an interval is
-    None for fewer than 10 sources.
+    runs: {name: [(sources, numerators, denominators) of each seed]}, sources being int arrays (examples,), the documents that the examples
+    were cut from, the same for every model. score is the mean of `scores`, one a seed. A resample draws documents with replacement, and
+    seeds too where all were measured on the same documents; of folds, whose scores differ by their documents already, it takes
+    all. The draws are the same for all models. An interval is None for fewer than 10 documents.
     """
     names, first = list(runs), next(iter(runs.values()))
-    _, place = np.unique(sources, return_inverse=True)
-    many, random = place.max() + 1, np.random.default_rng(seed)
-    figures = {name: [float(score(above.sum(0), below.sum(0))) for _, above, below in runs[name]] for name in names}
+    documents, places = np.unique(np.concatenate([sources for sources, _, _ in first]), return_inverse=True)
+    places = np.split(places, np.cumsum([len(sources) for sources, _, _ in first])[:-1])
+    folds = any(not np.array_equal(place, places[0]) for place in places)
+    random, many = np.random.default_rng(seed), len(documents)
     drawn = np.empty((len(names), RESAMPLES if many >= FEWEST else 0))
     for at in range(drawn.shape[1]):
-        weights = np.bincount(random.integers(many, size=many), minlength=many)[place]
-        chosen = random.integers(len(first), size=len(first))
+        weights = np.bincount(random.integers(many, size=many), minlength=many)
+        chosen = range(len(first)) if folds else random.integers(len(first), size=len(first))
         for row, name in enumerate(names):
-            each = [
-                (weights[numbers] @ above, weights[numbers] @ below)
-                for numbers, above, below in (runs[name][i] for i in chosen)
-            ]
-            drawn[row, at] = np.nanmean([score(*sums) for sums in each])
-    result = {
-        name: {"score": float(np.mean(figures[name])), "scores": figures[name], "interval": interval(drawn[row])}
-        for row, name in enumerate(names)
-    }
-    differences = {
-        name: {
-            "difference": result[name]["score"] - result[names[0]]["score"],
-            "interval": interval(drawn[row] - drawn[0]),
-        }
-        for row, name in enumerate(names)
-        if row
-    }
-    return result, differences
+            sums = ((weights[places[i]] @ runs[name][i][1], weights[places[i]] @ runs[name][i][2]) for i in chosen)
+            drawn[row, at] = np.mean([score(*both) for both in sums])
+    result = {}
+    for row, name in enumerate(names):
+        scores = [score(above.sum(0), below.sum(0)) for _, above, below in runs[name]]
+        result[name] = {"score": float(np.mean(scores)), "scores": scores, "interval": interval(drawn[row])}
+        if row:
+            result[name]["difference"] = result[name]["score"] - result[names[0]]["score"]
+            result[name]["difference_interval"] = interval(drawn[row] - drawn[0])
+    return result

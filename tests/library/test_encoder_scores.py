@@ -53,9 +53,19 @@ def test_entity_f1_wants_kind_and_both_ends():
     assert score(above.sum(0), below.sum(0)) == pytest.approx(2 * 1 / (2 + 3))  # one of 3 said, one of 2 true
 
 
-def run(right):
+@pytest.mark.filterwarnings("error")
+def test_nothing_right_and_nothing_there_is_zero():
+    assert score(*(x.sum(0) for x in counts("entity_f1", [("O",)], [("O",)], []))) == 0
+
+
+def run(right, first=0):
     """What one seed counted: one example a document."""
-    return np.arange(len(right)), np.array(right, float)[:, None], np.ones((len(right), 1))
+    return first + np.arange(len(right)), np.array(right, float)[:, None], np.ones((len(right), 1))
+
+
+def width(figures):
+    low, high = figures["m"]["interval"]
+    return high - low
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say_and_differences_are_paired():
@@ -63,10 +73,10 @@ def test_intervals_hold_the_truth_as_often_as_they_say_and_differences_are_paire
     for trial in range(60):
         hard = random.random(200)  # of both models, so that their scores move together
         one, two = hard < 0.7, hard < 0.75
-        figures, differences = compare({"one": [run(one)] * 3, "two": [run(two)] * 3}, np.arange(200), seed=trial)
+        figures = compare({"one": [run(one)] * 3, "two": [run(two)] * 3}, seed=trial)
         low, high = figures["one"]["interval"]
         inside += low <= 0.7 <= high
-        low, high = differences["two"]["interval"]
+        low, high = figures["two"]["difference_interval"]
         paired += low <= 0.05 <= high
         assert high - low < 0.09, "unpaired it would be 0.18 wide"
     assert inside >= 52 and paired >= 50
@@ -74,20 +84,24 @@ def test_intervals_hold_the_truth_as_often_as_they_say_and_differences_are_paire
 
 def test_seeds_that_differ_widen_the_interval():
     equal, differing = [run([1, 0] * 100)] * 5, [run([1] * k + [0] * (200 - k)) for k in (60, 80, 100, 120, 140)]
-    spans = []
-    for runs in (equal, differing):
-        figures, _ = compare({"m": runs}, np.arange(200))
-        spans.append(np.diff(figures["m"]["interval"])[0])
-        assert figures["m"]["score"] == pytest.approx(0.5)
-    assert spans[1] > 1.3 * spans[0]
+    of_equal, of_differing = compare({"m": equal}), compare({"m": differing})
+    assert of_equal["m"]["score"] == of_differing["m"]["score"] == pytest.approx(0.5)
+    assert width(of_differing) > 1.3 * width(of_equal)
+
+
+def test_folds_are_no_seeds_and_the_interval_of_all_is_that_of_one_measurement():
+    right = np.random.default_rng(0).random(200) < 0.7
+    whole = compare({"m": [run(right)]})
+    folds = compare({"m": [run(right[i : i + 40], i) for i in range(0, 200, 40)]})
+    assert folds["m"]["score"] == pytest.approx(whole["m"]["score"])
+    assert width(folds) == pytest.approx(width(whole), rel=0.1)
 
 
 def test_documents_are_drawn_as_wholes():
-    of_one = [run(np.repeat([1, 0] * 10, 20))]
-    apart = compare({"m": of_one}, np.arange(400))[0]["m"]["interval"]
-    together = compare({"m": of_one}, np.repeat(np.arange(20), 20))[0]["m"]["interval"]
-    assert np.diff(together)[0] > 3 * np.diff(apart)[0]
+    right = np.repeat([1, 0] * 10, 20)
+    together = (np.repeat(np.arange(20), 20), *run(right)[1:])
+    assert width(compare({"m": [together]})) > 3 * width(compare({"m": [run(right)]}))
 
 
 def test_too_few_documents_have_no_interval():
-    assert compare({"m": [run([1, 0])]}, np.arange(2))[0]["m"]["interval"] is None
+    assert compare({"m": [run([1, 0])]})["m"]["interval"] is None

@@ -60,8 +60,26 @@ def test_universal_dependencies_without_contractions_and_empty_words(tmp_path):
     ]
 
 
+def test_copies_and_sentences_of_one_document_are_of_one_source(tmp_path):
+    rows = [("a", "1"), ("b", "2"), ("a", "3"), ("c", "4")]
+    (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+    assert [e.source for e in texts(tmp_path / "a.csv", first_source=5)] == [5, 6, 5, 7]
+    sentence = "# sent_id = {}\n1\t{}\t_\tNOUN\t_\t_\t0\troot\t_\t_\n\n"
+    named = [("web-1.1", "a"), ("web-1.2", "b"), ("s3", "c"), ("s4", "b"), ("web-2.1", "d"), ("web-2.2", "c")]
+    (tmp_path / "a.conllu").write_text("".join(sentence.format(*each) for each in named))
+    a, b, c, again, d, other = (e.source for e in words(tmp_path / "a.conllu", label="upos"))
+    assert a == b == again and c == d == other and a != c
+
+
+def test_texts_are_cleaned_as_asked(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\nbәli,x\n")
+    assert texts(tmp_path / "a.csv", clean=lambda text: text.replace("ә", "ə"))[0].text == "bəli"
+
+
 def test_words_with_their_tags_last(tmp_path):
-    (tmp_path / "ner.conll").write_text("Bakı - - B-LOC\n. - - O\n\n\nHeydər B-PER\nƏliyev I-PER")
+    (tmp_path / "ner.conll").write_text(
+        "-DOCSTART- -X- -X- O\n\n# id 7\tdomain=az\nBakı - - B-LOC\n. - - O\n\n\nHeydər B-PER\nƏliyev I-PER"
+    )
     assert [e.label for e in words(tmp_path / "ner.conll")] == [("B-LOC", "O"), ("B-PER", "I-PER")]
 
 
@@ -82,6 +100,9 @@ def test_the_label_may_be_the_files_name_and_each_paragraph_an_example(tmp_path)
         ("a.jsonl", '{"text": "a", "label": null}\n', "a.jsonl:1: 'None' is no label: a text or a whole number"),
         ("a.jsonl", '{"text": 3, "label": "x"}\n', "a.jsonl:1: 'text' is not text"),
         ("a.jsonl", '{"text": "a", "label": 7}\n', "a.jsonl:1: label 7, but label_names has 2"),
+        ("a.tsv", 'text\tlabel\n"Salam", dedi\tx\n', "a quotation mark inside a field has to be doubled"),
+        ("a.tsv", 'text\tlabel\n"Salam\tx\nBu\ty\n', "a quotation mark inside a field has to be doubled"),
+        ("a.conllu", "1\tMən\n", "a.conllu: has words with tags, and no texts"),
         ("a.tsv", b"text\tlabel\n\xff\tx\n", "a.tsv: not UTF-8"),
     ],
 )

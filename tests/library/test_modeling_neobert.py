@@ -1,5 +1,6 @@
 """The encoder is the function that was published, whatever computes it, and transformers' EuroBERT is the same one."""
 
+import importlib.util
 import math
 
 import pytest
@@ -179,6 +180,15 @@ def test_the_published_shape_has_more_parameters_than_were_quoted_in_either_read
     assert sum(parameter_sizes(eurobert_config(config, mask_token_id=3).to_dict()).values()) == total, (
         "as preflight counts a second phase"
     )
+
+
+def test_the_keys_that_are_checked_without_torch_are_the_configs_own():
+    from conftest import ROOT
+
+    spec = importlib.util.spec_from_file_location("mlm", ROOT / "scripts" / "mlm.py")
+    spec.loader.exec_module(mlm := importlib.util.module_from_spec(spec))
+    config = NeoBERTConfig().to_dict()
+    assert {key: config[key] for key in mlm.MODEL_KEYS} == mlm.MODEL_KEYS
 
 
 def test_it_begins_as_published_and_so_knows_nothing(ids):

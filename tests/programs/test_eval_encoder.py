@@ -71,9 +71,9 @@ def test_texts_with_labels_side_by_side_gone_on_with_and_not_mixed_up(run, encod
     more = ("--label_field", "kind", "--output_dir", texts / "out")
     done = run("scripts/eval_encoder.py", "--model_name_or_path", encoder, *task, *ONCE, *more)
     found = result(texts / "out")
-    assert found["models"]["mlm"]["score"] == 1, "it can be learned, and so it is"
+    assert found["models"]["mlm"]["score"] > 0.9, "it can be learned, and so it is"
     assert found["examples"] == {"train": 108, "validation": 12, "test": 40} and found["labels"] == ["dağ", "deniz"]
-    assert "| mlm | 1.000 | 1.000 to 1.000 | – | – | 0.005 |" in done.stdout
+    assert f"| mlm | {found['models']['mlm']['score']:.3f} | " in done.stdout
     assert (texts / "out" / "scores.png").stat().st_size > 5000
     kept = {p.name: p.stat().st_mtime_ns for p in (texts / "out" / "runs").glob("*.npz")}
     assert sorted(kept) == ["mlm-0.005-1.npz", "mlm-0.005-2.npz"]
@@ -90,6 +90,20 @@ def test_texts_with_labels_side_by_side_gone_on_with_and_not_mixed_up(run, encod
     (texts / "out" / "manifest.json").unlink()
     other = run("scripts/eval_encoder.py", *both, *task, *ONCE, *more, "--weight_decay", "0.1", code=2)
     assert f"{texts}/out: begun with another weight_decay; remove {texts}/out/runs" in other.stderr
+
+
+def test_asked_to_stop_it_ends_between_two_fine_tunings_and_goes_on(run, encoder, texts):
+    task = ("--task", "sequence_classification", "--train", texts / "train.tsv", "--test", texts / "test.tsv")
+    more = ("--label_field", "kind", "--output_dir", texts / "out")
+    (texts / "out").mkdir()
+    (texts / "out" / "STOP").touch()
+    began = {"DILQUR_STAGE_STARTED": "0"}  # before the STOP, which is therefore meant for it
+    done = run("scripts/eval_encoder.py", "--model_name_or_path", encoder, *task, *ONCE, *more, **began)
+    assert "stopped" in done.stdout and "0 of 2 done; start it again to go on" in done.stdout
+    assert (texts / "out" / "REQUEUE").exists() and not (texts / "out" / "manifest.json").exists()
+    (texts / "out" / "STOP").unlink()
+    run("scripts/eval_encoder.py", "--model_name_or_path", encoder, *task, *ONCE, *more)
+    assert result(texts / "out")["models"]["mlm"]["score"] > 0.9 and not (texts / "out" / "REQUEUE").exists()
 
 
 def test_words_with_tags_in_folds_and_what_is_cut_off_is_wrong(run, encoder, tmp_path):
@@ -138,11 +152,16 @@ def test_masked_words_of_the_same_places_for_all(run, encoder, bert, tmp_path):
             ("--task", "sequence_classification", "--seeds", 1, 2),
             "without it the seeds are folds, and there must be three",
         ),
+        (("--task", "token_classification"), "a table has a text a line, and no words with tags"),
+        (
+            ("--task", "sequence_classification", "--validation", "README.md"),
+            "without test each fold validates on the next",
+        ),
         (("--task", "sequence_classification", "--seeds", 1, 1, 2), "seeds: give one at least, and none twice"),
         (("--task", "sequence_classification", "--label_field", "topic"), "no 'topic' (there are: kind, text)"),
         (
             ("--task", "sequence_classification", "--label_field", "text", "--max_train_samples", 2),
-            "2 examples are too few",
+            "2 documents are too few",
         ),
     ],
 )
