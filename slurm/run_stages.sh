@@ -6,9 +6,9 @@
 #     slurm/run_stages.sh NAME BATCH STAGE ...  these rows: what pipeline.sh puts into one job
 #     slurm/run_stages.sh NAME local [STAGE ...]    all rows (or these) on this machine, also inside an allocation
 #
-# Asked to stop (USR1 or TERM), it touches runs/NAME/STAGE/STOP; the program saves, writes REQUEUE and exits 0, the job
-# is requeued, and begins again at the top: what is finished says so. DILQUR_REQUEUE=0 where requeueing is forbidden
-# (`sbatch --array=1-10%1` does the same there).
+# Asked to stop (USR1 or TERM), it touches runs/NAME/STAGE/STOP; the program saves, writes REQUEUE and exits 0. After a USR1, the warning
+# before the end of the time or a preemption, the job is requeued and begins again at the top: what is finished says so. A TERM alone is
+# scancel's: the job ends. DILQUR_REQUEUE=0 where requeueing is forbidden (`sbatch --array=1-10%1` does the same there).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source slurm/read_pipeline.sh
@@ -93,6 +93,9 @@ leave_for_more() {
     say "to go on: slurm/pipeline.sh $name --local --from ${left[0]}"
   elif [[ -z $slurm ]]; then
     say "to go on: slurm/run_stages.sh $name $batch ${left[*]}"
+  elif [[ $terminated && ! $warned ]]; then
+    say "job $SLURM_JOB_ID was cancelled; to go on: sbatch $file $name ${left[*]}"
+    exit 1 # what waits for this job must not start
   elif [[ ${DILQUR_REQUEUE:-1} == 0 ]]; then
     say "to go on: sbatch $file $name ${left[*]}"
   else
@@ -108,7 +111,7 @@ leave_for_more() {
 # -- one after the other --------------------------------------------------------------------------------------------------
 
 [[ -z $slurm ]] || say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on ${SLURM_JOB_NODELIST:-?}"
-stop='' pid='' number=0
+stop='' pid='' number=0 warned='' terminated=''
 for row in "${rows[@]}"; do
   stage=${stages[row]} folder=runs/$name/${stages[row]} title="[$((++number))/${#rows[@]}] ${stages[row]}"
   began=${EPOCHREALTIME/[.,]/} DILQUR_STAGE_STARTED=$EPOCHSECONDS
@@ -119,7 +122,8 @@ for row in "${rows[@]}"; do
   asked=$stop stop=$folder/STOP
   if [[ -z $asked ]]; then
     # Only a touch, and only these: bash may lose a signal whose trap runs commands when CONT comes with it.
-    trap ': >"$stop" || true' USR1 TERM
+    trap ': >"$stop" || true; warned=yes' USR1
+    trap ': >"$stop" || true; terminated=yes' TERM
     # A script's background commands ignore Ctrl-C: without this they would outlive it. By the table of jobs: pid is set a moment later.
     trap 'kill $(jobs -p) 2>/dev/null || exit 130' INT
   elif [[ -e $asked ]]; then

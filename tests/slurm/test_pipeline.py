@@ -430,10 +430,17 @@ def stop_in(tree, stage, number, *command, code=0, **environment):
     return out + errors
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=["USR1", "TERM"])
-def test_in_a_job_the_stage_that_runs_is_stopped_and_the_job_requeued(tree, job, number):
+def test_a_job_that_is_cancelled_saves_and_is_not_requeued(tree, job):
+    """scancel is a TERM without the warning before it."""
     slurm = job(two="seconds: 60\n")
-    out = stop_in(tree, "two", number, "bash", "slurm/cpt_p4d.sbatch", "new", **slurm)
+    out = stop_in(tree, "two", signal.SIGTERM, "bash", "slurm/cpt_p4d.sbatch", "new", code=1, **slurm)
+    assert "job 4242 was cancelled; to go on: sbatch slurm/cpt_p4d.sbatch new two three" in out
+    assert not tree.noted("scontrol") and (tree / "runs/new/two/REQUEUE").exists()
+
+
+def test_in_a_job_the_stage_that_runs_is_stopped_and_the_job_requeued(tree, job):
+    slurm = job(two="seconds: 60\n")
+    out = stop_in(tree, "two", signal.SIGUSR1, "bash", "slurm/cpt_p4d.sbatch", "new", **slurm)
     assert tree.noted("scontrol") == ["scontrol requeue 4242"]
     assert "requeueing job 4242, to go on with two" in out and "three said" not in out
     assert not (tree / "runs/new/one/STOP").exists()

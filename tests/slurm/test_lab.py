@@ -1,0 +1,139 @@
+"""Jobs on a real Slurm: the shipped batch files, on nodes that lose their power, their time and their turn."""
+
+import json
+import time
+
+import pytest
+import yaml
+from conftest import TINY_LLAMA
+from virtual_cluster import Lab, skip_where_impossible
+
+ROUNDING = 1e-5  # relative: as between strategies on one machine
+
+
+@pytest.fixture(scope="module")
+def lab(tree, tmp_path_factory):
+    """Three nodes with a fake GPU each."""
+    skip_where_impossible()
+    with Lab(tmp_path_factory.mktemp("lab"), tree, 3) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def write(tree, made):
+    """write(name, **keys) makes recipes/NAME, one stage `cpt` of cpt_p5. Returns where its result will be."""
+
+    def write(name, **keys):
+        folder = tree / "recipes" / name
+        folder.mkdir()
+        (folder / "pipeline.txt").write_text("cpt  scripts/cpt.py  cpt_p5\n")
+        data = {"model_config": yaml.safe_load(TINY_LLAMA), "tokenizer": f"{made}/tokenizer"}
+        data |= {"datasets": [{"path": f"{made}/shards"}], "max_length": 64, "learning_rate": 1e-3}
+        shape = {"global_batch_size": 12, "per_device_train_batch_size": 6, "save_total_limit": 1}
+        (folder / "cpt.yaml").write_text(yaml.safe_dump(data | shape | keys))
+        return tree / "runs" / name / "cpt"
+
+    return write
+
+
+def submit(lab, name, nodes, *options, **environment):
+    words = (f"--nodes={nodes}", "--gres=gpu:1", "--time=30", *options, "slurm/cpt_p5.sbatch", name)
+    return lab.sbatch(*words, **environment)
+
+
+def metrics(folder):
+    """[step, loss, grad_norm, …] of all steps in order."""
+    records = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    return [r[key] for r in records for key in ("step", "loss", "grad_norm")]
+
+
+def steps_done(folder):
+    try:
+        return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def wait_for_steps(lab, job, folder, more):
+    """Until a job has done so many more steps."""
+    end, goal = time.monotonic() + 120, steps_done(folder) + more
+    while steps_done(folder) < goal:
+        assert time.monotonic() < end, lab.log(job)
+        time.sleep(0.1)
+
+
+# -- several nodes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one_process(run, write, tree, made, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one") / "run"
+    write("one", max_steps=12)
+    run("scripts/cpt.py", "--config", tree / "recipes" / "one" / "cpt.yaml", "--output_dir", folder)
+    return metrics(folder)
+
+
+@pytest.mark.parametrize(("strategy", "nodes"), [("ddp", 2), ("fsdp2", 3), ("zero2", 2)])
+def test_the_shipped_batch_file_learns_the_same_on_several_nodes(lab, write, one_process, strategy, nodes):
+    folder = write(f"{strategy}-{nodes}", max_steps=12)
+    job = submit(lab, f"{strategy}-{nodes}", nodes, DILQUR_STRATEGY=f"accelerate_configs/{strategy}.yaml")
+    assert lab.wait(job) == "COMPLETED", lab.log(job)
+    result = json.loads((folder / "manifest.json").read_text())["result"]
+    assert (result["strategy"], result["processes"]) == (strategy, nodes)
+    assert metrics(folder) == pytest.approx(one_process, rel=ROUNDING)
+
+
+# -- life in the queue ------------------------------------------------------------------------------------------------
+
+LONG = {"max_steps": 500, "save_steps": 20, "hang_minutes": 5}
+DDP = {"DILQUR_STRATEGY": "accelerate_configs/ddp.yaml"}
+
+
+def restarts(lab, job):
+    return int(lab.job(job)["Restarts"])
+
+
+def test_warned_preempted_crashed_and_its_controller_restarted_a_run_ends_as_if_nothing_had_been(lab, write):
+    undisturbed, folder = write("undisturbed", **LONG), write("disturbed", **LONG)
+    assert lab.wait(submit(lab, "undisturbed", 2, **DDP)) == "COMPLETED"
+    job = submit(lab, "disturbed", 2, **DDP)
+
+    wait_for_steps(lab, job, folder, 30)
+    lab.run("scancel", "--signal=USR1", "--batch", job)  # what --signal=B:USR1@300 sends near the end of the time
+    wait_for_steps(lab, job, folder, 30)
+    assert restarts(lab, job) == 1
+
+    urgent = lab.sbatch(
+        "--partition=urgent", "--nodes=3", "--exclusive", "--time=5", "--output=/dev/null", "--wrap=sleep 3"
+    )
+    lab.wait(urgent)
+    wait_for_steps(lab, job, folder, 30)
+    assert restarts(lab, job) >= 2
+
+    lab.ask("restart")
+    wait_for_steps(lab, job, folder, 30)
+
+    before, node = (
+        restarts(lab, job),
+        lab.run("scontrol", "show", "hostnames", lab.job(job)["NodeList"]).stdout.split()[-1],
+    )
+    lab.ask("crash", node)
+    lab.wait(job, "PENDING", 120)
+    assert lab.wait(job) == "COMPLETED", lab.log(job)
+    lab.ask("boot", node)
+    assert restarts(lab, job) == before + 1
+
+    assert metrics(folder) == metrics(undisturbed), "bit for bit"
+
+
+def test_cancelled_and_submitted_again_a_run_goes_on(lab, write):
+    folder = write("cancelled", **LONG)
+    job = submit(lab, "cancelled", 2, **DDP)
+    wait_for_steps(lab, job, folder, 30)
+    lab.run("scancel", job)
+    assert lab.wait(job) == "CANCELLED"
+    done = steps_done(folder)
+    job = submit(lab, "cancelled", 2, **DDP)
+    assert lab.wait(job) == "COMPLETED", lab.log(job)
+    records = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert records == list(range(1, 501)) and done > 30
