@@ -10,7 +10,7 @@ import sys
 import regex
 import xxhash
 
-from dilqur.bert_tokens import CLS, CONTROL_TOKENS, SEP
+from dilqur.bert_tokens import CLS, CONTROL_TOKENS, MASK, SEP
 from dilqur.errors import InputError
 from dilqur.llama3 import BOS, PATTERNS, SPECIAL_TOKENS
 from dilqur.tokenizer import byte_characters
@@ -119,7 +119,10 @@ def byte_level_tokenizer(merges, pre_tokenizer, control_tokens, single, pair):
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control_tokens])
+    # a word's token has the space before it: [MASK], which stands for one, takes that space, too
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False, lstrip=token == MASK) for token in control_tokens]
+    )
     used = [(token, tokenizer.token_to_id(token)) for token in control_tokens if token in single.split()]
     tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=used)
     return tokenizer
