@@ -1,7 +1,7 @@
 r"""How good encoders are: fine-tuned on a task with labels, or asked to guess masked words; several side by side, with intervals.
 
     python scripts/eval_encoder.py --config recipes/quickstart-encoder/kinds.yaml --check
-    python scripts/eval_encoder.py --model_name_or_path runs/quickstart-encoder/mlm-2 --task masked_words \
+    python scripts/eval_encoder.py --model_name_or_path runs/quickstart-encoder/mlm-2 --task masked_words --max_length 128 \
         --train runs/quickstart-encoder/clean/train --test runs/quickstart-encoder/clean/validation --output_dir runs/try/words
 
 task                      what is measured
