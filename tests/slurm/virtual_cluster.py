@@ -83,6 +83,10 @@ def skip_where_impossible():
     reason = (
         "needs root" if os.geteuid() else missing and f"needs Debian's Slurm and munge: {', '.join(missing)} missing"
     )
+    probe = "ip link add br0 type bridge && ip link add a type veth peer name b && mount -t tmpfs tmpfs /run"
+    namespaces = ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "sh", "-c", probe]
+    if not reason and subprocess.run(namespaces, capture_output=True).returncode:
+        reason = "needs networks and mounts of its own, and this machine's root may not make them"
     if reason:
         assert os.environ.get("DILQUR_LAB") != "required", reason
         pytest.skip(f"a Slurm of virtual nodes {reason}")
