@@ -83,7 +83,7 @@ def skip_where_impossible():
     reason = (
         "needs root" if os.geteuid() else missing and f"needs Debian's Slurm and munge: {', '.join(missing)} missing"
     )
-    probe = "ip link add br0 type bridge && ip link add a type veth peer name b && mount -t tmpfs tmpfs /run"
+    probe = "ip link add br0 type bridge && ip link add veth-a type veth peer name veth-b && mount -t tmpfs tmpfs /run"
     namespaces = ["unshare", "--net", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "sh", "-c", probe]
     if not reason and subprocess.run(namespaces, capture_output=True).returncode:
         reason = "needs networks and mounts of its own, and this machine's root may not make them"
