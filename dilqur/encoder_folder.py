@@ -9,12 +9,12 @@ biases   EuroBERT's mlp_bias gives the head one, and the feed-forward layers too
 import torch
 from transformers import EuroBertConfig
 
-from dilqur.bert_tokens import MASK
+from dilqur.bert_tokens import MASK, PAD
+from dilqur.encoder_config import read_encoder_config
 from dilqur.errors import InputError
 from dilqur.modeling_neobert import NeoBERTConfig, NeoBERTLMHead
 from dilqur.safetensors_folder import read_tensor, stored_tensors
 from dilqur.safetensors_shards import write_shards
-from dilqur.stage import read_config
 from dilqur.tokenizer import TextTokenizer
 from dilqur.tokenizer_files import copy_tokenizer
 
@@ -24,15 +24,13 @@ OUTER = {
     "decoder.weight": "lm_head.weight",
     "decoder.bias": "lm_head.bias",
 }
-_OWN_KEYS = [key for key in NeoBERTConfig.__annotations__ if key != "model_type"]
 NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-
-
-LAYOUTS = ("eurobert", "neobert")
+_OWN_KEYS = [key for key in NeoBERTConfig.__annotations__ if key != "model_type"]
 
 
 def write_encoder(folder, weights, config, tokenizer, layout="eurobert"):
-    """Write a NeoBERT into the empty `folder`, in one of LAYOUTS. weights: {name: tensor} of NeoBERTLMHead; tokenizer: its folder."""
+    """Write a NeoBERT into the empty `folder`. weights: {name: tensor} of NeoBERTLMHead; tokenizer: its folder; layout: one of
+    encoder_config.LAYOUTS."""
     if layout == "eurobert":
         control = TextTokenizer(tokenizer)
         ids = {"bos_token_id": control.bos_id, "eos_token_id": control.eos_id}
@@ -52,7 +50,7 @@ def read_encoder(folder, dtype=torch.float32, **changes):
 
     Raises InputError where a weight is missing, one is there that a NeoBERT has no place for, or a shape is another.
     """
-    stored, config = stored_tensors(folder), neobert_config(folder, read_config(folder))
+    stored, config = stored_tensors(folder), neobert_config(folder)
     weights = {name: read_tensor(where, name).to(dtype) for name, where in stored.items()}
     if "model.embed_tokens.weight" in weights:
         try:
@@ -81,14 +79,17 @@ def refuse_other_shapes(source, shapes, model):
             raise InputError(f"{source}: {name} is {list(shapes[name])}, its config says {list(expected[name])}")
 
 
-def neobert_config(folder, config):
-    """NeoBERTConfig of a config.json, NeoBERT's or EuroBERT's, as a dict. Raises InputError for another model's."""
-    if config.get("model_type") == "neobert":
+def new_config(model_config, tokenizer, **more):
+    """NeoBERTConfig of a model that begins with random weights, for the tokenizer of a folder. model_config: its keys."""
+    pad = TextTokenizer(tokenizer).backend.token_to_id(PAD)
+    return NeoBERTConfig(**model_config, pad_token_id=pad, **more)
+
+
+def neobert_config(folder):
+    """NeoBERTConfig of a folder's config.json, NeoBERT's or EuroBERT's. Raises InputError for another model's."""
+    config = read_encoder_config(folder)
+    if config["model_type"] == "neobert":
         return NeoBERTConfig(**{key: config[key] for key in _OWN_KEYS if key in config})
-    if config.get("model_type") != "eurobert":
-        raise InputError(
-            f"{folder}: a {config.get('model_type')}: only NeoBERT, and EuroBERT made of it, are trained here"
-        )
     if config.get("num_key_value_heads") not in (None, config["num_attention_heads"]):
         raise InputError(f"{folder}: a EuroBERT with fewer key than query heads is no NeoBERT")
     rope = config.get("rope_parameters") or config

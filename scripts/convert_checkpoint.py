@@ -23,13 +23,12 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from dilqur.atomic import atomic_files
-from dilqur.bert_tokens import PAD
 from dilqur.conversion.foreign_checkpoints import is_ours, read_foreign, reader_of
+from dilqur.encoder_config import LAYOUTS, is_encoder
 from dilqur.errors import InputError, program
 from dilqur.quiet import quiet_libraries
 from dilqur.recipe import parse
-from dilqur.stage import Input, ModelPath, Stage, StageSettings, file_identity, read_config
-from dilqur.tokenizer import TextTokenizer
+from dilqur.stage import Input, ModelPath, Stage, StageSettings, file_identity
 
 CheckpointPath = Annotated[str, Input("file")]
 
@@ -57,7 +56,7 @@ class ConvertSettings(StageSettings):
         default=False,
         metadata={"help": "load another program's pickles: they can run any code, so know where they are from"},
     )
-    encoder_layout: Literal["eurobert", "neobert"] | None = field(
+    encoder_layout: Literal[LAYOUTS] | None = field(
         default=None,
         metadata={
             "help": "of an encoder: a folder transformers loads (eurobert), or one with the published names (neobert)"
@@ -75,7 +74,7 @@ def direction(settings):
     if settings.checkpoint and (complete := sorted(Path(settings.checkpoint).glob("step-*/COMPLETE"))):
         settings.checkpoint = str(complete[-1].parent)
     ours = settings.checkpoint and is_ours(settings.checkpoint)
-    encoder = is_encoder(settings, ours)
+    encoder = of_encoder(settings, ours)
     if settings.encoder_layout and not encoder:
         raise InputError(
             "encoder_layout: is for an encoder: a checkpoint of mlm.py, or a folder of a NeoBERT or EuroBERT"
@@ -132,7 +131,7 @@ def direction(settings):
     return from_elsewhere
 
 
-def is_encoder(settings, ours):
+def of_encoder(settings, ours):
     """Is it a checkpoint of mlm.py, or the folder of a model that mlm.py trains?"""
     if ours:
         try:
@@ -140,9 +139,7 @@ def is_encoder(settings, ours):
         except (OSError, ValueError):
             return False  # what is wrong with it is said when it is read
         return "mlm_probability" in (trainer.get("recipe") or {})
-    if settings.checkpoint or not settings.model_name_or_path:
-        return False
-    return read_config(settings.model_name_or_path).get("model_type") in ("eurobert", "neobert")
+    return bool(settings.model_name_or_path and not settings.checkpoint and is_encoder(settings.model_name_or_path))
 
 
 # -- the four things it does -----------------------------------------------------------------------------------------
@@ -209,19 +206,19 @@ def to_encoder(settings, stage):
     import torch
 
     from dilqur.checkpoint_files import CheckpointReader
-    from dilqur.encoder_folder import neobert_config, read_encoder, refuse_other_shapes, write_encoder
-    from dilqur.modeling_neobert import NeoBERTConfig, NeoBERTLMHead
+    from dilqur.encoder_folder import neobert_config, new_config, read_encoder, refuse_other_shapes, write_encoder
+    from dilqur.modeling_neobert import NeoBERTLMHead
 
     if settings.checkpoint:
         reader = CheckpointReader(settings.checkpoint)
         recipe, step = reader.trainer["recipe"], reader.trainer["step"]
         base = settings.model_name_or_path or recipe["model_name_or_path"]
         if base:
-            tokenizer, config = base, neobert_config(base, read_config(base))
+            tokenizer, config = base, neobert_config(base)
             config.max_length = recipe["max_position_embeddings"] or config.max_length
         else:
             tokenizer = recipe["tokenizer"]
-            config = NeoBERTConfig(**recipe["model_config"], pad_token_id=TextTokenizer(tokenizer).control_id(PAD))
+            config = new_config(recipe["model_config"], tokenizer)
         with torch.device("meta"):
             refuse_other_shapes(reader.folder, reader.shapes, NeoBERTLMHead(config))
         weights = {name: reader.tensor("weight", name) for name in reader.shapes}

@@ -40,6 +40,7 @@ from dilqur.encoder_tasks.splits import read_splits
 from dilqur.errors import InputError, program
 from dilqur.input_files import expand
 from dilqur.interrupt import Interrupt
+from dilqur.markdown import between, markdown, number
 from dilqur.quiet import quiet_libraries
 from dilqur.recipe import parse, to_dict
 from dilqur.stage import FilePath, ModelPath, Stage, StageSettings, named_models, read_config
@@ -151,12 +152,12 @@ def fine_tune_all(settings, stage, splits, models):
     ]
     runs, encoder, metric = {}, None, settings.metric or DEFAULT_METRIC
     with tqdm(desc=stage.name, total=len(todo), unit="run", disable=None) as bar:
-        for number, (name, path, rate, seed) in enumerate(todo):
+        for done, (name, path, rate, seed) in enumerate(todo):
             kept, began = stage.folder / "runs" / f"{quote(name, safe='')}-{rate:g}-{seed}.npz", time.monotonic()
             if not kept.exists():
                 if reason := interrupt.urgent_reason():
                     interrupt.request_requeue()
-                    print(f"{stage.name}: stopped, {reason}: {number} of {len(todo)} done; start it again to go on")
+                    print(f"{stage.name}: stopped, {reason}: {done} of {len(todo)} done; start it again to go on")
                     return None
                 if encoder is None or encoder.name != name:
                     words, random = settings.task == "token_classification", name == RANDOM_WEIGHTS
@@ -177,7 +178,7 @@ def fine_tune_all(settings, stage, splits, models):
             bar.update()
             if bar.disable:
                 said = f"{name}, learning rate {rate:g}, seed {seed}: validation {figures[0]:.4f}"
-                print(f"{stage.name} {number + 1}/{len(todo)} | {said}", file=sys.stderr)
+                print(f"{stage.name} {done + 1}/{len(todo)} | {said}", file=sys.stderr)
     return runs
 
 
@@ -218,7 +219,6 @@ def classification(settings, stage, models):
 
 def masked_words(settings, models):
     """The result of masked_words."""
-    from dilqur.bootstrap import interval, resampled_ratios
     from dilqur.encoder_tasks.masked_words import SEEN, Guesser, classes, count_words, passages
 
     texts = draw([d.text for d in read(expand(settings.test), settings.text_field)], settings.max_eval_samples)
@@ -241,18 +241,13 @@ def masked_words(settings, models):
             guessed[name], cut_off[name] = guesser.guess(cut, *how)
         for sentence, by_model in filled.items():
             by_model[name] = guesser.fill(sentence)
-    _, place = np.unique(documents, return_inverse=True)
-    sums = np.stack([np.bincount(place, weights=right) for right in guessed.values()], axis=1)
-    drawn = resampled_ratios(sums, np.bincount(place))
-    result = {}
-    for column, (name, right) in enumerate(guessed.items()):
-        result[name] = {"score": float(right.mean()), "interval": interval(drawn[:, column])}
-        result[name]["cut_off"] = int(cut_off[name].sum())
-        if column:
-            result[name]["difference"] = result[name]["score"] - next(iter(result.values()))["score"]
-            result[name]["difference_interval"] = interval(drawn[:, column] - drawn[:, 0])
+    ones = np.ones((len(words), 1))
+    result = compare({name: [(documents, right[:, None], ones)] for name, right in guessed.items()})
+    for name, figures in result.items():
+        del figures["scores"]  # of seeds: here is one measurement
+        right, figures["cut_off"] = guessed[name], int(cut_off[name].sum())
         for kind, members in groups.items():
-            result[name][kind] = {key: float(right[of].mean()) if of.any() else None for key, of in members.items()}
+            figures[kind] = {key: float(right[of].mean()) if of.any() else None for key, of in members.items()}
     many = {kind: {key: int(of.sum()) for key, of in members.items()} for kind, members in groups.items()}
     about = {"metric": "words guessed", "words": len(words), "documents": len(texts), "in_group": many}
     return {**about, "models": result, "fill_mask": filled}
@@ -281,31 +276,21 @@ def keep_identity(settings, stage, models):
 
 def table(result):
     """Markdown, a line an encoder."""
-    lines = [
-        f"| encoder | {result['metric']} | 95 % interval | less the first | its interval | learning rate |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
+    heads = ["encoder", result["metric"], "95 % interval", "less the first", "its interval", "learning rate"]
+    rows = []
     for name, f in result["models"].items():
-        spans = [
-            "–" if s is None else f"{s[0]:.3f} to {s[1]:.3f}" for s in (f["interval"], f.get("difference_interval"))
-        ]
-        difference = f"{f['difference']:+.3f}" if "difference" in f else "–"
-        rate = f"{f['learning_rate']:g}" if "learning_rate" in f else "–"
-        lines.append(f"| {name} | {f['score']:.3f} | {spans[0]} | {difference} | {spans[1]} | {rate} |")
+        differs = number(f.get("difference"), "+.3f"), between(f.get("difference_interval"), "+.3f")
+        rows.append([name, number(f["score"]), between(f["interval"]), *differs, number(f.get("learning_rate"), "g")])
+    parts = [markdown(heads, rows)]
     for kind, title in (("by_frequency", "seen in train"), ("by_suffix", "ending")):
         if groups := result.get("in_group", {}).get(kind):
-            names = list(result["models"])
-            lines += ["", f"| {title} | words | " + " | ".join(names) + " |", "|---|---:|" + "---:|" * len(names)]
-            for key, many in groups.items():
-                shares = [result["models"][n][kind][key] for n in names]
-                lines.append(
-                    f"| {key} | {many:,} | " + " | ".join("–" if s is None else f"{s:.3f}" for s in shares) + " |"
-                )
+            models = result["models"].values()
+            rows = [[key, f"{many:,}", *(number(m[kind][key]) for m in models)] for key, many in groups.items()]
+            parts.append(markdown([title, "words", *result["models"]], rows))
     for sentence, by_model in result.get("fill_mask", {}).items():
-        lines += ["", sentence]
-        for name, guesses in by_model.items():
-            lines.append(f"- {name}: " + ", ".join(f"{token} {share:.3f}" for token, share in guesses))
-    return "\n".join(lines) + "\n"
+        lines = (f"- {n}: " + ", ".join(f"{token} {share:.3f}" for token, share in g) for n, g in by_model.items())
+        parts.append("\n".join([sentence, *lines]))
+    return "\n\n".join(parts) + "\n"
 
 
 @program

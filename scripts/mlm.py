@@ -17,13 +17,14 @@ from pydantic import Field
 
 from dilqur.bert_tokens import MASK
 from dilqur.cost_model import encoder_flops_per_token, neobert_width, parameter_sizes
+from dilqur.encoder_config import read_encoder_config
 from dilqur.errors import InputError, program
 from dilqur.loop import train
 from dilqur.masking import COUNTS, RULES, Masking
 from dilqur.quiet import quiet_libraries
 from dilqur.recipe import parse
 from dilqur.safetensors_folder import stored_tensors
-from dilqur.stage import Stage, TokenizerPath, read_config
+from dilqur.stage import Stage, TokenizerPath
 from dilqur.tokenizer import TextTokenizer
 from dilqur.training_settings import TrainingSettings, check_new_model, check_training
 
@@ -95,11 +96,7 @@ def check(settings):
     else:
         if settings.tokenizer:
             raise InputError("tokenizer: a model that is continued keeps its own: leave it out")
-        config = read_config(settings.model_name_or_path)
-        if config.get("model_type") not in ("neobert", "eurobert"):
-            raise InputError(
-                f"{settings.model_name_or_path}: a {config.get('model_type')}: only NeoBERT, and EuroBERT made of it, are trained here"
-            )
+        config = read_encoder_config(settings.model_name_or_path)
         stored_tensors(settings.model_name_or_path)
     samples, _, _ = check_training(settings)
     tokenizer = TextTokenizer(settings.tokenizer or settings.model_name_or_path)
@@ -138,10 +135,9 @@ def load_model(settings):
     import torch
     from transformers import set_seed
 
-    from dilqur.bert_tokens import PAD
     from dilqur.document_attention import attention_for, register_document_attention
-    from dilqur.encoder_folder import read_encoder
-    from dilqur.modeling_neobert import NeoBERTConfig, NeoBERTLMHead
+    from dilqur.encoder_folder import new_config, read_encoder
+    from dilqur.modeling_neobert import NeoBERTLMHead
 
     register_document_attention()
     attention = attention_for(settings.attn_implementation, settings.intra_document_masking)
@@ -149,11 +145,9 @@ def load_model(settings):
     if settings.model_name_or_path:
         longer = {"max_length": settings.max_position_embeddings} if settings.max_position_embeddings else {}
         return read_encoder(settings.model_name_or_path, dtype, **longer, _attn_implementation=attention)
-    pad = TextTokenizer(settings.tokenizer).backend.token_to_id(PAD)
     set_seed(settings.seed)
-    return NeoBERTLMHead(NeoBERTConfig(**settings.model_config, pad_token_id=pad, attn_implementation=attention)).to(
-        dtype
-    )
+    config = new_config(settings.model_config, settings.tokenizer, attn_implementation=attention)
+    return NeoBERTLMHead(config).to(dtype)
 
 
 def masked_loss(model, batch, tokens):

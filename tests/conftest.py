@@ -33,6 +33,7 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in ("test_quickstart.py", "test_second_language.py"))
 
 
+TINY_NEOBERT = "{vocab_size: 1152, hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 4, intermediate_size: 192, max_length: 64}"
 IMPORT_TORCH = (
     "cpt", "mlm", "sft", "eval_bpb", "eval_encoder", "compare_generations", "transplant_tokenizer", "convert_checkpoint",
 )  # fmt: skip
@@ -141,6 +142,17 @@ def made(tmp_path_factory):
             "--output_dir",
             folder / name,
         )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def made_encoder(tmp_path_factory):
+    """A folder with an encoder's `tokenizer/` (1,024 + 128 tokens) and its `shards/`, all made by the programs."""
+    folder = tmp_path_factory.mktemp("made_encoder")
+    tokenizer = ("--control_tokens", "encoder", "--vocab_size", 1024, "--output_dir", folder / "tokenizer")
+    run_program("data_tools/train_tokenizer.py", "--input", CORPUS / "az", *tokenizer)
+    packed = ("--tokenizer", folder / "tokenizer", "--output_dir", folder / "shards")
+    run_program("data_tools/pack_mmap.py", "--input", CORPUS / "az", *packed)
     return folder
 
 

@@ -24,14 +24,12 @@ from transformers import (
 )
 
 from dilqur.batches import IGNORE
-from dilqur.encoder_tasks.loading import refused
+from dilqur.encoder_tasks.loading import load_model, refused
 from dilqur.errors import InputError
 
 NONE = ""  # what is predicted for a word that was cut off
-for chatty in (
-    "modeling_utils",
-    "distributed.tensor_parallel",
-):  # a new head is what is wanted, and one process all there is
+# a new head is what is wanted, and one process all there is
+for chatty in ("modeling_utils", "distributed.tensor_parallel"):
     logging.getLogger(f"transformers.{chatty}").setLevel(logging.ERROR)
 
 
@@ -65,11 +63,7 @@ class Encoder:
         kind = AutoModelForTokenClassification if self.words else AutoModelForSequenceClassification
         set_seed(seed)
         # fp32, whatever the folder has: at 1e-5 most of AdamW's steps are smaller than what bfloat16 can tell apart
-        with refused(self.path):
-            if self.random:
-                model = kind.from_config(self.config, dtype=torch.float32)
-            else:
-                model = kind.from_pretrained(self.path, config=self.config, dtype=torch.float32)
+        model = load_model(kind, self.path, self.config, torch.float32, self.random)
         collator = DataCollatorForTokenClassification if self.words else DataCollatorWithPadding
         with tempfile.TemporaryDirectory() as scratch:
             arguments = TrainingArguments(

@@ -110,19 +110,18 @@ def _records(paths, words, text_field, label_field):
                 )
             else:
                 for where, record in _table(file) if suffix in TABLES else _objects(file):
-                    if text_field not in record:
-                        raise InputError(
-                            f"{where}: no {text_field!r} (there are: {', '.join(record)}); see --text_field"
-                        )
+                    text = _field(record, text_field, where, "text_field")
                     if label_field == FILE_NAME:
                         label = Path(file).name.partition(".")[0]
-                    elif label_field in record:
-                        label = record[label_field]
                     else:
-                        raise InputError(
-                            f"{where}: no {label_field!r} (there are: {', '.join(record)}); see --label_field"
-                        )
-                    yield where, None, record[text_field], label
+                        label = _field(record, label_field, where, "label_field")
+                    yield where, None, text, label
+
+
+def _field(record, key, where, flag):
+    if key not in record:
+        raise InputError(f"{where}: no {key!r} (there are: {', '.join(record)}); see --{flag}")
+    return record[key]
 
 
 def _files(path):
@@ -185,9 +184,8 @@ def _sentences(file, label_field):
             parts = line.split("\t") if "\t" in line else line.split()
             if len(parts) < (len(CONLLU) if conllu else 2):
                 raise InputError(f"{file}:{number}: {len(parts)} columns are too few")
-            if (
-                conllu and not parts[0].isdigit()
-            ):  # 1-2: a contraction, written out in what follows; 1.1: a word left out
+            # 1-2: a contraction, written out in what follows; 1.1: a word left out
+            if conllu and not parts[0].isdigit():
                 continue
             words.append(parts[1 if conllu else 0])
             tags.append(parts[column])

@@ -1,4 +1,4 @@
-"""What transformers says of a folder that it cannot load, in one line."""
+"""Models of a folder, trained or with random weights; what transformers cannot load is said in one line."""
 
 import contextlib
 
@@ -13,3 +13,11 @@ def refused(path):
     except (ValueError, OSError, KeyError, ImportError, RuntimeError) as problem:
         said = next((line for line in str(problem).splitlines() if line.strip()), type(problem).__name__)
         raise InputError(f"{path}: transformers cannot load it for this task: {said.strip()}") from None
+
+
+def load_model(kind, path, config, dtype, random):
+    """A model of the class `kind` in `dtype`: with the weights of `path`, or random ones."""
+    with refused(path):
+        if random:
+            return kind.from_config(config, dtype=dtype)
+        return kind.from_pretrained(path, config=config, dtype=dtype)

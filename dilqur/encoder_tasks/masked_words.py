@@ -13,7 +13,7 @@ import xxhash
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, pipeline, set_seed
 
 from dilqur.bert_tokens import MASK
-from dilqur.encoder_tasks.loading import refused
+from dilqur.encoder_tasks.loading import load_model, refused
 from dilqur.errors import InputError
 
 SEEN = {"never": 0, "1 to 9 times": 1, "10 to 99": 10, "100 to 999": 100, "1,000 or more": 1000}  # from how many on
@@ -76,10 +76,8 @@ class Guesser:
         set_seed(seed)
         with refused(path):
             self.tokenizer = AutoTokenizer.from_pretrained(path)
-            if random:
-                model = AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
-            else:
-                model = AutoModelForMaskedLM.from_pretrained(path, dtype=dtype)
+            config = AutoConfig.from_pretrained(path)
+        model = load_model(AutoModelForMaskedLM, path, config, dtype, random)
         if self.tokenizer.mask_token_id is None or not self.tokenizer.is_fast:
             raise InputError(f"{path}: its tokenizer has no mask token, or no tokenizer.json: it cannot guess words")
         self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

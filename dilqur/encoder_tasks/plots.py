@@ -1,6 +1,6 @@
 """The picture of eval_encoder: a bar with its interval for each encoder, and lines over how often a word was seen."""
 
-from dilqur.plots import BLUE, open_pyplot, save
+from dilqur.plots import bars_with_intervals, open_pyplot, save
 
 
 def plot_scores(result, path):
@@ -11,17 +11,13 @@ def plot_scores(result, path):
     figure, axes = open_pyplot().subplots(1, panels, figsize=size, layout="constrained", squeeze=False)
     bars = axes[0, 0]
     values = [f["score"] for f in models.values()]
-    ends = [f["interval"] or (f["score"], f["score"]) for f in models.values()]
-    errors = [[max(0, v - low) for v, (low, _) in zip(values, ends, strict=True)]]
-    errors += [[max(0, high - v) for v, (_, high) in zip(values, ends, strict=True)]]
-    bars.barh(list(models), values, color=BLUE, xerr=errors, ecolor="black", alpha=0.85)
+    bars_with_intervals(bars, list(models), values, [f["interval"] for f in models.values()], alpha=0.85)
     for row, figures in enumerate(models.values()):
         seeds = figures.get("scores", [])
         bars.plot(seeds, [row] * len(seeds), "o", color="black", markersize=3)
         bars.text(0.01 * max(values), row, f"{figures['score']:.3f}", va="center", color="white", weight="bold")
     bars.set_title(f"{result['metric']}, 95 % intervals")
     bars.invert_yaxis()  # the first one on top
-    bars.spines[["top", "right"]].set_visible(False)
     if panels == 2:
         lines = axes[0, 1]
         for name, figures in models.items():

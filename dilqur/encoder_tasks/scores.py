@@ -70,7 +70,7 @@ def compare(runs, seed=0):
     drawn = np.empty((len(names), RESAMPLES if many >= FEWEST else 0))
     for at in range(drawn.shape[1]):
         weights = np.bincount(random.integers(many, size=many), minlength=many)
-        chosen = range(len(first)) if folds else random.integers(len(first), size=len(first))
+        chosen = range(len(first)) if folds or len(first) == 1 else random.integers(len(first), size=len(first))
         for row, name in enumerate(names):
             sums = ((weights[places[i]] @ runs[name][i][1], weights[places[i]] @ runs[name][i][2]) for i in chosen)
             drawn[row, at] = np.mean([score(*both) for both in sums])

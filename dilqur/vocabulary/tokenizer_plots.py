@@ -1,6 +1,6 @@
 """The pictures of eval_tokenizer: bars of tokenizers side by side, words cut into their tokens, a curve over vocabulary sizes."""
 
-from dilqur.plots import BLUE, RED, open_pyplot, save
+from dilqur.plots import RED, bars_with_intervals, open_pyplot, save
 
 BOXES = ("#bcd9ea", "#f6cfa8", "#c7e3c0", "#e8c6df", "#e9e2a6")  # one after the other, as tokens come
 
@@ -12,14 +12,10 @@ def plot_bars(measured, path):
     figure, axes = open_pyplot().subplots(1, 2, figsize=size, layout="constrained", sharey=True)
     for axis, (key, title) in zip(axes, shown.items(), strict=True):
         values = [r[key] or 0 for r in measured.values()]
-        ends = [r["intervals"][key] or [v, v] for r, v in zip(measured.values(), values, strict=True)]
-        errors = [[max(0, v - low) for v, (low, _) in zip(values, ends, strict=True)]]
-        errors += [[max(0, high - v) for v, (_, high) in zip(values, ends, strict=True)]]
-        bars = axis.barh(list(measured), values, color=BLUE, xerr=errors, ecolor="black")
+        bars = bars_with_intervals(axis, list(measured), values, [r["intervals"][key] for r in measured.values()])
         axis.bar_label(bars, fmt="%.2f", padding=3)
         axis.set_title(title)
         axis.margins(x=0.15)
-        axis.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()  # the first one on top
     save(figure, path)
 

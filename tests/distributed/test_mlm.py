@@ -5,44 +5,37 @@ import math
 
 import pytest
 import torch
-from conftest import CORPUS, ROOT
+from conftest import ROOT, TINY_NEOBERT
 from test_strategies import ROUNDING, STRATEGIES, flat, metrics
 
 LENGTH, BATCH, STEPS, VOCABULARY = 64, 8, 12, 1152
 MLM = ROOT / "scripts" / "mlm.py"
-TINY = (
-    f"{{vocab_size: {VOCABULARY}, hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 4, intermediate_size: 192, "
-    f"max_length: {LENGTH}}}"
-)
 
 
 @pytest.fixture(scope="module")
-def data(run, tmp_path_factory):
-    """An encoder's tokenizer and its token shards."""
-    folder = tmp_path_factory.mktemp("encoder")
-    tokenizer = ("--control_tokens", "encoder", "--vocab_size", 1024, "--output_dir", folder / "tokenizer")
-    run("data_tools/train_tokenizer.py", "--input", CORPUS / "az", *tokenizer)
-    packed = ("--tokenizer", folder / "tokenizer", "--output_dir", folder / "shards")
-    run("data_tools/pack_mmap.py", "--input", CORPUS / "az", *packed)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def flags(data):
+def flags(made_encoder):
     shape = f"--max_length {LENGTH} --global_batch_size {BATCH} --per_device_train_batch_size 2 --max_steps {STEPS}"
-    return (*shape.split(), "--datasets", f"{{path: {data}/shards}}", "--learning_rate", "4e-3", "--save_steps", 4)
+    return (
+        *shape.split(),
+        "--datasets",
+        f"{{path: {made_encoder}/shards}}",
+        "--learning_rate",
+        "4e-3",
+        "--save_steps",
+        4,
+    )
 
 
 @pytest.fixture(scope="module")
-def new(flags, data):
-    return (*flags, "--model_config", TINY, "--tokenizer", data / "tokenizer")
+def new(flags, made_encoder):
+    return (*flags, "--model_config", TINY_NEOBERT, "--tokenizer", made_encoder / "tokenizer")
 
 
 @pytest.fixture(scope="module")
-def base(run, new, data, tmp_path_factory):
+def base(run, new, made_encoder, tmp_path_factory):
     """The uninterrupted run of one process, with evaluation."""
     folder = tmp_path_factory.mktemp("base") / "run"
-    held_out = ("--eval_datasets", f"{{path: {data}/shards}}", "--eval_steps", 6, "--max_eval_samples", 32)
+    held_out = ("--eval_datasets", f"{{path: {made_encoder}/shards}}", "--eval_steps", 6, "--max_eval_samples", 32)
     run("scripts/mlm.py", *new, *held_out, "--output_dir", folder)
     return folder
 
@@ -185,12 +178,12 @@ def check(run, flags):
 
 
 def test_a_tokenizer_without_a_mask_is_refused(check, made):
-    said = check("--model_config", TINY, "--tokenizer", made / "tokenizer")
+    said = check("--model_config", TINY_NEOBERT, "--tokenizer", made / "tokenizer")
     assert "no [MASK] in it: train one with data_tools/train_tokenizer.py --control_tokens encoder" in said
 
 
-def test_shards_of_another_tokenizer_are_refused(check, data, made):
-    new = ("--model_config", TINY, "--tokenizer", data / "tokenizer")
+def test_shards_of_another_tokenizer_are_refused(check, made_encoder, made):
+    new = ("--model_config", TINY_NEOBERT, "--tokenizer", made_encoder / "tokenizer")
     said = check(*new, "--datasets", f"{{path: {made}/shards}}")
     assert f"{made}/shards was packed with another tokenizer" in said
 
@@ -204,9 +197,9 @@ def test_shards_of_another_tokenizer_are_refused(check, data, made):
         ({"num_attention_heads": 5}, "hidden_size 64 does not divide into 5 heads"),
     ],
 )
-def test_a_shape_that_cannot_be_is_refused(check, data, config, says):
+def test_a_shape_that_cannot_be_is_refused(check, made_encoder, config, says):
     shape = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_attention_heads": 4, "max_length": LENGTH, **config}
-    assert says in check("--model_config", json.dumps(shape), "--tokenizer", data / "tokenizer")
+    assert says in check("--model_config", json.dumps(shape), "--tokenizer", made_encoder / "tokenizer")
 
 
 def test_a_longer_context_has_to_be_asked_for_and_is_another_order_of_the_data(check, base):

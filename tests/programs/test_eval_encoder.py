@@ -4,24 +4,27 @@ import json
 
 import numpy as np
 import pytest
-from conftest import CORPUS, SHARED
+from conftest import CORPUS, SHARED, TINY_NEOBERT
 from transformers import AutoTokenizer
-
-TINY = "{vocab_size: 1152, hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 4, intermediate_size: 192, max_length: 64}"
 
 
 @pytest.fixture(scope="module")
-def encoder(run, tmp_path_factory):
+def encoder(run, made_encoder, tmp_path_factory):
     """The folder of a NeoBERT that has hardly learned anything, as transformers loads it."""
-    folder = tmp_path_factory.mktemp("encoder")
-    tokenizer = ("--control_tokens", "encoder", "--vocab_size", 1024, "--output_dir", folder / "tokenizer")
-    run("data_tools/train_tokenizer.py", "--input", CORPUS / "az", *tokenizer)
-    packed = ("--tokenizer", folder / "tokenizer", "--output_dir", folder / "shards")
-    run("data_tools/pack_mmap.py", "--input", CORPUS / "az", *packed)
-    shape = ("--model_config", TINY, "--tokenizer", folder / "tokenizer", "--max_length", 64, "--max_steps", 4)
-    steps = ("--global_batch_size", 8, "--learning_rate", "1e-3", "--output_dir", folder / "mlm")
-    run("scripts/mlm.py", *shape, *steps, "--datasets", f"{{path: {folder}/shards}}")
-    return folder / "mlm" / "model"
+    out = tmp_path_factory.mktemp("encoder") / "mlm"
+    shape = (
+        "--model_config",
+        TINY_NEOBERT,
+        "--tokenizer",
+        made_encoder / "tokenizer",
+        "--max_length",
+        64,
+        "--max_steps",
+        4,
+    )
+    steps = ("--global_batch_size", 8, "--learning_rate", "1e-3", "--output_dir", out)
+    run("scripts/mlm.py", *shape, *steps, "--datasets", f"{{path: {made_encoder}/shards}}")
+    return out / "model"
 
 
 @pytest.fixture(scope="module")

@@ -66,10 +66,10 @@ class Lab:
     def wait(self, number, state=None, seconds=240):
         """Until a job is in this state, or has ended; its state."""
         end = time.monotonic() + seconds
-        while (now := self.job(number)["JobState"]) != state and (state or now not in ENDED):
+        while (now := self.job(number)["JobState"]) not in (state, *ENDED):
             assert time.monotonic() < end, f"job {number} is {now} after {seconds} s\n{self.log(number)}"
-            assert state is None or now not in ENDED, f"job {number} is {now}, not {state}\n{self.log(number)}"
             time.sleep(0.2)
+        assert state in (None, now), f"job {number} is {now}, not {state}\n{self.log(number)}"
         return now
 
     def log(self, number):
