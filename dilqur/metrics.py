@@ -10,6 +10,7 @@ data_wait_seconds        that the slowest rank waited for its batch
 peak_memory_gb           largest over ranks since the start, GiB
 skipped_steps            so far: their loss or gradients were not finite
 checkpoint_stall_seconds, eval_loss, eval_bits_per_byte, eval_accuracy, eval_seconds    in the steps after which it was done
+max_steps, seconds_left  of the run, for --status; by the median of the last hundred steps
 gpu_utilization, gpu_power_w, gpu_temperature_c, gpu_throttled           rank 0's GPU, from NVML
 """
 
@@ -68,12 +69,14 @@ class Metrics:
     def log(self, step, **values):
         """One step's numbers: a JSON line, the trackers, the bar or a line on standard output."""
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._last = {"step": step, **values, "time": round(time.time(), 3)}
+        self._seconds.append(values.get("step_seconds") or 0.0)
+        seconds_left = round(self.seconds_left(step))
+        left = str(timedelta(seconds=seconds_left))
+        progress = {"max_steps": self.max_steps, "seconds_left": seconds_left, "time": round(time.time(), 3)}
+        self._last = {"step": step, **values, **progress}
         self.file.write(json.dumps(self._last) + "\n")
         self.file.flush()
         self._track(step, values)
-        self._seconds.append(values.get("step_seconds") or 0.0)
-        left = str(timedelta(seconds=round(self.seconds_left(step))))
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
             self.bar.set_postfix_str(f"loss {values.get('loss') or math.nan:.4f}, {left} left")

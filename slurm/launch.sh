@@ -5,7 +5,8 @@
 #
 # Programs that train get a process for each GPU of each node, under DILQUR_STRATEGY (an accelerate config; the default is
 # fsdp2.yaml, and ddp.yaml for mlm.py and sft.py); with one process in all, and for every other program: plain python, on the first node.
-# DILQUR_NUM_PROCESSES: processes a node where there is no GPU.
+# DILQUR_NUM_PROCESSES: processes a node where there is no GPU. DILQUR_PORT: of the first node, instead of one from the job's number.
+# DILQUR_MODULES, DILQUR_VENV, DILQUR_LOCAL_DIR: slurm/site.env.example.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 (($#)) || {
@@ -18,9 +19,10 @@ shift
 # -- environment ----------------------------------------------------------------------------------------------------------
 
 source slurm/read_site.sh
-if [[ -z ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} && -x .venv/bin/python ]]; then
-  export PATH=$PWD/.venv/bin:$PATH
+if [[ -n ${DILQUR_MODULES:-} ]]; then
+  load_modules
 fi
+find_python
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # accelerate adds the working folder for DeepSpeed only
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240} # after a TERM, to save in; its default is 30 s
 export PYTHONUNBUFFERED=1                         # or a killed job's last lines are missing from its log
@@ -58,6 +60,7 @@ case $program in
     here=$(gpus)
     ((here > 0)) || here=${DILQUR_NUM_PROCESSES:-1}
     [[ $program == scripts/cpt.py ]] || default=accelerate_configs/ddp.yaml # an adapter and an encoder fit on one GPU whole
+    [[ -z ${DILQUR_LOCAL_DIR:-} || $program == scripts/sft.py || "$*" == *--local_dir* ]] || set -- "$@" --local_dir "$DILQUR_LOCAL_DIR"
     ;;
   *)
     ((node == 0)) || exit 0
@@ -99,9 +102,30 @@ if [[ $said == *", nothing to do ("* && "$*" != *--overwrite_output_dir* ]]; the
   exit 0
 fi
 
+# torch would wait a quarter of an hour for a node that it cannot reach, and take a foreign server for the first one. Nobody listens
+# yet: a refused connection is a good sign.
+find_the_first_node() {
+  local said try
+  for try in 1 2 3; do
+    said=$(timeout 10 bash -c ": <>/dev/tcp/$1/$2" 2>&1) && {
+      ((node == 0)) || return 0 # it was faster
+      echo "error: port $2 of $1 is in use: set DILQUR_PORT to another" >&2
+      exit 2
+    }
+    [[ $said != *"Connection refused"* ]] || return 0
+    ((try == 3)) || sleep 2
+  done
+  said=$(sed -n 's/^bash: [^/]*: \(.*\)$/\1/p' <<<"$said" | head -n 1)
+  echo "error: $(hostname) cannot reach $1, port $2 (${said:-no answer in 10 s}): a firewall, or a name that means another network;" \
+    "leave out the node with DILQUR_EXCLUDE in slurm/site.env" >&2
+  exit 2
+}
+
 if ((nodes > 1)); then
   mapfile -t hosts < <(scontrol show hostnames "$SLURM_STEP_NODELIST")
-  where=(--machine_rank "$node" --main_process_ip "${hosts[0]}" --main_process_port "$((20000 + SLURM_JOB_ID % 10000))" --rdzv_backend static)
+  port=${DILQUR_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
+  find_the_first_node "${hosts[0]}" "$port"
+  where=(--machine_rank "$node" --main_process_ip "${hosts[0]}" --main_process_port "$port" --rdzv_backend static)
 else
   where=(--machine_rank 0 --main_process_port 0) # 0: a free one, several runs may share the node
 fi

@@ -4,10 +4,11 @@
 #     slurm/pipeline.sh NAME                 submit it: a job for each run of rows with the same batch file, one after the other
 #     slurm/pipeline.sh NAME --dry-run       print the commands that would submit it
 #     slurm/pipeline.sh NAME --local         run it here, without Slurm
-#     slurm/pipeline.sh NAME --status        what is finished, running, stopped, not started
+#     slurm/pipeline.sh NAME --status        every stage: its state, job, step, loss, tokens/s and time left, or why it ended
 #     slurm/pipeline.sh NAME --from STAGE    begin there (with any of these)
 #
-# A stage that has finished says so and costs a second. Options of sbatch go into its SBATCH_* variables, e.g. SBATCH_ACCOUNT.
+# A stage that has finished says so and costs a second. What the cluster wants (account, partition, ...) is in slurm/site.env, which
+# slurm/setup_site.sh makes; without it, sbatch's variables count, e.g. SBATCH_ACCOUNT.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source slurm/read_pipeline.sh
@@ -46,37 +47,9 @@ if [[ -n $from ]]; then
 fi
 todo=("${stages[@]:first}")
 
-# -- --status -------------------------------------------------------------------------------------------------------------
-
-# What became of the stage in folder $1, in words.
-state_of() {
-  local folder=$1 ended seconds newest step
-  if [[ -e $folder/manifest.json ]]; then
-    ended=$(sed -n 's/^ "ended": "\(.*\)",*$/\1/p' "$folder/manifest.json") # one blank: a key of the outermost table
-    seconds=$(sed -n 's/^ "seconds": \([0-9]*\).*$/\1/p' "$folder/manifest.json")
-    echo "finished $ended, $seconds s"
-    return
-  fi
-  newest=$(compgen -G "$folder/checkpoints/step-*/COMPLETE" | sort | tail -n 1 | xargs -r dirname | xargs -r basename) || true
-  step=$(tail -n 1 "$folder/metrics.jsonl" 2>/dev/null | sed -n 's/^{"step": \([0-9]*\).*$/\1/p') || true
-  # A shared lock: two people may look at once, and the program's own is not shared.
-  if [[ -e $folder/.lock ]] && ! flock --shared --nonblock "$folder/.lock" true; then
-    echo "running, $(<"$folder/.lock")${step:+, step $step}${newest:+, newest checkpoint $newest}$([[ ! -e $folder/STOP ]] || echo ", asked to stop")"
-  elif [[ -e $folder/REQUEUE ]]; then
-    echo "stopped, goes on from ${newest:-its start} when started again"
-  elif [[ -e $folder/.lock || -n $newest ]]; then
-    echo "interrupted${step:+ in step $((step + 1))}, goes on from ${newest:-its start} when started again"
-  else
-    echo "not started"
-  fi
-}
-
 if [[ $mode == status ]]; then
-  width=$(printf '%s\n' "${todo[@]}" | wc -L)
-  for stage in "${todo[@]}"; do
-    printf "%-${width}s  %s\n" "$stage" "$(state_of "runs/$name/$stage")"
-  done
-  exit 0
+  find_python
+  exec python -m dilqur.status "$name" "${todo[@]}"
 fi
 
 # -- --local --------------------------------------------------------------------------------------------------------------
@@ -106,10 +79,17 @@ if ((${#finished[@]} && ${#finished[@]} < ${#todo[@]})); then
 fi
 
 # What --dry-run prints is a script that does the same.
-folder=runs/$name jobs=()
+folder=runs/$name jobs=() after=afterok
+[[ ${DILQUR_REQUEUE:-1} != 0 ]] || after=afterany # a start of a chain may fail and the next go on; what waits looks for itself
 if [[ $mode == dry-run ]]; then
+  [[ ! -f slurm/site.env ]] || echo "source slurm/site.env"
   echo "mkdir -p $folder"
 else
+  command -v sbatch >/dev/null || die "no sbatch here; without Slurm: slurm/pipeline.sh $name --local"
+  waiting=$(squeue --noheader --me --format=%F 2>/dev/null | sort -u | grep -xf <(cut -d' ' -f1 "$folder/jobs" 2>/dev/null)) || true
+  [[ -z $waiting ]] || die "jobs of this recipe are in the queue already: slurm/pipeline.sh $name --status;" \
+    "to submit it anew: scancel $(xargs <<<"$waiting")"
+  [[ -f slurm/site.env ]] || echo "note: there is no slurm/site.env (slurm/setup_site.sh makes one): sbatch's own defaults are taken" >&2
   mkdir -p "$folder" # Slurm starts no job whose output it cannot write
 fi
 for block in "${!blocks[@]}"; do
@@ -117,7 +97,7 @@ for block in "${!blocks[@]}"; do
   command=(sbatch --parsable "--output=$folder/%x-%j.out")
   if ((block)); then
     # Without --kill-on-invalid-dep, jobs behind a failed one wait for ever.
-    command+=("--dependency=afterok:${jobs[-1]}" --kill-on-invalid-dep=yes)
+    command+=("--dependency=$after:${jobs[-1]}" --kill-on-invalid-dep=yes)
   fi
   command+=("slurm/${files[block]}.sbatch" "$name" "${members[@]}")
   if [[ $mode == dry-run ]]; then
@@ -129,6 +109,7 @@ for block in "${!blocks[@]}"; do
       exit 1
     }
     jobs+=("${job%%;*}") # with several clusters: ID;CLUSTER
+    echo "${jobs[-1]} ${files[block]} ${members[*]}" >>"$folder/jobs"
     echo "job ${jobs[-1]}: slurm/${files[block]}.sbatch: ${members[*]}"
   fi
 done

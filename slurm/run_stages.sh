@@ -8,7 +8,10 @@
 #
 # Asked to stop (USR1 or TERM), it touches runs/NAME/STAGE/STOP; the program saves, writes REQUEUE and exits 0. After a USR1, the warning
 # before the end of the time or a preemption, the job is requeued and begins again at the top: what is finished says so. A TERM alone is
-# scancel's: the job ends. DILQUR_REQUEUE=0 where requeueing is forbidden (`sbatch --array=1-10%1` does the same there).
+# scancel's: the job ends. DILQUR_REQUEUE=0 where requeueing is forbidden: in a chain (`sbatch --array=1-10%1`) the next task goes on. A node that went down under a job is avoided, and a job of whose starts three in a row made no progress is left alone.
+#
+# For all jobs of a recipe: runs/NAME/jobs has a line "JOB BATCH STAGE ..." for each. For each stage: .job, whose it is; .starts, a line
+# for each start, "JOB SECONDS NODES PROGRESS", and "left" after it where the job did not die; FAILED, with the exit code.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source slurm/read_pipeline.sh
@@ -17,8 +20,10 @@ source slurm/read_site.sh
 read_pipeline "$1"
 batch=$2
 shift 2
-slurm=
-[[ $batch == local || -z ${SLURM_JOB_ID:-} ]] || slurm=yes
+slurm='' job=''
+if [[ $batch != local && -n ${SLURM_JOB_ID:-} ]]; then
+  slurm=yes job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID} # a chain is one job
+fi
 
 say() { printf '%(%H:%M:%S)T %s\n' -1 "$*"; }
 
@@ -41,8 +46,10 @@ else
   done
   ((${#rows[@]})) || die "recipes/$name/pipeline.txt: no row's batch file is $batch; there are: $(printf '%s\n' "${batches[@]}" | sort -u | xargs)"
 fi
+names=()
 for row in "${rows[@]}"; do
   check_row "$row"
+  names+=("${stages[row]}")
 done
 
 # -- one stage ------------------------------------------------------------------------------------------------------------
@@ -82,42 +89,129 @@ wait_for_end() {
 
 checkpoints() { compgen -G "runs/$name/$1/checkpoints/step-*/COMPLETE" || true; }
 
+# -- this job among others, and its earlier starts ------------------------------------------------------------------------
+
+# Ends the job if another one is running the stage of row $1; from now on it is this one's. Where files can be locked the programs refuse as
+# well, but not every Lustre can.
+take() {
+  local owner=runs/$name/${stages[$1]}/.job other
+  [[ $slurm ]] || return 0
+  if ! (set -o noclobber && echo "$job" >"$owner") 2>/dev/null; then
+    other=$(<"$owner")
+    if [[ $other != "$job" && -n $(squeue --noheader --states=RUNNING --jobs="$other" 2>/dev/null) ]]; then
+      die "${stages[$1]}: job $other is running it; this one, $job, ends here (scancel $other, to submit it anew)"
+    fi
+    echo "$job" >"$owner"
+  fi
+}
+
+# How far the stage of row $1 is: a word that differs once there is more for a later start to go on from.
+progress() {
+  local newest
+  newest=$(checkpoints "${stages[$1]}" | sort | tail -n 1)
+  case ${programs[$1]} in
+    scripts/cpt.py | scripts/mlm.py) basename "$(dirname "${newest:-./none/COMPLETE}")" ;;
+    *) find "runs/$name/${stages[$1]}" -type f ! -name '.*' ! -name STOP ! -name REQUEUE -printf '%s\n' | awk '{n++; size += $1} END {print n + 0 "-files-" size + 0}' ;;
+  esac
+}
+
+# Fails if the last three starts of this job found the stage of row $1 as it is now.
+made_progress() {
+  local now
+  now=$(progress "$1")
+  (($(tail -n 3 "runs/$name/${stages[$1]}/.starts" 2>/dev/null | awk -v job="$job" -v now="$now" '$1 == job && $4 == now' | wc -l) < 3))
+}
+
+no_progress="three starts in a row made no progress: too little time between start and warning for a checkpoint (save_steps), \
+or what its last lines say. Not requeued"
+
+# Notes that a start ended in good order.
+left() { [[ ! $slurm || ! -f $folder/.starts ]] || sed -i '$s/$/ left/' "$folder/.starts"; }
+
+# If the last start died, and one of its nodes that is this job's again has been down since: back into the queue, to wait for others.
+avoid_lost_nodes() {
+  local last seconds nodes ended node since lost=() free
+  [[ $slurm && ${SLURM_RESTART_COUNT:-0} -gt 0 && ${DILQUR_REQUEUE:-1} != 0 ]] || return 0
+  read -r last seconds nodes _ ended < <(tail -n 1 "$folder/.starts" 2>/dev/null) || return 0
+  [[ $last == "$job" && -z $ended ]] || return 0
+  for node in $(comm -12 <(scontrol show hostnames "$nodes" | sort) <(scontrol show hostnames "$SLURM_JOB_NODELIST" | sort)); do
+    since=$(scontrol show node "$node" | sed -n 's/.*SlurmdStartTime=\([^ ]*\).*/\1/p')
+    since=$(date -d "$since" +%s 2>/dev/null) || continue
+    ((since <= seconds)) || lost+=("$node")
+  done
+  ((${#lost[@]})) || return 0
+  free=$(sinfo -h -N -p "$SLURM_JOB_PARTITION" -t idle,allocated,mixed,completing -o %N | sort -u | wc -l)
+  if ((free - ${#lost[@]} < SLURM_JOB_NUM_NODES)); then
+    say "${lost[*]} went down during the last start; there are too few other nodes to avoid it"
+    return 0
+  fi
+  say "${lost[*]} went down during the last start: requeueing job $SLURM_JOB_ID to run without"
+  left
+  scontrol requeue "$SLURM_JOB_ID" && scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$(IFS=, && echo "${lost[*]}")"
+  exit 0
+}
+
 # More is to do, from row $1 on: requeue the job, or say what to type. Never returns.
 leave_for_more() {
-  local row left=() file=slurm/${SLURM_JOB_NAME:-$batch}.sbatch # cpt_p4d runs the rows of cpt_p5
+  local row more=() file=slurm/${SLURM_JOB_NAME:-$batch}.sbatch # cpt_p4d runs the rows of cpt_p5
   [[ -f $file ]] || file=slurm/$batch.sbatch
   for row in "${rows[@]}"; do
-    ((row < $1)) || left+=("${stages[row]}")
+    ((row < $1)) || more+=("${stages[row]}")
   done
+  left
   if [[ $batch == local ]]; then
-    say "to go on: slurm/pipeline.sh $name --local --from ${left[0]}"
+    say "to go on: slurm/pipeline.sh $name --local --from ${more[0]}"
   elif [[ -z $slurm ]]; then
-    say "to go on: slurm/run_stages.sh $name $batch ${left[*]}"
+    say "to go on: slurm/run_stages.sh $name $batch ${more[*]}"
   elif [[ $terminated && ! $warned ]]; then
-    say "job $SLURM_JOB_ID was cancelled; to go on: sbatch $file $name ${left[*]}"
+    say "job $SLURM_JOB_ID was cancelled; to go on: sbatch $file $name ${more[*]}"
     exit 1 # what waits for this job must not start
-  elif [[ ${DILQUR_REQUEUE:-1} == 0 ]]; then
-    say "to go on: sbatch $file $name ${left[*]}"
+  elif ! made_progress "$1"; then
+    fail "$1" "$no_progress"
+  elif [[ -n ${SLURM_ARRAY_JOB_ID:-} && $SLURM_ARRAY_TASK_ID -lt $SLURM_ARRAY_TASK_MAX ]]; then
+    say "the next task of job $SLURM_ARRAY_JOB_ID goes on with ${more[0]}"
+  elif [[ ${DILQUR_REQUEUE:-1} == 0 || -n ${SLURM_ARRAY_JOB_ID:-} ]]; then
+    say "to go on: sbatch $file $name ${more[*]}"
+    exit 1
   else
-    say "requeueing job $SLURM_JOB_ID, to go on with ${left[0]}"
+    say "requeueing job $SLURM_JOB_ID, to go on with ${more[0]}"
     scontrol requeue "$SLURM_JOB_ID" || {
-      say "job $SLURM_JOB_ID cannot be requeued (DILQUR_REQUEUE=0: do not try); to go on: sbatch $file $name ${left[*]}" >&2
-      exit 1 # what waits for this job must not start
+      say "job $SLURM_JOB_ID cannot be requeued (DILQUR_REQUEUE=0 in slurm/site.env: a chain of jobs instead); to go on:" \
+        "sbatch $file $name ${more[*]}" >&2
+      exit 1
     }
   fi
   exit 0
 }
 
+# The stage of row $1 ends the job with code $3 (1), because of $2: --status shows it. Of a chain, the other tasks would say the same of a
+# mistake; anything else may have been the node's fault, and they try again as long as there is progress.
+fail() {
+  local code=${3:-1} log=''
+  say "$title: $2" >&2
+  [[ ! $slurm ]] || log=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/^ *StdOut=//p')
+  echo "$2${job:+ (job $job${log:+; see ${log#"$PWD/"}})}" >"runs/$name/${stages[$1]}/FAILED"
+  [[ $code != 2 && $2 != "$no_progress" ]] || end_chain
+  exit "$code"
+}
+
+end_chain() { [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || scancel --state=PENDING "$SLURM_ARRAY_JOB_ID"; }
+
 # -- one after the other --------------------------------------------------------------------------------------------------
 
-[[ -z $slurm ]] || say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on ${SLURM_JOB_NODELIST:-?}"
+if [[ $slurm ]]; then
+  say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on ${SLURM_JOB_NODELIST:-?}"
+  mkdir -p "runs/$name"
+  grep -qs "^$job " "runs/$name/jobs" || echo "$job ${SLURM_JOB_NAME:-$batch} ${names[*]}" >>"runs/$name/jobs"
+fi
 stop='' pid='' number=0 warned='' terminated=''
 for row in "${rows[@]}"; do
   stage=${stages[row]} folder=runs/$name/${stages[row]} title="[$((++number))/${#rows[@]}] ${stages[row]}"
   began=${EPOCHREALTIME/[.,]/} DILQUR_STAGE_STARTED=$EPOCHSECONDS
   export DILQUR_STAGE_STARTED
   mkdir -p "$folder"
-  rm -f "$folder/STOP" "$folder/REQUEUE"
+  take "$row"
+  rm -f "$folder/STOP" "$folder/REQUEUE" "$folder/FAILED"
   before=$(checkpoints "$stage")
   asked=$stop stop=$folder/STOP
   if [[ -z $asked ]]; then
@@ -131,29 +225,34 @@ for row in "${rows[@]}"; do
     leave_for_more "$row"
   fi
 
+  if [[ $slurm && ! -e $folder/manifest.json ]]; then
+    made_progress "$row" || fail "$row" "$no_progress"
+    avoid_lost_nodes
+    echo "$job $EPOCHSECONDS ${SLURM_JOB_NODELIST:-?} $(progress "$row")" >>"$folder/.starts"
+  fi
   say "$title: ${programs[row]}${flags[row]:+ ${flags[row]}}"
   start "$row"
   wait_for_end
   tenths=$(((${EPOCHREALTIME/[.,]/} - began) / 100000))
   took="$((tenths / 10)).$((tenths % 10)) s"
   if ((code != 0)); then
+    [[ ! $terminated ]] || exit "$code"                                                       # cancelled, or a node of the job went down
+    [[ -e $folder/REQUEUE ]] || fail "$row" "exit code $code after $took" "$code" # a hang leaves one, and what was saved goes on
     say "$title: exit code $code after $took" >&2
-    [[ -e $folder/REQUEUE ]] || exit "$code" # a hang leaves one, and what was saved goes on
   fi
   if [[ -e $folder/REQUEUE ]]; then
     say "$title: stopped after $took"
     if [[ $slurm && ! -e $folder/STOP && $(checkpoints "$stage") == "$before" ]]; then
-      say "$title: no step was made and nobody asked to stop (stop_at_step or max_minutes reached, a hang, or less than five" \
-        "minutes of the job left at its start): requeueing would go on for ever" >&2
-      exit 1
+      fail "$row" "no step was made and nobody asked to stop (stop_at_step or max_minutes reached, a hang, or less than five \
+minutes of the job left at its start): requeueing would go on for ever"
     fi
     leave_for_more "$row"
   fi
   # The next stage looks here; so does --status.
-  [[ -e $folder/manifest.json ]] || {
-    say "$title: exit code 0, but $folder/manifest.json is not there: in a pipeline, leave run_dir and output_dir alone" >&2
-    exit 1
-  }
+  left
+  [[ -e $folder/manifest.json ]] ||
+    fail "$row" "exit code 0, but $folder/manifest.json is not there: in a pipeline, leave run_dir and output_dir alone"
   say "$title: $took"
 done
+end_chain
 [[ -z $waits ]] || say "the other $batch rows of recipes/$name/pipeline.txt wait for $waits"

@@ -7,20 +7,22 @@ import subprocess
 import time
 
 import pytest
-from conftest import ENVIRONMENT, ROOT, run_pipeline, stage_result
+from conftest import ENVIRONMENT, ROOT, run_pipeline, stage_result, train_less
 
 PROGRAMS = sorted([*(ROOT / "data_tools").glob("*.py"), *(ROOT / "scripts").glob("*.py")])
 
 
 @pytest.fixture(scope="module")
 def quickstart(tree):
-    """What `make quickstart` prints."""
+    """What `make quickstart` prints, of half the training."""
+    train_less(tree, "quickstart", base=4, control=4, cpt_1_embeddings=1, cpt_2_full=3, sft=2, sft_control=2)
     return run_pipeline(tree, "quickstart").stdout
 
 
 @pytest.fixture(scope="module")
 def encoder(tree):
-    """What `make quickstart-encoder` prints."""
+    """What `make quickstart-encoder` prints, of half the training."""
+    train_less(tree, "quickstart-encoder", mlm_1=150, mlm_2=30, kinds=2)
     return run_pipeline(tree, "quickstart-encoder").stdout
 
 

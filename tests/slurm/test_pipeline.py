@@ -262,7 +262,11 @@ def test_local_runs_the_real_programs_and_a_second_time_nothing(tree):
         pack="tokenizer: tokenizer\n",
         tokenizer="input: [clean/train]\nvocab_size: 2048\n",
     )
-    assert tree.run("slurm/pipeline.sh", "small", "--status").stdout.split("\n")[0] == "clean      not started"
+    assert tree.run("slurm/pipeline.sh", "small", "--status").stdout.splitlines()[1].split() == [
+        "clean",
+        "not",
+        "started",
+    ]
 
     done = tree.run("slurm/pipeline.sh", "small", "--local")
     lines = [line[9:] for line in done.stdout.splitlines() if line[9:].startswith("[")]  # without the time of day
@@ -271,7 +275,7 @@ def test_local_runs_the_real_programs_and_a_second_time_nothing(tree):
     assert (tree / "runs/small/pack/train/manifest.json").exists()
     status = tree.run("slurm/pipeline.sh", "small", "--status").stdout.splitlines()
     manifest = json.loads((tree / "runs/small/pack/manifest.json").read_text())
-    assert status[2] == f"pack       finished {manifest['ended']}, {int(manifest['seconds'])} s"
+    assert status[3] == f"pack       finished  {manifest['ended']}, {int(manifest['seconds'])} s"
 
     again = tree.run("slurm/pipeline.sh", "small", "--local", PYTHONPROFILEIMPORTTIME="1")
     assert again.stdout.count("nothing to do") == 3
@@ -312,7 +316,7 @@ def test_a_study_is_rows_of_one_recipe_that_differ_in_flags(tree):
     again = tree.run("slurm/pipeline.sh", "study", "--local")
     assert again.stdout.count("nothing to do") == 4
     status = tree.run("slurm/pipeline.sh", "study", "--status").stdout.splitlines()
-    assert [line.split()[:2] for line in status][3] == ["pack@small", "finished"]
+    assert [line.split()[:2] for line in status][4] == ["pack@small", "finished"]
     sent = tree.run("slurm/pipeline.sh", "study", "--dry-run", "--from", "tokenizer@large").stdout
     assert "slurm/prepare_cpu.sbatch study tokenizer@large pack@small)" in sent
     in_parts = tree.run("slurm/run_part.sh", "study", "pack@small", "1", "0")
@@ -345,7 +349,10 @@ def test_status_tells_apart_what_a_stage_can_be(tree):
         (tree / "runs/new" / stage / "checkpoints/step-0000100").mkdir(parents=True)
         (tree / "runs/new" / stage / "checkpoints/step-0000100/COMPLETE").touch()
         (tree / "runs/new" / stage / "checkpoints/step-0000200").mkdir()  # half-written: it does not count
-        (tree / "runs/new" / stage / "metrics.jsonl").write_text('{"step": 119, "loss": 1}\n{"step": 120, "loss": 1}\n')
+        (tree / "runs/new" / stage / "metrics.jsonl").write_text(
+            '{"step": 119, "tokens_per_second": 1000}\n'
+            '{"step": 120, "loss": 1.5, "tokens_per_second": 3000, "max_steps": 400, "seconds_left": 3601}\n{"st'
+        )
         (tree / "runs/new" / stage / ".lock").write_text("process 5 on n1\n")
     (tree / "runs/new/cpt-1/REQUEUE").touch()
     (tree / "runs/new/bpb/.lock").write_text("process 6 on n1\n")
@@ -354,11 +361,12 @@ def test_status_tells_apart_what_a_stage_can_be(tree):
         fcntl.flock(lock, fcntl.LOCK_EX)  # as Stage.open does
         status = tree.run("slurm/pipeline.sh", "new", "--status").stdout.splitlines()
     assert status == [
+        "stage   state           step   loss  tokens/s     left",
         "clean   not started",
-        "pack    finished 2026-01-02T03:04:05Z, 61 s",
-        "cpt-1   stopped, goes on from step-0000100 when started again",
-        "cpt-2   interrupted in step 121, goes on from step-0000100 when started again",
-        "bpb     running, process 6 on n1, asked to stop",
+        "pack    finished                                        2026-01-02T03:04:05Z, 61 s",
+        "cpt-1   stopped      120/400  1.500     2,000  1:00:01  goes on from step-0000100 when started again",
+        "cpt-2   interrupted  120/400  1.500     2,000  1:00:01  goes on from step-0000100 when started again",
+        "bpb     running                                         process 6 on n1, asked to stop",
         "report  not started",
     ]
 
@@ -455,8 +463,9 @@ def test_in_a_job_the_stage_that_runs_is_stopped_and_the_job_requeued(tree, job)
 
 def test_where_requeueing_is_forbidden_the_job_says_what_to_type(tree, job):
     slurm = job(two="seconds: 60\n")
-    out = stop_in(tree, "two", signal.SIGUSR1, "bash", "slurm/cpt_p4d.sbatch", "new", DILQUR_REQUEUE="0", **slurm)
-    assert "to go on: sbatch slurm/cpt_p4d.sbatch new two three" in out and not tree.noted("scontrol")
+    words = ("two", signal.SIGUSR1, "bash", "slurm/cpt_p4d.sbatch", "new")
+    out = stop_in(tree, *words, code=1, DILQUR_REQUEUE="0", **slurm)  # 1: the jobs behind it must not start
+    assert "to go on: sbatch slurm/cpt_p4d.sbatch new two three" in out and not tree.noted("scontrol requeue")
     shutil.rmtree(tree / "runs/new/two")
     tree.fake("scontrol", "exit 1\n")
     out = stop_in(tree, "two", signal.SIGUSR1, "bash", "slurm/cpt_p4d.sbatch", "new", code=1, **slurm)
@@ -467,21 +476,77 @@ def test_a_job_that_makes_no_step_is_not_requeued_for_ever(tree, job):
     """E.g. stop_at_step in a recipe: started again, it stops at once."""
     slurm = job(two="requeue: 1\n")
     done = tree.run("bash", "slurm/cpt_p5.sbatch", "new", code=1, **slurm)
-    assert "requeueing would go on for ever" in done.stderr and not tree.noted("scontrol")
+    assert "requeueing would go on for ever" in done.stderr and not tree.noted("scontrol requeue")
 
 
 def test_a_hang_after_a_checkpoint_requeues_the_job_and_one_without_ends_it(tree, job):
     slurm = job(two="hang: checkpoints/step-0000500\n")
     done = tree.run("bash", "slurm/cpt_p5.sbatch", "new", **slurm)
-    assert "exit code 1" in done.stderr and tree.noted("scontrol") == ["scontrol requeue 4242"]
+    assert "exit code 1" in done.stderr and tree.noted("scontrol requeue") == ["scontrol requeue 4242"]
     done = tree.run("bash", "slurm/cpt_p5.sbatch", "new", code=1, **slurm)  # again, at the same step
-    assert "requeueing would go on for ever" in done.stderr and len(tree.noted("scontrol")) == 1
+    assert "requeueing would go on for ever" in done.stderr and len(tree.noted("scontrol requeue")) == 1
+
+
+def test_three_starts_without_progress_are_enough(tree, job):
+    """A warning, or a crash, that comes before the first checkpoint, again and again."""
+    slurm = job(two="seconds: 60\nno_step: 1\n")
+    words = ("two", signal.SIGUSR1, "bash", "slurm/cpt_p5.sbatch", "new")
+    for _ in range(3):
+        stop_in(tree, *words, **slurm)
+        (tree / "runs/new/two/started").unlink()
+    assert len(tree.noted("scontrol requeue")) == 3
+    done = tree.run("bash", "slurm/cpt_p5.sbatch", "new", code=1, **slurm)
+    assert "three starts in a row made no progress" in done.stderr and len(tree.noted("scontrol requeue")) == 3
+    assert not (tree / "runs/new/two/started").exists()
+    status = tree.run("slurm/pipeline.sh", "new", "--status").stdout
+    assert "two    failed    4242  three starts in a row made no progress" in status
+    stop_in(tree, *words, **{**slurm, "SLURM_JOB_ID": "4243"})  # submitted anew, it counts anew
+
+
+def test_a_second_job_of_the_same_run_ends_while_the_first_is_running(tree, job):
+    slurm = job(two="seconds: 60\n")
+    tree.fake("squeue", "[[ $* != *RUNNING*77* ]] || echo running\n")
+    stop_in(tree, "two", signal.SIGUSR1, "bash", "slurm/cpt_p5.sbatch", "new", **{**slurm, "SLURM_JOB_ID": "77"})
+    done = tree.run("bash", "slurm/cpt_p5.sbatch", "new", code=2, **slurm)
+    assert "error: one: job 77 is running it; this one, 4242, ends here" in done.stderr
+    assert (tree / "runs/new/two/REQUEUE").exists(), "what the first left is left alone"
+    tree.fake("squeue")
+    (tree / "runs/new/two/started").unlink()
+    stop_in(tree, "two", signal.SIGUSR1, "bash", "slurm/cpt_p5.sbatch", "new", **slurm)
+
+
+def test_what_is_in_the_queue_is_not_submitted_again(tree):
+    tree.recipe("new", CHAIN)
+    tree.fake_slurm()
+    tree.run("slurm/pipeline.sh", "new")
+    tree.fake("squeue", "echo 103; echo 103; echo 7\n")
+    done = tree.run("slurm/pipeline.sh", "new", code=2)
+    assert "in the queue already" in done.stderr and "scancel 103\n" in done.stderr
+    assert len(tree.noted("sbatch")) == 4
+
+
+def test_a_task_of_a_chain_leaves_the_rest_to_the_next_and_the_last_one_ends_it(tree, job):
+    slurm = job(two="seconds: 60\n") | {
+        "SLURM_ARRAY_JOB_ID": "4200",
+        "SLURM_ARRAY_TASK_MAX": "3",
+        "DILQUR_REQUEUE": "0",
+    }
+    tree.fake("scancel")
+    words = ("two", signal.SIGUSR1, "bash", "slurm/cpt_p5.sbatch", "new")
+    out = stop_in(tree, *words, SLURM_ARRAY_TASK_ID="1", **slurm)
+    assert "the next task of job 4200 goes on with two" in out
+    (tree / "runs/new/two/started").unlink()
+    out = stop_in(tree, *words, code=1, SLURM_ARRAY_TASK_ID="3", **slurm)
+    assert "to go on: sbatch slurm/cpt_p4d.sbatch new two three" in out and not tree.noted("scancel")
+    (tree / "recipes/new/two.yaml").write_text("")
+    tree.run("bash", "slurm/cpt_p5.sbatch", "new", SLURM_ARRAY_TASK_ID="2", **slurm)
+    assert tree.noted("scancel") == ["scancel --state=PENDING 4200"], "nothing is left for the others to do"
 
 
 def test_asked_to_stop_before_the_first_step_a_job_is_requeued(tree, job):
     slurm = job(two="seconds: 60\nno_step: 1\n")
     stop_in(tree, "two", signal.SIGUSR1, "bash", "slurm/cpt_p5.sbatch", "new", **slurm)
-    assert tree.noted("scontrol") == ["scontrol requeue 4242"]
+    assert tree.noted("scontrol requeue") == ["scontrol requeue 4242"]
 
 
 def test_a_stage_that_cannot_stop_is_finished_and_the_next_not_begun(tree, job):
@@ -497,7 +562,7 @@ def test_stale_markers_do_not_stop_anything(tree, job):
     for marker in ("STOP", "REQUEUE"):
         (tree / "runs/new/two" / marker).touch()
     tree.run("bash", "slurm/cpt_p5.sbatch", "new", **slurm)
-    assert (tree / "runs/new/three/manifest.json").exists() and not tree.noted("scontrol")
+    assert (tree / "runs/new/three/manifest.json").exists() and not tree.noted("scontrol requeue")
 
 
 def test_local_inside_an_allocation_asks_slurm_for_nothing(tree, job):
@@ -524,7 +589,7 @@ def test_ctrl_c_ends_the_program_too(tree, job):
 def launch(tree):
     """Runs launch.sh with a stand-in for accelerate, and for a scripts/cpt.py that says what it is asked."""
     tree.fake("accelerate")
-    tree.fake("scontrol", "echo n1; echo n2\n", note=False)
+    tree.fake("scontrol", "echo localhost; echo n2\n", note=False)  # the first node has to be reached
     (tree / "scripts/cpt.py").unlink()
     (tree / "scripts/cpt.py").write_text(
         "import os, sys\nprint('python', *sys.argv[1:], 'WORLD_SIZE', os.environ.get('WORLD_SIZE'))\n"
@@ -579,7 +644,7 @@ def test_two_nodes_agree_on_address_and_port_and_differ_in_rank(tree, launch):
         launch(SLURM_NODEID=str(node), **step)
         assert told_accelerate(tree) == (
             f"--config_file accelerate_configs/fsdp2.yaml --num_machines 2 --num_processes 16 --machine_rank {node} "
-            "--main_process_ip n1 --main_process_port 23456 --rdzv_backend static scripts/cpt.py --config c.yaml"
+            "--main_process_ip localhost --main_process_port 23456 --rdzv_backend static scripts/cpt.py --config c.yaml"
         )
 
 
