@@ -100,7 +100,7 @@ for file in slurm/*.sbatch; do
   if said=$(sbatch --test-only "$file" 2>&1); then
     echo "ok    $file"
   else
-    echo "FAIL  $file: $(sed -n 's/^.*error: //p' <<<"$said" | head -n 1)"
+    echo "FAIL  $file: $(sed -n 's/^.*\(error\|failure\): //p' <<<"$said" | head -n 1)"
     refused=1
   fi
 done

@@ -31,6 +31,20 @@ def lab(tree, tmp_path_factory):
         yield running
 
 
+def test_a_cluster_that_wants_nothing_special_takes_every_batch_file_as_shipped(tree, tmp_path):
+    skip_where_impossible()
+    with Lab(tmp_path, tree, 2, gpus=8) as plain:
+        files = sorted(file.name for file in (tree / "slurm").glob("*.sbatch"))
+        for name in files:
+            plain.run("sbatch", "--test-only", f"slurm/{name}")
+        done = plain.run("slurm/setup_site.sh", "--yes")
+        assert done.stdout.splitlines()[1:] == [f"ok    slurm/{name}" for name in files]
+    with Lab(tmp_path, tree, 1, gpus=4) as small:
+        done = small.run("slurm/setup_site.sh", "--yes", "--force", code=2)
+        assert "FAIL  slurm/cpt_p5.sbatch: Requested node configuration is not available" in done.stdout
+    (tree / "slurm/site.env").unlink()
+
+
 def test_it_refuses_what_a_site_file_does_not_say(lab):
     for words, mistake in [
         ([], "no account: give one with --account"),
