@@ -36,6 +36,7 @@ def options(file):
 def test_these_are_the_batch_files():
     assert [f.stem for f in FILES] == [
         "array_cpu",
+        "cpt_8b_p5",
         "cpt_p4d",
         "cpt_p5",
         "eval_1gpu",

@@ -68,7 +68,8 @@ class Watch:
 
     def steps(self, more, seconds=300):
         """Until so many more steps are done."""
-        self.until(lambda goal=steps_done(self.folder) + more: steps_done(self.folder) >= goal, seconds)
+        goal = steps_done(self.folder) + more
+        self.until(lambda: steps_done(self.folder) >= goal, seconds)
 
     def until(self, what, seconds=300):
         end = time.monotonic() + seconds
@@ -84,14 +85,11 @@ class Watch:
         began, step = time.monotonic(), steps_done(self.folder)
         self.until(lambda: self.restarts() > restarts and self.lab.job(self.job)["JobState"] == "RUNNING")
         running = time.monotonic()
-        self.until(lambda: steps_done(self.folder) < step or self.saved(step))  # the file was cut to the checkpoint
-        lost = step - min(step, steps_done(self.folder))
+        self.until(lambda: steps_done(self.folder) != step)  # the file is cut to the checkpoint, or goes on
+        lost = max(0, step - steps_done(self.folder))
         self.until(lambda: steps_done(self.folder) > step)
         seconds = {"in the queue": round(running - began, 1), "to go on": round(time.monotonic() - running, 1)}
         self.lost.append({**seconds, "steps lost": lost})
-
-    def saved(self, step):
-        return steps_done(self.folder) > step
 
     def finish(self, undisturbed):
         assert self.lab.wait(self.job, seconds=600) == "COMPLETED", self.lab.log(self.job)

@@ -147,7 +147,7 @@ def test_a_chain_of_jobs_runs_to_its_end_where_none_may_requeue_itself(lab, site
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 5):
         assert time.monotonic() < end, "\n".join(f.read_text() for f in (tree / "runs/ported").glob("*.out"))
         time.sleep(0.2)
-    state, job, step, loss, rate, left, where, *_ = status(lab, "ported")["cpt"]
+    state, job, step, loss, _, _, where, *_ = status(lab, "ported")["cpt"]
     assert (state, job, where) == ("running", train, "n1") and step.endswith("/300") and float(loss) > 0
     # scancel signals a task twice, and fails where the first time was enough
     lab.run("scancel", "--signal=USR1", "--batch", f"{train}_1", code=None)
