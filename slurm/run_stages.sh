@@ -8,14 +8,13 @@
 #
 # Asked to stop (USR1 or TERM), it touches runs/NAME/STAGE/STOP; the program saves, writes REQUEUE and exits 0. After a USR1, the warning
 # before the end of the time or a preemption, the job is requeued and begins again at the top: what is finished says so. A TERM alone is
-# scancel's: the job ends. DILQUR_REQUEUE=0 where requeueing is forbidden: in a chain (`sbatch --array=1-10%1`) the next task goes on. A node that went down under a job is avoided, and a job of whose starts three in a row made no progress is left alone.
-#
-# For all jobs of a recipe: runs/NAME/jobs has a line "JOB BATCH STAGE ..." for each. For each stage: .job, whose it is; .starts, a line
-# for each start, "JOB SECONDS NODES PROGRESS", and "left" after it where the job did not die; FAILED, with the exit code.
+# scancel's: the job ends. DILQUR_REQUEUE=0 where requeueing is forbidden: in a chain (`sbatch --array=1-10%1`) the next task goes on. FAILED in a
+# stage's folder says why it ended otherwise. What jobs note about their starts, and what follows from it, is in job_notes.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source slurm/read_pipeline.sh
 source slurm/read_site.sh
+source slurm/job_notes.sh
 (($# >= 2)) || die "usage: slurm/run_stages.sh NAME BATCH [STAGE ...]"
 read_pipeline "$1"
 batch=$2
@@ -89,67 +88,10 @@ wait_for_end() {
 
 checkpoints() { compgen -G "runs/$name/$1/checkpoints/step-*/COMPLETE" || true; }
 
-# -- this job among others, and its earlier starts ------------------------------------------------------------------------
-
-# Ends the job if another one is running the stage of row $1; from now on it is this one's. Where files can be locked the programs refuse as
-# well, but not every Lustre can.
-take() {
-  local owner=runs/$name/${stages[$1]}/.job other
-  [[ $slurm ]] || return 0
-  if ! (set -o noclobber && echo "$job" >"$owner") 2>/dev/null; then
-    other=$(<"$owner")
-    if [[ $other != "$job" && -n $(squeue --noheader --states=RUNNING --jobs="$other" 2>/dev/null) ]]; then
-      die "${stages[$1]}: job $other is running it; this one, $job, ends here (scancel $other, to submit it anew)"
-    fi
-    echo "$job" >"$owner"
-  fi
-}
-
-# How far the stage of row $1 is: a word that differs once there is more for a later start to go on from.
-progress() {
-  local newest
-  newest=$(checkpoints "${stages[$1]}" | sort | tail -n 1)
-  case ${programs[$1]} in
-    scripts/cpt.py | scripts/mlm.py) basename "$(dirname "${newest:-./none/COMPLETE}")" ;;
-    *) find "runs/$name/${stages[$1]}" -type f ! -name '.*' ! -name STOP ! -name REQUEUE -printf '%s\n' | awk '{n++; size += $1} END {print n + 0 "-files-" size + 0}' ;;
-  esac
-}
-
-# Fails if the last three starts of this job found the stage of row $1 as it is now.
-made_progress() {
-  local now
-  now=$(progress "$1")
-  (($(tail -n 3 "runs/$name/${stages[$1]}/.starts" 2>/dev/null | awk -v job="$job" -v now="$now" '$1 == job && $4 == now' | wc -l) < 3))
-}
+# -- the end of a job -----------------------------------------------------------------------------------------------------
 
 no_progress="three starts in a row made no progress: too little time between start and warning for a checkpoint (save_steps), \
 or what its last lines say. Not requeued"
-
-# Notes that a start ended in good order.
-left() { [[ ! $slurm || ! -f $folder/.starts ]] || sed -i '$s/$/ left/' "$folder/.starts"; }
-
-# If the last start died, and one of its nodes that is this job's again has been down since: back into the queue, to wait for others.
-avoid_lost_nodes() {
-  local last seconds nodes ended node since lost=() free
-  [[ $slurm && ${SLURM_RESTART_COUNT:-0} -gt 0 && ${DILQUR_REQUEUE:-1} != 0 ]] || return 0
-  read -r last seconds nodes _ ended < <(tail -n 1 "$folder/.starts" 2>/dev/null) || return 0
-  [[ $last == "$job" && -z $ended ]] || return 0
-  for node in $(comm -12 <(scontrol show hostnames "$nodes" | sort) <(scontrol show hostnames "$SLURM_JOB_NODELIST" | sort)); do
-    since=$(scontrol show node "$node" | sed -n 's/.*SlurmdStartTime=\([^ ]*\).*/\1/p')
-    since=$(date -d "$since" +%s 2>/dev/null) || continue
-    ((since <= seconds)) || lost+=("$node")
-  done
-  ((${#lost[@]})) || return 0
-  free=$(sinfo -h -N -p "$SLURM_JOB_PARTITION" -t idle,allocated,mixed,completing -o %N | sort -u | wc -l)
-  if ((free - ${#lost[@]} < SLURM_JOB_NUM_NODES)); then
-    say "${lost[*]} went down during the last start; there are too few other nodes to avoid it"
-    return 0
-  fi
-  say "${lost[*]} went down during the last start: requeueing job $SLURM_JOB_ID to run without"
-  left
-  scontrol requeue "$SLURM_JOB_ID" && scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$(IFS=, && echo "${lost[*]}")"
-  exit 0
-}
 
 # More is to do, from row $1 on: requeue the job, or say what to type. Never returns.
 leave_for_more() {
@@ -201,8 +143,7 @@ end_chain() { [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || scancel --state=PENDING "$SLUR
 
 if [[ $slurm ]]; then
   say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on ${SLURM_JOB_NODELIST:-?}"
-  mkdir -p "runs/$name"
-  grep -qs "^$job " "runs/$name/jobs" || echo "$job ${SLURM_JOB_NAME:-$batch} ${names[*]}" >>"runs/$name/jobs"
+  note_job
 fi
 stop='' pid='' number=0 warned='' terminated=''
 for row in "${rows[@]}"; do
@@ -228,7 +169,7 @@ for row in "${rows[@]}"; do
   if [[ $slurm && ! -e $folder/manifest.json ]]; then
     made_progress "$row" || fail "$row" "$no_progress"
     avoid_lost_nodes
-    echo "$job $EPOCHSECONDS ${SLURM_JOB_NODELIST:-?} $(progress "$row")" >>"$folder/.starts"
+    note_start "$row"
   fi
   say "$title: ${programs[row]}${flags[row]:+ ${flags[row]}}"
   start "$row"

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -647,6 +648,41 @@ def test_two_nodes_agree_on_address_and_port_and_differ_in_rank(tree, launch):
             f"--config_file accelerate_configs/fsdp2.yaml --num_machines 2 --num_processes 16 --machine_rank {node} "
             "--main_process_ip localhost --main_process_port 23456 --rdzv_backend static scripts/cpt.py --config c.yaml"
         )
+
+
+def test_a_port_in_use_and_a_node_that_cannot_be_reached_are_one_line_in_seconds(tree, launch):
+    step = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_STEP_NODELIST": "n[1-2]",
+        "SLURM_GPUS_ON_NODE": "8",
+    }
+    with socket.create_server(("localhost", 0)) as foreign:
+        port = str(foreign.getsockname()[1])
+        words = ("slurm/launch.sh", "scripts/cpt.py", "--config", "c.yaml")
+        done = tree.run(*words, code=2, SLURM_NODEID="0", DILQUR_PORT=port, **step)
+    assert done.stderr == f"error: port {port} of localhost is in use: set DILQUR_PORT to another\n"
+    tree.fake("scontrol", "echo n1.invalid; echo n2\n", note=False)
+    done = tree.run(*words, code=2, SLURM_NODEID="1", **step)
+    assert "cannot reach n1.invalid, port 20001 (Name or service not known): a firewall" in done.stderr
+    assert done.stderr.count("\n") == 1 and not tree.noted("accelerate")
+
+
+def test_shards_go_to_the_nodes_own_disk_where_the_site_has_one(tree, launch):
+    said = launch(DILQUR_LOCAL_DIR="/local").stdout
+    assert said.startswith("python --config c.yaml --local_dir /local ")
+    assert "--local_dir /mine WORLD_SIZE" in launch("--local_dir", "/mine", DILQUR_LOCAL_DIR="/local").stdout
+
+
+def test_modules_are_loaded_or_the_job_says_so(tree, launch):
+    (tree / "slurm/site.env").write_text(
+        'DILQUR_MODULES="cuda/13 gcc"\nmodule() { [[ $2 == cuda/13 ]] && export LOADED="$*"; }\n'
+    )
+    (tree / "tools/env.py").write_text("import os; print(os.environ['LOADED'])")
+    assert launch(program="tools/env.py").stdout == "load cuda/13 gcc\n"
+    (tree / "slurm/site.env").write_text("DILQUR_MODULES=cuda/12\nmodule() { return 1; }\n")
+    done = tree.run("slurm/launch.sh", "tools/env.py", code=2)
+    assert "DILQUR_MODULES in slurm/site.env: module load cuda/12 failed on" in done.stderr
 
 
 def test_a_program_that_does_not_train_runs_on_the_first_node_alone(tree, launch):
