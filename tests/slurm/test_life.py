@@ -107,8 +107,8 @@ def start(lab, write):  # noqa: F811
 
 
 def test_the_time_is_up_three_times_in_a_row(lab, start, undisturbed, costs):
-    """Two minutes, and a warning 90 s before their end, which is what --signal=B:USR1@300 is for hours."""
-    run = start("wall", "--time=2", "--signal=B:USR1@95")
+    """Three minutes, and a warning two minutes before their end, which is what --signal=B:USR1@300 is for hours."""
+    run = start("wall", "--time=3", "--signal=B:USR1@125")
     for restart in range(3):
         run.until(lambda n=restart: (run.folder / "REQUEUE").exists() or run.restarts() > n)
         run.disturbed(restart)
