@@ -6,6 +6,7 @@ last lines of metrics.jsonl. Slurm says what became of the jobs that slurm/pipel
 
 import contextlib
 import fcntl
+import itertools
 import json
 import re
 import statistics
@@ -138,6 +139,11 @@ def row_of(stage, folder, job):
 def main(name, *stages):
     run = Path("runs", name)
     jobs = read_jobs(run)
+    for earlier, stage in itertools.pairwise(stages):
+        job, before = jobs.get(stage), jobs.get(earlier)
+        if job and job.where == "(Dependency)" and before:
+            same = before.number == job.number  # then what that one waits for
+            jobs[stage] = job._replace(where=before.where if same else f"after job {before.number}")
     rows = [row_of(stage, run / stage, jobs.get(stage)) for stage in stages]
     cells = [HEAD, *[row for row, _ in rows]]
     used = [i for i in range(len(HEAD)) if i in (0, 1) or any(row[i] for row in cells[1:])]
