@@ -1,4 +1,4 @@
-"""Checks in seconds, on the nodes of a job, what only they can tell: do they reach each other, and is one of them not like the rest?
+"""Checks in seconds, on the nodes of a job, what only they can tell: whether they reach each other, and whether one is not like the rest.
 
     sbatch --nodes=4 slurm/check_nodes.sbatch
     srun --nodes=4 --gres=gpu:8 --exclusive slurm/launch.sh scripts/check_nodes.py      the same, at once

@@ -52,7 +52,7 @@ class BatchFile:
 def read_batch_file(path, environment=os.environ):
     """The BatchFile at `path`, an empty one where there is none, under the SBATCH_* variables of `environment`."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    lines = re.findall(r"^#SBATCH\s+--([\w-]+)(?:[=\s]\s*(\S+))?", text, re.M)
+    lines = re.findall(r"^#SBATCH[ \t]+--([\w-]+)(?:[= \t][ \t]*(\S+))?", text, re.M)
     given = {option: environment[name] for name, option in VARIABLES.items() if environment.get(name)}
     card = re.search(r"^# GPU: .*?(\d+) GB", text, re.M)
     return BatchFile(path, {**dict(lines), **given}, card and float(card[1]) * 1e9)
@@ -64,7 +64,7 @@ def seconds_of(time):
         return None
     days, dash, rest = time.rpartition("-")
     fields = rest.split(":")
-    if not all(field.isdecimal() for field in [*fields, days or "0"]) or len(fields) > 3:
+    if not all(field.isdecimal() for field in [*fields, days if dash else "0"]) or len(fields) > 3:
         raise InputError(f"--time={time} is no time: write HH:MM:SS, or D-HH:MM:SS")
     if dash or len(fields) == 3:
         fields += ["0"] * (3 - len(fields))

@@ -48,6 +48,7 @@ def speeds(torch, rank, processes, here, device, store, timeout):
         rank=rank,
         world_size=processes,
         timeout=timedelta(seconds=timeout),
+        device_id=device if on_gpu else None,
     )
     numbers = torch.ones(
         (1 << 28 if on_gpu else 1 << 22) // 4, device=device

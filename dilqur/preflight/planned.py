@@ -109,7 +109,10 @@ def parameters(planned):
         return sum(sizes.values()), sum(sizes.values())
     for pattern in patterns:
         if not any(fnmatch(name, pattern) for name in (*sizes, "lm_head.weight")):
-            raise InputError(f"unfrozen_parameters: {pattern!r} matches no parameter of the model")
+            names = ", ".join([*sizes][:3])
+            raise InputError(
+                f"unfrozen_parameters: {pattern!r} matches no parameter of the model: they are called {names}, …"
+            )
     return sum(n for name, n in sizes.items() if any(fnmatch(name, p) for p in patterns)), sum(sizes.values())
 
 

@@ -44,7 +44,7 @@ def check_site(variables):
         raise InputError(
             f"slurm/site.env: DILQUR_VENV: {venv}: no bin/python in it: make it again, or correct the path"
         )
-    asked = {k.removeprefix("SBATCH_").lower(): v for k, v in now.items() if k.startswith("SBATCH_")}
+    asked = {k.removeprefix("SBATCH_").lower(): v for k, v in sorted(now.items()) if k.startswith("SBATCH_")}
     return "slurm/site.env: " + (
         ", ".join(f"{name} {value}" for name, value in asked.items()) or "asks sbatch for nothing"
     )

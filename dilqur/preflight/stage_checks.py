@@ -34,7 +34,7 @@ def check_recipe(planned, known):
     """The recipe parses, its keys are the program's, and no row above is the same run under another name."""
     row, recipe, path = planned.row, Path(planned.arguments[1]), ROOT / planned.row.program
     if not path.exists():
-        raise InputError(f"{path}: no such program; pipeline.txt gives it to {row.name}")
+        raise InputError(f"{path}: no such program; pipeline.txt gives it to {row.name}: correct its row")
     if not recipe.exists():
         there = ", ".join(sorted(file.stem for file in recipe.parent.glob("*.yaml"))) or "none"
         raise InputError(f"{recipe}: no such file, and the stage {row.name} reads it; recipes there: {there}")
@@ -44,7 +44,7 @@ def check_recipe(planned, known):
     classes = [v for v in vars(planned.module).values() if isinstance(v, type) and issubclass(v, StageSettings)]
     own = [c for c in classes if c.__module__ == spec.name]
     if not own:
-        raise InputError(f"{path}: has no StageSettings: not a program that makes a stage")
+        raise InputError(f"{path}: not a program that makes a stage: correct the row of {row.name} in pipeline.txt")
     planned.settings = parse(own[0], "", planned.arguments)
     if planned.settings.stage not in (None, row.name):
         raise InputError(f"stage: {planned.settings.stage}: pipeline.txt calls it {row.name}: leave the key out")
@@ -150,7 +150,8 @@ def check_output(planned, known):
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"{folder}: {lock.read().strip() or 'another process'} is writing it now") from None
+            who = lock.read().strip() or "another process"
+            raise InputError(f"{folder}: {who} is writing it now: wait until it ends, or end it") from None
     nearest = existing(folder.parent)
     if nearest in known.seen:
         return None
