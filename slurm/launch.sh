@@ -76,15 +76,16 @@ fi
 
 # -- the launcher ---------------------------------------------------------------------------------------------------------
 
-hosts=() port=0 where=(--machine_rank "$node") # 0: a free one, several runs may share the node
+machines=() port=0 where=(--machine_rank "$node") # 0: a free one, several runs may share the node
 if ((nodes > 1)); then
-  mapfile -t hosts < <(scontrol show hostnames "$SLURM_STEP_NODELIST")
+  mapfile -t hosts < <(scontrol show hostnames "${SLURM_STEP_NODELIST:-}")
+  machines=(--machines "${hosts[@]}")
   port=${DILQUR_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
   where+=(--main_process_ip "${hosts[0]}")
 fi
 where=(--num_machines "$nodes" --num_processes "$processes" "${where[@]}" --main_process_port "$port")
 if [[ $program == scripts/check_nodes.py ]]; then # it looks for what would make accelerate wait for ever
-  exec python "$program" "${where[@]}" ${hosts[*]:+--machines "${hosts[@]}"} "$@"
+  exec python "$program" "${where[@]}" "${machines[@]}" "$@"
 fi
 
 strategy=${DILQUR_STRATEGY:-$default}

@@ -4,7 +4,6 @@ import difflib
 import os
 import re
 import subprocess
-from pathlib import Path
 
 from dilqur.errors import InputError
 from dilqur.preflight.findings import Skipped
@@ -40,7 +39,7 @@ def check_site(variables):
     changed = {k: v for k, v in now.items() if os.environ.get(k) != v and k not in SHELL_S_OWN}
     variables.update(changed)
     venv = now.get("DILQUR_VENV")
-    if venv and not (Path(venv) / "bin" / "python").exists():
+    if venv and not (ROOT / venv / "bin" / "python").exists():
         raise InputError(
             f"slurm/site.env: DILQUR_VENV: {venv}: no bin/python in it: make it again, or correct the path"
         )

@@ -102,13 +102,19 @@ def test_it_is_found_before_the_queue(verdicts, mistake):
 
 def test_preflight_asks_slurm_as_the_site_file_wants_and_submits_nothing(lab):
     site = lab.tree / "slurm" / "site.env"
-    site.write_text("export SBATCH_PARTITION=project SBATCH_ACCOUNT=az123\n")
+    asks = (
+        "export SBATCH_PARTITION=project SBATCH_ACCOUNT=az123\nDILQUR_MAX_TIME=2:00:00 DILQUR_GPUS=--gpus-per-node=N\n"
+    )
+    site.write_text(f"{asks}source slurm/site_sbatch.sh\n")
     try:
         done = lab.run(sys.executable, "scripts/preflight.py", "recipes/mini", PYTHONPATH=str(lab.tree))
     finally:
         site.unlink()
     lines = [line.split(None, 3) for line in done.stdout.splitlines()]
     assert ["ok", "site", "slurm/site.env:", "account az123, partition project"] in lines
+    assert ["ok", "sft_1gpu.sbatch", "file", "02:00:00, warned 00:05:00 before its end"] in lines, (
+        "four hours without the site"
+    )
     (submit,) = [line[3] for line in lines if line[:3] == ["ok", "sft_1gpu.sbatch", "submit"]]
     assert submit.startswith("Slurm would take it, to start at ") and submit.endswith("in partition project")
     assert not lab.run("squeue", "-h").stdout
