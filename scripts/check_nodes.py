@@ -26,7 +26,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from dilqur.errors import InputError, program
+from dilqur.errors import EveryRankError, InputError, program
 from dilqur.preflight import node_verdicts as verdict
 from dilqur.preflight.findings import Findings
 from dilqur.preflight.node_facts import node_facts
@@ -79,10 +79,15 @@ def check_together(settings, meeting, findings, shared, local):
     alike = len({fact["processes"] for fact in facts}) == 1
     names = [None] * settings.num_processes
     if alike:
-        ready = [f"ready/{rank}" for rank in range(settings.num_processes)]
-        names = meeting.collect(
-            ready, lambda missing: f"{where(meeting, here, missing[0])}: its process has not started"
+        ranks = range(settings.num_processes)
+        ready = meeting.collect(
+            [f"ready/{r}" for r in ranks],
+            lambda missing: f"{where(meeting, here, missing[0])}: its process has not started",
         )
+        refuse_errors(
+            meeting, here, ready, "CUDA fails", "nvidia-smi there says more; leave the node out until it is mended"
+        )
+        names = [one["device"] for one in ready]
     findings.run(
         "", verdict.check_gpus, hosts, facts, {h: names[i * here : (i + 1) * here] for i, h in enumerate(hosts)}
     )
@@ -110,11 +115,7 @@ def check_speed(settings, meeting, findings, names):
             f"{where(meeting, here, missing[0])}: has not ended an all-reduce (NCCL_DEBUG=INFO says where it waits)"
         ),
     )
-    for rank, one in enumerate(told):
-        if "error" in one:
-            raise InputError(
-                f"{where(meeting, here, rank)}: an all-reduce failed: {one['error']}: NCCL_DEBUG=INFO says more"
-            )
+    refuse_errors(meeting, here, told, "an all-reduce failed", "NCCL_DEBUG=INFO says more")
     findings.run("", verdict.check_compute, [where(meeting, here, r) for r in ranks], names, [t["flops"] for t in told])
     if settings.num_processes > 1:
         backend = "nccl" if names[0] else "gloo"
@@ -123,6 +124,12 @@ def check_speed(settings, meeting, findings, names):
         seconds = [one["all_reduce"] for one in told]
         wanted = settings.min_bus_bandwidth
         findings.run("", verdict.check_all_reduce, len(ranks), told[0]["bytes"], seconds, wanted, backend)
+
+
+def refuse_errors(meeting, here, told, what, advice):
+    for rank, one in enumerate(told):
+        if "error" in one:
+            raise EveryRankError(f"{where(meeting, here, rank)}: {what}: {one['error']}: {advice}")
 
 
 def free_bytes(folder):
@@ -177,7 +184,8 @@ def main():
         meeting.leave()
     except InputError as problem:
         if rank > 0:
-            print(f"error: {problem}", file=sys.stderr, flush=True)
+            if not isinstance(problem, EveryRankError):
+                print(f"error: {problem}", file=sys.stderr, flush=True)
             time.sleep(GRACE_S)
             sys.exit(2)
         findings.add("", "meeting", "FAIL", str(problem))

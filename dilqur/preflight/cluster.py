@@ -5,6 +5,8 @@ but never start (a time beyond the partition's, an account the partition does no
 let such a job wait for ever.
 """
 
+import contextlib
+import getpass
 import re
 import subprocess
 from dataclasses import dataclass
@@ -40,7 +42,7 @@ class Partition:
 
     def misfit(self, options, batch_file):
         """Why a job with these options would not run here, and what to do, or None."""
-        account = options.get("account")
+        account = options.get("account") or (self.accounts and default_account())
         if not self.is_up:
             return f"the partition {self.name} is down: choose another, or wait"
         if self.accounts is not None and account not in self.accounts:
@@ -100,6 +102,13 @@ def ask(command):
     return done.stdout
 
 
+def default_account():
+    """That of this user, which a job has that asks for none; None where Slurm keeps no accounts."""
+    with contextlib.suppress(Skipped):
+        return ask(["sacctmgr", "-nP", "show", "user", getpass.getuser(), "format=DefaultAccount"]).strip() or None
+    return None
+
+
 def ask_sbatch(batch_file, recipe):
     """Let sbatch read a batch file as it would be submitted: its options are put into `batch_file`, and its verdict is returned,
     (whether it would take it, its words)."""
@@ -127,8 +136,9 @@ def check_submit(batch_file, recipe, partitions):
     takes, words = ask_sbatch(batch_file, recipe)
     options = batch_file.options
     there = ", ".join(partitions)
-    asked = (options.get("partition") or "").split(",") if options.get("partition") else []
-    if not asked and not (asked := [p.name for p in partitions.values() if p.is_default]):
+    asked = options["partition"].split(",") if options.get("partition") else []
+    asked = asked or re.findall(r"in partition (\S+)", words) or [p.name for p in partitions.values() if p.is_default]
+    if not asked:
         raise InputError(f"no partition is asked for, and none is the default one: SBATCH_PARTITION, one of {there}")
     if unknown := [name for name in asked if name not in partitions]:
         raise InputError(

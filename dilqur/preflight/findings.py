@@ -32,6 +32,8 @@ class Findings:
             status, text = "FAIL", str(mistake)
         except PermissionError as problem:
             status, text = "FAIL", f"{problem.filename}: permission denied: look at the permissions of it and above it"
+        except OSError as problem:
+            status, text = "FAIL", f"{problem.filename}: {problem.strerror}: look at the file system it is on"
         except Skipped as reason:
             status, text = "skipped", str(reason)
         except Later as reason:

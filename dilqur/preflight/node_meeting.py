@@ -14,11 +14,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
-from dilqur.errors import InputError
+from dilqur.errors import EveryRankError, InputError
 
-SHARED_S = (
-    10  # a new name is looked up at the server, whatever attributes an NFS client has cached: more is no shared folder
-)
+# a new name is looked up at the server, whatever attributes an NFS client has cached: what takes longer is not shared
+SHARED_S = 10
 NETWORK = "is the node up, is a firewall between them, does the name lead to the right network?"
 
 
@@ -45,13 +44,14 @@ class Meeting:
             ) from None
 
     def gather(self, what, value):
-        """The JSON value of every node, in the order of their ranks. Raises InputError naming those that do not come in time."""
+        """The JSON value of every node, in the order of their ranks. Raises EveryRankError naming those that do not come in time."""
         keys = [f"{what}/{rank}" for rank in range(len(self.machines))]
         self.store.set(keys[self.rank], json.dumps(value))
         return self.collect(keys, lambda missing: f"{', '.join(self.machines[i] for i in missing)}: not heard of")
 
     def collect(self, keys, say):
-        """The JSON values of these keys. say: function of the indices of those that are missing when the time is up."""
+        """The JSON values of these keys. say: function of the indices of those that are missing when the time is up, which all nodes
+        find alike: an EveryRankError."""
         from torch.distributed import DistError
 
         try:
@@ -60,11 +60,13 @@ class Meeting:
         except (DistError, RuntimeError):
             try:
                 missing = [i for i, key in enumerate(keys) if not self.store.check([key])]
-            except (DistError, RuntimeError):  # the first node has gone: it has said why
-                raise InputError(
-                    f"{socket.gethostname()}: the first node, {self.machines[0]}, has gone: what it said last is why"
+            except (DistError, RuntimeError):
+                raise EveryRankError(
+                    f"the first node, {self.machines[0]}, has gone: what it said last is why"
                 ) from None
-            raise InputError(f"{say(missing)} in {self.timeout} s, at {keys[0].partition('/')[0]}: {NETWORK}") from None
+            raise EveryRankError(
+                f"{say(missing)} in {self.timeout} s, at {keys[0].partition('/')[0]}: {NETWORK}"
+            ) from None
 
     def leave(self):
         """The first node goes last: the store is its."""
@@ -108,9 +110,7 @@ class Meeting:
         Returns {"problem": why a node could not write, or None; "seen": {node: seconds until it was there, None: never}; "ahead":
         seconds by which the file's time is ahead of the node's clock} of each node. Leaves nothing behind.
         """
-        (word,) = {
-            word for word in self.gather(f"{what} word", secrets.token_hex(4) if self.rank == 0 else None) if word
-        }
+        word = self.gather(f"{what} word", secrets.token_hex(4))[0]
         own, result = folder / f".check-nodes-{word}-{self.rank}", {"problem": None, "seen": {}, "ahead": 0.0}
         try:
             try:
@@ -144,8 +144,8 @@ def refuse_port_in_use(port, machine):
         listen(port).close()
     except OSError:
         raise InputError(
-            f"port {port} of {machine} {owner_of(port)}, and training would wait there for ever: end that program, or submit again: "
-            "the port follows from the job's number"
+            f"port {port} of {machine} {owner_of(port)}, and training would wait there for ever: end that program, or set "
+            "DILQUR_PORT to another"
         ) from None
 
 

@@ -12,8 +12,8 @@ from dilqur.preflight.node_meeting import first_line
 
 
 def measure(rank, processes, machines, address, port, timeout):
-    """The whole life of process `rank`: `ready/RANK` with its device, then, once `go` is there, `speed/RANK` with
-    {"flops", "all_reduce": seconds, "bytes", "neighbours": {node: bytes a second}} or {"error"}."""
+    """The whole life of process `rank`: `ready/RANK` with {"device": name of its GPU, or None}, then, once `go` is there, `speed/RANK`
+    with {"flops", "all_reduce": seconds, "bytes", "neighbours": {node: bytes a second}}; {"error"} where either fails."""
     import torch
     from torch.distributed import TCPStore
 
@@ -22,9 +22,17 @@ def measure(rank, processes, machines, address, port, timeout):
     device = torch.device("cuda", rank % here) if on_gpu else torch.device("cpu")
     try:
         store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout))
-        store.set(f"ready/{rank}", json.dumps(torch.cuda.get_device_name(device) if on_gpu else None))
+    except Exception:  # the node itself does not reach the first one either, and says so
+        return
+    try:
+        name = torch.cuda.get_device_name(device) if on_gpu else None
+        store.set(f"ready/{rank}", json.dumps({"device": name}))
+    except Exception as problem:  # whatever CUDA may raise: node 0 says it
+        store.set(f"ready/{rank}", json.dumps({"error": first_line(problem)}))
+        return
+    try:
         store.wait(["go"])
-    except Exception:  # the meeting failed, and has said why
+    except Exception:  # the meeting is over, and has said why
         return
     try:
         said = speeds(torch, rank, processes, here, device, store, timeout)
