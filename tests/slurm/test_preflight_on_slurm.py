@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -127,10 +128,8 @@ def check_nodes(lab, *flags, nodes=3, options=(), launch=("slurm/launch.sh", "sc
     """({check: (status, text)} as check_nodes.py says it on `nodes` nodes, all that was printed, exit code)."""
     srun = ("srun", f"--nodes={nodes}", "--kill-on-bad-exit=1", "--wait=0", *options)
     words = (*srun, *launch, "--timeout_s", "20", *flags)
-    environment = {
-        "DILQUR_LOCAL_DIR": "/dev/shm",
-        **environment,
-    }  # each node's own; /tmp may be the machine's, which all see
+    # /dev/shm is each node's own; /tmp may be the machine's, which all see
+    environment = {"DILQUR_LOCAL_DIR": "/dev/shm", **environment}
     done = lab.run(*words, code=None, **environment)
     lines = [line.split(None, 2) for line in done.stdout.splitlines() if line.startswith(("ok ", "FAIL ", "skipped "))]
     return {check: (status, text) for status, check, text in lines}, done.stdout + done.stderr, done.returncode
@@ -142,33 +141,19 @@ def on(lab, node, *command):
         ["pgrep", "-P", (lab_folder(lab) / "pid" / node).read_text().strip()], capture_output=True, text=True
     )
     enter = ["nsenter", "-t", first.stdout.split()[0], "--net", "--uts", "--mount", "--pid"]
-    return subprocess.Popen([*enter, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen([*enter, *command], **quiet)
 
 
 def lab_folder(lab):
-    return lab.tree.__class__(lab.environment["LAB_DIR"])
+    return Path(lab.environment["LAB_DIR"])
 
 
 @contextlib.contextmanager
 def silence(lab, node, address):
     """What `node` sends to an address goes nowhere."""
-    assert (
-        on(
-            lab,
-            node,
-            "ip",
-            "neigh",
-            "replace",
-            address,
-            "lladdr",
-            "02:00:00:00:00:99",
-            "dev",
-            "eth0",
-            "nud",
-            "permanent",
-        ).wait()
-        == 0
-    )
+    nobody = ("lladdr", "02:00:00:00:00:99", "nud", "permanent")
+    assert on(lab, node, "ip", "neigh", "replace", address, "dev", "eth0", *nobody).wait() == 0
     try:
         yield
     finally:
@@ -220,7 +205,8 @@ def test_two_nodes_that_reach_the_first_but_not_each_other_are_named(lab):
 
 def test_a_port_in_use_is_named_with_its_owner(lab):
     port = 25123
-    holder = on(lab, "n1", sys.executable, "-m", "http.server", str(port))
+    listen = f"import socket, sys; server = socket.create_server(('', {port})); sys.stdin.read()"
+    holder = on(lab, "n1", sys.executable, "-c", listen)
     try:
         # as slurm/launch.sh would, had the job the number 5123
         rank = f'exec "$0" scripts/check_nodes.py --num_machines 2 --num_processes 2 --main_process_ip n1 --main_process_port {port} '
@@ -229,8 +215,7 @@ def test_a_port_in_use_is_named_with_its_owner(lab):
             lab, nodes=2, launch=("bash", "-c", rank, sys.executable), PYTHONPATH=str(lab.tree)
         )
     finally:
-        on(lab, "n1", "pkill", "-f", f"http.server {port}").wait()
-        holder.wait()
+        holder.communicate()  # at the end of its standard input it ends
     assert code == 2 and lines["meeting"][1].startswith(f"port {port} of n1 is in use"), out
     said(lines["meeting"][1])
 
