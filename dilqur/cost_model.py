@@ -1,4 +1,4 @@
-"""What a Llama or a NeoBERT of a given config has in parameters, and what training it costs in floating-point operations."""
+"""What a Llama or a NeoBERT of a given config has in parameters, and what training it costs: memory, floating-point operations."""
 
 
 class UnknownArchitecture(Exception):
@@ -63,6 +63,27 @@ def encoder_flops_per_token(hidden_size, ffn_width, num_hidden_layers, vocab_siz
     half of it; the head computes the share `masked` of the tokens."""
     layers = num_hidden_layers * (4 * hidden_size * hidden_size + 3 * hidden_size * ffn_width)
     return 6 * layers + 6 * masked * vocab_size * hidden_size + 12 * num_hidden_layers * hidden_size * max_length
+
+
+def activation_bytes_per_token(config, bytes_each, fused, recomputed=False):
+    """Bytes that the forward pass of a Llama keeps for the backward pass, about, for each token; logits only where the loss is not
+    fused with the head. Raises KeyError for what config lacks.
+
+    A layer keeps, in `bytes_each` a number: both norms' inputs and outputs (4 · hidden), query and attention output (2 · width of all
+    heads), key and value, gate, up and their product (3 · intermediate). Without Liger's kernels (`fused` false) also the fp32
+    numbers inside the norms and the activated gate, and of a logit its number, its fp32 copy and both gradients: 12 bytes, in fp32 8.
+    recomputed: gradient checkpointing keeps the input of each layer, and all of the one layer it is at. Counted as in Korthikanti et al.
+    2022 (arXiv 2205.05198, section 4), with flash attention, which keeps no scores.
+    """
+    hidden, heads, inner = (config[k] for k in ("hidden_size", "num_attention_heads", "intermediate_size"))
+    head = config.get("head_dim") or hidden // heads
+    keys = head * (config.get("num_key_value_heads") or heads)
+    layer = bytes_each * (4 * hidden + 2 * heads * head + 2 * keys + 3 * inner)
+    if not fused:
+        layer += 2 * 4 * hidden + bytes_each * inner
+    layers = config["num_hidden_layers"]
+    kept = layers * bytes_each * hidden + layer if recomputed else layers * layer
+    return kept if fused else kept + (12 if bytes_each < 4 else 8) * config["vocab_size"]
 
 
 # Dense bfloat16 products with fp32 sums, floating-point operations a second: NVIDIA's data sheets, without sparsity.

@@ -5,6 +5,7 @@
 #
 # Programs that train get a process for each GPU of each node, under DILQUR_STRATEGY (an accelerate config; the default is
 # fsdp2.yaml, and ddp.yaml for mlm.py and sft.py); with one process in all, and for every other program: plain python, on the first node.
+# check_nodes.py runs on every node, and starts its processes by itself.
 # DILQUR_NUM_PROCESSES: processes a node where there is no GPU. DILQUR_PORT: of the first node, instead of one from the job's number.
 # DILQUR_MODULES, DILQUR_VENV, DILQUR_LOCAL_DIR: slurm/site.env.example.
 set -euo pipefail
@@ -55,7 +56,7 @@ gpus() {
 }
 here=1 default=accelerate_configs/fsdp2.yaml
 case $program in
-  scripts/cpt.py | scripts/mlm.py | scripts/sft.py)
+  scripts/cpt.py | scripts/mlm.py | scripts/sft.py | scripts/check_nodes.py)
     export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false} # its threads do not survive the fork of data workers
     here=$(gpus)
     ((here > 0)) || here=${DILQUR_NUM_PROCESSES:-1}
@@ -74,6 +75,18 @@ if ((processes == 1)); then
 fi
 
 # -- the launcher ---------------------------------------------------------------------------------------------------------
+
+machines=() port=0 where=(--machine_rank "$node") # 0: a free one, several runs may share the node
+if ((nodes > 1)); then
+  mapfile -t hosts < <(scontrol show hostnames "${SLURM_STEP_NODELIST:-}")
+  machines=(--machines "${hosts[@]}")
+  port=${DILQUR_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
+  where+=(--main_process_ip "${hosts[0]}")
+fi
+where=(--num_machines "$nodes" --num_processes "$processes" "${where[@]}" --main_process_port "$port")
+if [[ $program == scripts/check_nodes.py ]]; then # it looks for what would make accelerate wait for ever
+  exec python "$program" "${where[@]}" "${machines[@]}" "$@"
+fi
 
 strategy=${DILQUR_STRATEGY:-$default}
 [[ -f $strategy ]] || {
@@ -122,16 +135,12 @@ find_the_first_node() {
 }
 
 if ((nodes > 1)); then
-  mapfile -t hosts < <(scontrol show hostnames "$SLURM_STEP_NODELIST")
-  port=${DILQUR_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
   find_the_first_node "${hosts[0]}" "$port"
-  where=(--machine_rank "$node" --main_process_ip "${hosts[0]}" --main_process_port "$port" --rdzv_backend static)
-else
-  where=(--machine_rank 0 --main_process_port 0) # 0: a free one, several runs may share the node
+  where+=(--rdzv_backend static)
 fi
 if grep -q '^parallelism_config:' "$strategy"; then # HSDP: sharded over a node's GPUs, replicated over nodes
   where+=(--parallelism_config_dp_replicate_size "$nodes" --parallelism_config_dp_shard_size "$here")
 fi
 threads=$(($(nproc) / here))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))} # accelerate's default is one
-exec accelerate launch --config_file "$strategy" --num_machines "$nodes" --num_processes "$processes" "${where[@]}" "$program" "$@"
+exec accelerate launch --config_file "$strategy" "${where[@]}" "$program" "$@"

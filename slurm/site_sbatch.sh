@@ -33,7 +33,7 @@ ask_as_this_site_wants() {
   fi
   if [[ ${DILQUR_REQUEUE:-1} == 0 ]]; then
     site_options+=(--no-requeue)
-    grep -q '^#SBATCH --array=' "$file" || site_options+=("--array=1-${DILQUR_CHAIN:-10}%1")
+    grep -q '^#SBATCH --array=' "$file" || ! grep -q '^#SBATCH --requeue' "$file" || site_options+=("--array=1-${DILQUR_CHAIN:-10}%1")
   fi
 }
 

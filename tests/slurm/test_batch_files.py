@@ -36,6 +36,7 @@ def options(file):
 def test_these_are_the_batch_files():
     assert [f.stem for f in FILES] == [
         "array_cpu",
+        "check_nodes",
         "cpt_8b_p5",
         "cpt_p4d",
         "cpt_p5",
@@ -46,7 +47,7 @@ def test_these_are_the_batch_files():
     ]
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if f.stem != "array_cpu"], ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", [f for f in FILES if f.stem not in ("array_cpu", "check_nodes")], ids=lambda f: f.stem)
 class TestBatchFile:
     def test_is_25_lines_of_bash_at_most(self, file):
         assert len(file.read_text().splitlines()) <= 25
@@ -107,6 +108,13 @@ def test_an_array_runs_the_parts_of_a_data_stage_and_the_stage_puts_them_togethe
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
     assert read_manifest(checkout / "runs" / "mine" / "pack")["documents"] == 170
+
+
+def test_nodes_are_checked_with_options_that_every_cluster_knows():
+    """What it finds is tests/slurm/test_preflight_on_slurm.py's."""
+    file = ROOT / "slurm" / "check_nodes.sbatch"
+    assert set(options(file)) <= OPTIONS and len(file.read_text().splitlines()) <= 25
+    assert file.read_text().splitlines()[-1].endswith(' slurm/launch.sh scripts/check_nodes.py "$@"')
 
 
 def test_p4d_is_the_published_set_up():

@@ -1,0 +1,146 @@
+"""A stage that has not run yet: its recipe, what it reads, as far as that is there, and the model it will make."""
+
+import json
+import os
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+
+from dilqur.cost_model import UnknownArchitecture, parameter_sizes
+from dilqur.errors import InputError
+from dilqur.llama3 import SPECIAL_TOKENS
+from dilqur.preflight.batch_file import BatchFile
+from dilqur.preflight.findings import Skipped
+from dilqur.stage import PipelineRow, Stage, read_config
+from dilqur.tokenizer import TextTokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Probe(Stage):
+    """A stage whose inputs may not be there yet. `later`: {path: the stage above that will make it}."""
+
+    def __init__(self, settings, program):
+        self.later = {}
+        super().__init__(settings, program)
+
+    def path(self, value, kind, key):
+        names = [row.name for row in self.pipeline]
+        above, first = names[: names.index(self.name)], value.partition("/")[0]
+        waits_for = [n for n in above if not (self.run_dir / n / "manifest.json").exists()]
+        if kind == "run" and waits_for:
+            self.later[value] = waits_for[-1]
+            return value
+        if first in names and first not in above:
+            raise InputError(f"{key}: {value}: {first} is not above {self.name} in pipeline.txt: move its line up")
+        if first in waits_for:
+            self.later[str(self.run_dir / value)] = first
+            return str(self.run_dir / value)
+        return super().path(value, kind, key)
+
+
+@dataclass
+class Planned:
+    """A row of pipeline.txt with all that its checks look at. processes: in all; keys: recipe and flags together, paths as they
+    stand there; config: of the model it reads or makes, None if unknown."""
+
+    row: PipelineRow
+    arguments: list
+    batch_file: BatchFile
+    processes: int
+    module: object = None
+    settings: object = None
+    keys: dict | None = None
+    stage: Probe = None
+    config: dict | None = None
+
+    def there(self, kind):
+        """The inputs of this kind that are there already."""
+        return [p for p, k in self.stage.inputs.items() if k == kind and p not in self.stage.later]
+
+    def strategy_file(self):
+        """The accelerate config it would be launched with, as slurm/launch.sh chooses it; None for one process."""
+        if self.processes == 1:
+            return None
+        default = "fsdp2" if self.row.program == "scripts/cpt.py" else "ddp"
+        return os.environ.get("DILQUR_STRATEGY") or f"accelerate_configs/{default}.yaml"
+
+    def shards(self):
+        """Processes among which the weights and the optimizer are divided."""
+        strategy = Path(self.strategy_file() or "ddp").stem
+        return {"ddp": 1, "hsdp": self.batch_file.gpus or 1}.get(strategy, self.processes)
+
+
+@dataclass
+class Known:
+    """What the checks of one stage leave for those of the next. plans: {stage: Planned}; gpus: of this machine, as check_gpus;
+    seen: folders that were tried; claimed: {(file system, "bytes" or "files"): what the stages so far will take}."""
+
+    verify: bool = False
+    on_a_cluster: bool = False
+    plans: dict = field(default_factory=dict)
+    gpus: list = field(default_factory=list)
+    seen: set = field(default_factory=set)
+    claimed: dict = field(default_factory=dict)
+
+
+def existing(path):
+    """The path, or the nearest folder above it that is there."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise InputError(f"{path}: damaged ({problem}): fetch it again") from None
+
+
+def parameters(planned):
+    """(trained, all) parameters. Raises InputError for a pattern of unfrozen_parameters that matches none of them."""
+    try:
+        sizes = parameter_sizes(planned.config)
+    except UnknownArchitecture as problem:
+        raise Skipped(str(problem)) from None
+    except KeyError as missing:
+        raise Skipped(f"the model's config has no {missing}") from None
+    patterns = getattr(planned.settings, "unfrozen_parameters", None)
+    if not patterns:
+        return sum(sizes.values()), sum(sizes.values())
+    for pattern in patterns:
+        if not any(fnmatch(name, pattern) for name in (*sizes, "lm_head.weight")):
+            names = ", ".join([*sizes][:3])
+            raise InputError(
+                f"unfrozen_parameters: {pattern!r} matches no parameter of the model: they are called {names}, …"
+            )
+    return sum(n for name, n in sizes.items() if any(fnmatch(name, p) for p in patterns)), sum(sizes.values())
+
+
+def find_config(planned, plans):
+    """The config of the model that `planned` reads or makes, as far as it can be known now: a dict, or None."""
+    settings, later, folder = planned.settings, planned.stage.later, planned.stage.folder
+    if (folder / "manifest.json").exists() and (
+        made := [*folder.glob("config.json"), *folder.glob("model/config.json")]
+    ):
+        return read_json(made[0])
+    path = getattr(settings, "model_name_or_path", None)
+    if not isinstance(path, str):
+        config, defaults = getattr(settings, "model_config", None), getattr(planned.module, "MODEL_KEYS", {})
+        return config and {**defaults, **config}
+    config = plans[later[path]].config if path in later else read_config(path)
+    if not config or not hasattr(settings, "pad_to_multiple_of"):
+        return config
+    size = ids_of(settings.tokenizer, later, plans) or config["vocab_size"]  # a transplant: the new tokenizer's, padded
+    return {**config, "vocab_size": -(-size // settings.pad_to_multiple_of) * settings.pad_to_multiple_of}
+
+
+def ids_of(tokenizer, later, plans):
+    """How many ids the tokenizer at this path has or, where a stage is to make it, will have; None where it makes several."""
+    if tokenizer not in later:
+        return TextTokenizer(tokenizer).size
+    plan = plans[later[tokenizer]]
+    size, base, new = (getattr(plan.settings, key, None) for key in ("vocab_size", "base_tokenizer", "new_tokens"))
+    if base and len(new) == 1:
+        size = ids_of(base, plan.stage.later, plans)
+        return size and size + new[0]
+    return size and size + len(SPECIAL_TOKENS)

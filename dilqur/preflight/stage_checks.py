@@ -1,0 +1,197 @@
+"""Checks of a stage: its recipe, what it reads, whether they belong together, and whether its folder is there for it alone.
+
+Each takes (planned, known) and returns what it saw, None where it does not concern the program.
+"""
+
+import contextlib
+import fcntl
+import functools
+import importlib.util
+import io
+import json
+import os
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from dilqur.batches import split_batch
+from dilqur.distributed import planned_strategy, refuse_what_it_cannot
+from dilqur.documents import read_jsonl
+from dilqur.errors import InputError
+from dilqur.input_files import expand
+from dilqur.llama3 import encode_chat
+from dilqur.preflight.findings import Later
+from dilqur.preflight.planned import ROOT, Probe, existing, find_config, read_json
+from dilqur.recipe import parse, to_dict
+from dilqur.stage import StageSettings
+from dilqur.token_shards import TokenShards
+from dilqur.tokenizer import TextTokenizer
+from dilqur.training_settings import TrainingSettings, check_training
+
+
+def check_recipe(planned, known):
+    """The recipe parses, its keys are the program's, and no row above is the same run under another name."""
+    row, recipe, path = planned.row, Path(planned.arguments[1]), ROOT / planned.row.program
+    if not path.exists():
+        raise InputError(f"{path}: no such program; pipeline.txt gives it to {row.name}: correct its row")
+    if not recipe.exists():
+        there = ", ".join(sorted(file.stem for file in recipe.parent.glob("*.yaml"))) or "none"
+        raise InputError(f"{recipe}: no such file, and the stage {row.name} reads it; recipes there: {there}")
+    spec = importlib.util.spec_from_file_location("_".join(path.parts[-2:]).removesuffix(".py"), path)
+    planned.module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(planned.module)
+    classes = [v for v in vars(planned.module).values() if isinstance(v, type) and issubclass(v, StageSettings)]
+    own = [c for c in classes if c.__module__ == spec.name]
+    if not own:
+        raise InputError(f"{path}: not a program that makes a stage: correct the row of {row.name} in pipeline.txt")
+    planned.settings = parse(own[0], "", planned.arguments)
+    if planned.settings.stage not in (None, row.name):
+        raise InputError(f"stage: {planned.settings.stage}: pipeline.txt calls it {row.name}: leave the key out")
+    planned.keys = to_dict(planned.settings)
+    for name, other in known.plans.items():
+        if name != row.name and planned.keys == other.keys and row.batch == other.row.batch:
+            raise InputError(f"the same run as {name}, key for key: change a flag of one, or remove its row")
+    return f"keys fit {row.program}"
+
+
+def check_inputs(planned, known):
+    """What it reads is there and may be read, in the local Hugging Face cache, or made by a stage above."""
+    planned.stage = Probe(planned.settings, planned.module.__file__)
+    planned.config = find_config(planned, known.plans)
+    for path in planned.stage.inputs:
+        if path not in planned.stage.later and not os.access(path, os.R_OK | (os.X_OK if Path(path).is_dir() else 0)):
+            raise PermissionError(13, "permission denied", path)
+    if later := sorted(set(planned.stage.later.values())):
+        raise Later(f"waits for {', '.join(later)}")
+    return f"{len(planned.stage.inputs)} there"
+
+
+def check_shards(planned, known):
+    """Every shard has the size, and with --verify the checksum, that its manifest says."""
+    folders = [TokenShards(path).check_files(known.verify) for path in planned.there("shards")]
+    files = sum(len(shard["files"]) for folder in folders for shard in folder.manifest["shards"])
+    return f"{files} files whole, {sum(f.num_tokens for f in folders):,} tokens" if folders else None
+
+
+def check_model(planned, known):
+    """The models it reads are whole (as long as their headers say) and have a BOS, an EOS, and for sft the chat format."""
+    for path in map(Path, planned.there("model")):
+        index = path / "model.safetensors.index.json"
+        listed = set(read_json(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
+        for file in sorted(path / name for name in listed):
+            if not file.exists():
+                raise InputError(f"{file}: not there: fetch or convert the model again")
+            if (size := file.stat().st_size) != (stated := stated_size(file)):
+                raise InputError(f"{file}: {size:,} bytes, its header says {stated:,}: fetch or convert it again")
+        tokenizer = load_tokenizer(path)
+        if tokenizer.bos_id is None or tokenizer.eos_id is None:
+            raise InputError(f"{tokenizer.path}: no BOS or no EOS token: name them in tokenizer_config.json beside it")
+        if hasattr(planned.module, "conversations"):
+            encode_chat(tokenizer, [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
+    return f"{len(planned.there('model'))} whole, with BOS and EOS" if planned.there("model") else None
+
+
+def check_conversations(planned, known):
+    """The first conversation of every file is one."""
+    if not hasattr(planned.module, "conversations"):
+        return None
+    for file in expand(planned.there("documents")):
+        line, record = next(read_jsonl(file), (1, {}))
+        if problem := planned.module.problem_with(record):
+            raise InputError(f"{file}:{line}: {problem}")
+    return "the first of every file is whole"
+
+
+def check_fit(planned, known):
+    """The program's own --check: shards' tokenizer = model's, token ids < its rows, pad ≠ eos, lengths, steps."""
+    if not planned.stage.later:
+        arguments, sys.argv = sys.argv, [planned.module.__file__, *planned.arguments, "--check"]
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                planned.module.main.__wrapped__()  # without @program: it raises
+        finally:
+            sys.argv = arguments
+        return "recipe, data and model belong together"
+    settings = planned.settings
+    if not isinstance(settings, TrainingSettings) or "shards" in [planned.stage.inputs[p] for p in planned.stage.later]:
+        return None
+    _, _, steps = check_training(replace(settings, continue_data=False))
+    raise Later(f"{steps:,} steps; whether data and model belong together")
+
+
+def check_strategy(planned, known):
+    """The accelerate config is there, and does what the recipe wants."""
+    strategy = planned.strategy_file()
+    if not isinstance(planned.settings, TrainingSettings) or not strategy:
+        return None
+    if not (ROOT / strategy).exists():
+        there = ", ".join(sorted(file.stem for file in (ROOT / "accelerate_configs").glob("*.yaml")))
+        raise InputError(f"DILQUR_STRATEGY: {strategy}: no such file; in accelerate_configs/ there are: {there}")
+    launched = {"WORLD_SIZE": str(planned.processes), "DILQUR_STRATEGY": str(ROOT / strategy)}
+    with environment(launched):
+        refuse_what_it_cannot(planned.settings, planned_strategy())
+    return f"{strategy} on {planned.processes} processes"
+
+
+def check_batch(planned, known):
+    """global_batch_size divides."""
+    if not hasattr(planned.settings, "global_batch_size"):
+        return None
+    total, ceiling = planned.settings.global_batch_size, planned.settings.per_device_train_batch_size
+    batch, accumulation = split_batch(total, ceiling, planned.processes)
+    return f"{total} = {batch} a device × {accumulation} accumulated × {planned.processes} processes"
+
+
+def check_output(planned, known):
+    """The folder can be written to and locked, and nobody else is writing there."""
+    folder = planned.stage.folder
+    with contextlib.suppress(OSError), (folder / ".lock").open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            who = lock.read().strip() or "another process"
+            raise InputError(f"{folder}: {who} is writing it now: wait until it ends, or end it") from None
+    nearest = existing(folder.parent)
+    if nearest in known.seen:
+        return None
+    known.seen.add(nearest)
+    if not nearest.is_dir():
+        raise InputError(f"{nearest}: is no folder, and {folder} would be in it: choose another --run_dir")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"{nearest}: cannot be written to: choose another --run_dir")
+    with tempfile.TemporaryFile(dir=nearest) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as problem:
+            return f"{nearest} can be written to but not locked ({problem.strerror}): never start a stage twice"
+    return f"{nearest} can be written to and locked"
+
+
+@contextlib.contextmanager
+def environment(values):
+    """os.environ with these values for a while."""
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def stated_size(file):
+    """Bytes that the header of a .safetensors file says it has: its length, the header, the tensors; 0 for a broken header."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        try:
+            header = json.loads(opened.read(min(length, file.stat().st_size)))
+        except ValueError:
+            return 0
+    return 8 + length + max((t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"), default=0)
+
+
+@functools.cache
+def load_tokenizer(path):
+    """TextTokenizer; that of a model which several stages read is loaded once: 128,000 tokens take half a second."""
+    return TextTokenizer(path)

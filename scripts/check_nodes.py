@@ -1,0 +1,210 @@
+"""Checks in seconds, on the nodes of a job, what only they can tell: whether they reach each other, and whether one is not like the rest.
+
+    sbatch --nodes=4 slurm/check_nodes.sbatch
+    srun --nodes=4 --gres=gpu:8 --exclusive slurm/launch.sh scripts/check_nodes.py      the same, at once
+    python scripts/check_nodes.py --num_processes 8                                     one node, without Slurm
+
+slurm/launch.sh starts one of it on every node, with the address and port that training would use; it starts a process for each GPU.
+A line a check: GPUs and who holds their memory, versions, clocks, the shared folder, the node's own folder, the speed of each GPU, of each
+node's link, and of an all-reduce. Exit code 2 if anything FAILs, and where a node is not heard of within --timeout_s. Nothing is left
+behind. On CPUs it measures those, over gloo.
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from dilqur.errors import EveryRankError, InputError, program
+from dilqur.preflight import node_verdicts as verdict
+from dilqur.preflight.findings import Findings
+from dilqur.preflight.node_facts import node_facts
+from dilqur.preflight.node_meeting import SHARED_S, Meeting
+from dilqur.preflight.node_speed import measure
+from dilqur.preflight.planned import existing
+from dilqur.recipe import parse
+
+GRACE_S = 5  # srun ends all nodes with the first that fails: let the first node say what it knows
+
+
+@dataclass(kw_only=True)
+class CheckNodesSettings:
+    num_machines: Annotated[int, Field(ge=1)] = field(default=1, metadata={"help": "nodes, as of accelerate launch"})
+    num_processes: Annotated[int, Field(ge=1)] = field(default=1, metadata={"help": "of all nodes together: the GPUs"})
+    machine_rank: Annotated[int, Field(ge=0)] = field(default=0, metadata={"help": "this node's, from 0"})
+    main_process_ip: str = field(default="127.0.0.1", metadata={"help": "the first node's address"})
+    main_process_port: int = field(default=0, metadata={"help": "and port; 0: a free one, with one node"})
+    machines: list[str] = field(default_factory=list, metadata={"help": "names of the nodes, for the messages"})
+    run_dir: str = field(default="runs", metadata={"help": "the folder that all nodes share"})
+    local_dir: str | None = field(
+        default=None, metadata={"help": "the node's own; DILQUR_LOCAL_DIR, or the temporary one"}
+    )
+    min_bus_bandwidth: Annotated[float, Field(gt=0)] | None = field(
+        default=None, metadata={"help": "GB/s that an all-reduce has to reach"}
+    )
+    timeout_s: Annotated[int, Field(ge=1)] = field(
+        default=60, metadata={"help": "how long a node waits for the others"}
+    )
+    json: bool = field(default=False, metadata={"help": "one JSON object on standard output"})
+    check: bool = field(default=False, metadata={"help": "check the arguments, run nothing"})
+
+
+def start_processes(settings, port):
+    """A process for each GPU of this node. Forked before anything here has threads or a GPU, to import torch once a node."""
+    here, fork = settings.num_processes // settings.num_machines, multiprocessing.get_context("fork")
+    shared = (settings.num_processes, settings.num_machines, settings.main_process_ip, port, settings.timeout_s)
+    ranks = range(settings.machine_rank * here, (settings.machine_rank + 1) * here)
+    workers = [fork.Process(target=measure, args=(rank, *shared), daemon=True) for rank in ranks]
+    for worker in workers:
+        worker.start()
+    return workers
+
+
+def check_together(settings, meeting, findings, shared, local):
+    """What the nodes tell each other before any of them computes. Returns the names of the GPUs of all processes, None for one
+    without; None where they cannot work together: not as many processes on each node, or no network between two of them."""
+    hosts, here = meeting.machines, settings.num_processes // settings.num_machines
+    facts = meeting.gather("facts", {**node_facts(), "processes": here})
+    alike = len({fact["processes"] for fact in facts}) == 1
+    names = [None] * settings.num_processes
+    if alike:
+        ranks = range(settings.num_processes)
+        ready = meeting.collect(
+            [f"ready/{r}" for r in ranks],
+            lambda missing: f"{where(meeting, here, missing[0])}: its process has not started",
+        )
+        refuse_errors(
+            meeting, here, ready, "CUDA fails", "nvidia-smi there says more; leave the node out until it is mended"
+        )
+        names = [one["device"] for one in ready]
+    findings.run(
+        "", verdict.check_gpus, hosts, facts, {h: names[i * here : (i + 1) * here] for i, h in enumerate(hosts)}
+    )
+    findings.run("", verdict.check_holders, hosts, facts)
+    findings.run("", verdict.check_versions, hosts, facts)
+    connected = not settings.machines or findings.run("", verdict.check_network, hosts, meeting.unreachable())
+    offsets, looks = meeting.clock_offsets(), meeting.write_and_look("shared", shared, SHARED_S)
+    findings.run("", verdict.check_clocks, hosts, offsets, [look["ahead"] for look in looks])
+    findings.run("", verdict.check_shared, hosts, shared, looks)
+    if len(hosts) > 1:
+        looks, free = meeting.write_and_look("local", local, 0), meeting.gather("free", free_bytes(local))
+        findings.run("", verdict.check_local, hosts, local, looks, free)
+    return names if alike and connected else None
+
+
+def check_speed(settings, meeting, findings, names):
+    """What each process measures."""
+    hosts, here = meeting.machines, settings.num_processes // settings.num_machines
+    if meeting.rank == 0:
+        meeting.store.set("go", "1")
+    ranks = range(settings.num_processes)
+    told = meeting.collect(
+        [f"speed/{rank}" for rank in ranks],
+        lambda missing: (
+            f"{where(meeting, here, missing[0])}: has not ended an all-reduce (NCCL_DEBUG=INFO says where it waits)"
+        ),
+    )
+    refuse_errors(meeting, here, told, "an all-reduce failed", "NCCL_DEBUG=INFO says more")
+    findings.run("", verdict.check_compute, [where(meeting, here, r) for r in ranks], names, [t["flops"] for t in told])
+    if settings.num_processes > 1:
+        backend = "nccl" if names[0] else "gloo"
+        rates = [{hosts[int(k)]: rate for k, rate in told[i * here]["neighbours"].items()} for i in range(len(hosts))]
+        findings.run("", verdict.check_links, hosts, rates)
+        seconds = [one["all_reduce"] for one in told]
+        wanted = settings.min_bus_bandwidth
+        findings.run("", verdict.check_all_reduce, len(ranks), told[0]["bytes"], seconds, wanted, backend)
+
+
+def refuse_errors(meeting, here, told, what, advice):
+    for rank, one in enumerate(told):
+        if "error" in one:
+            raise EveryRankError(f"{where(meeting, here, rank)}: {what}: {one['error']}: {advice}")
+
+
+def free_bytes(folder):
+    return shutil.disk_usage(folder).free if folder.is_dir() else 0
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def where(meeting, here, rank):
+    return f"{meeting.machines[rank // here]}, process {rank % here}" if here > 1 else meeting.machines[rank]
+
+
+@program
+def main():
+    settings = parse(CheckNodesSettings, __doc__)
+    nodes, rank = settings.num_machines, settings.machine_rank
+    if settings.num_processes % nodes or rank >= nodes or len(settings.machines) not in (0, nodes):
+        raise InputError(
+            f"{settings.num_processes} processes on {nodes} nodes, of which this is {rank}: they do not go together"
+        )
+    if nodes > 1 and not settings.main_process_port:
+        raise InputError("--main_process_port missing: the nodes meet there")
+    if settings.check:
+        return print("check_nodes: ok")
+    machines = settings.machines or ([socket.gethostname()] if nodes == 1 else [f"node {i}" for i in range(nodes)])
+    local = Path(
+        settings.local_dir
+        or os.environ.get("DILQUR_LOCAL_DIR")
+        or os.environ.get("SLURM_TMPDIR")
+        or tempfile.gettempdir()
+    )
+
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else a node that goes is a page of frames
+    import torch
+
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) * nodes // settings.num_processes))
+    port = settings.main_process_port or free_port()
+    workers = start_processes(settings, port)
+    if rank > 0:  # srun ends the others with the first node: with its exit code, not with 143
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    findings = Findings()
+    try:
+        meeting = Meeting(rank, machines, settings.main_process_ip, port, settings.timeout_s)
+        names = check_together(settings, meeting, findings, existing(Path(settings.run_dir)), local)
+        if names is not None:
+            check_speed(settings, meeting, findings, names)
+        if rank > 0:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python gives it back its own meaning while it ends
+        meeting.leave()
+    except InputError as problem:
+        if rank > 0:
+            if not isinstance(problem, EveryRankError):
+                print(f"error: {problem}", file=sys.stderr, flush=True)
+            time.sleep(GRACE_S)
+            sys.exit(2)
+        findings.add("", "meeting", "FAIL", str(problem))
+    finally:
+        for worker in workers:
+            worker.kill()
+    if rank > 0:
+        return None
+    if settings.json:
+        print(json.dumps({"machines": machines, "checks": findings.lines}, ensure_ascii=False))
+    else:
+        findings.print()
+    count = Counter(line["status"] for line in findings.lines)
+    if count["FAIL"]:
+        raise InputError(f"{count['FAIL']} of {len(findings.lines)} checks FAIL: their lines say what to do")
+    if not settings.json:
+        print(", ".join(f"{number} {status}" for status, number in count.items()))
+    return None
+
+
+if __name__ == "__main__":
+    main()
