@@ -250,16 +250,46 @@ def lab(image, tree, tmp_path_factory):
         yield running
 
 
+@pytest.fixture(scope="module")
+def submit(lab, image, made):
+    """submit(name, strategy) submits cpt_p5.sbatch on two nodes, in the image; the job's number."""
+    assert lab.run("bash", "-c", "type python || type python3", code=None).returncode, "only the image has Python"
+
+    def submit(name, strategy):
+        extensions = str(made / "extensions")  # DeepSpeed's, of a CPU: both nodes wait for one compiler
+        return test_lab.submit(
+            lab,
+            name,
+            2,
+            DILQUR_STRATEGY=f"accelerate_configs/{strategy}.yaml",
+            DILQUR_IMAGE=str(image),
+            DILQUR_BINDS=str(made),
+            TORCH_EXTENSIONS_DIR=extensions,
+        )
+
+    return submit
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2"])
 def test_inside_the_image_the_shipped_batch_file_learns_the_same_on_two_nodes(
-    lab, image, write, one_process, made, strategy
+    lab, submit, write, one_process, strategy
 ):
     folder = write(f"image-{strategy}", max_steps=12)
-    environment = {"DILQUR_IMAGE": str(image), "DILQUR_BINDS": str(made)}
-    job = test_lab.submit(
-        lab, f"image-{strategy}", 2, DILQUR_STRATEGY=f"accelerate_configs/{strategy}.yaml", **environment
-    )
-    assert lab.wait(job) == "COMPLETED", lab.log(job)
+    job = submit(f"image-{strategy}", strategy)
+    assert lab.wait(job, seconds=600) == "COMPLETED", lab.log(job)
     result = json.loads((folder / "manifest.json").read_text())["result"]
     assert (result["strategy"], result["processes"]) == (strategy, 2)
     assert test_lab.metrics(folder) == pytest.approx(one_process, rel=test_lab.ROUNDING)
+
+
+def test_inside_the_image_a_warned_job_goes_on_and_a_cancelled_one_has_saved(lab, submit, write):
+    folder = write("image-stopped", **test_lab.LONG | {"save_steps": 1000})
+    job = submit("image-stopped", "ddp")
+    test_lab.wait_for_steps(lab, job, folder, 30)
+    lab.run("scancel", "--signal=USR1", "--batch", job)
+    test_lab.wait_for_steps(lab, job, folder, 30)
+    assert test_lab.restarts(lab, job) == 1
+    lab.run("scancel", "--signal=TERM", "--full", job)
+    lab.wait(job)
+    (saved,) = folder.glob("checkpoints/step-*/COMPLETE")
+    assert int(saved.parent.name.removeprefix("step-")) == test_lab.steps_done(folder) >= 60
