@@ -2,7 +2,7 @@
 # Sourced by launch.sh: with DILQUR_IMAGE=dilqur.sif, launch.sh begins once more inside that image (docs/image.md). Sets nothing without.
 #
 # Seen inside, besides what the site's Apptainer shows of itself (home, /tmp, /dev with InfiniBand): this checkout, the node-local
-# folder, where data/, models/ and runs/ lead to, and DILQUR_BINDS, `SOURCE[:TARGET[:ro]]` separated by commas or spaces.
+# folders, where data/, models/ and runs/ lead to, and DILQUR_BINDS, `SOURCE[:TARGET[:ro]]` separated by blanks or commas.
 [[ -n ${DILQUR_IMAGE:-} && -z ${APPTAINER_CONTAINER:-} ]] || return 0
 
 refuse() {
@@ -14,8 +14,9 @@ refuse() {
 command -v apptainer >/dev/null || refuse "DILQUR_IMAGE is set, but apptainer is not on PATH on $HOSTNAME: load its module in slurm/site.env"
 checkout=$(pwd -P)
 enter=(apptainer exec --pwd "$checkout" --bind "$checkout")
-local_disk=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}
-[[ $local_disk/ == /tmp/* ]] || enter+=(--bind "$local_disk")
+for folder in "${SLURM_TMPDIR:-${TMPDIR:-/tmp}}" "${DILQUR_LOCAL_DIR:-/tmp}"; do
+  [[ $folder/ == /tmp/* || ! -d $folder ]] || enter+=(--bind "$folder")
+done
 for folder in data models runs; do
   [[ ! -L $folder ]] || enter+=(--bind "$(readlink -f "$folder")")
 done
