@@ -18,7 +18,7 @@ for folder in "${SLURM_TMPDIR:-${TMPDIR:-/tmp}}" "${DILQUR_LOCAL_DIR:-/tmp}"; do
   [[ $folder/ == /tmp/* || ! -d $folder ]] || enter+=(--bind "$folder")
 done
 for folder in data models runs; do
-  [[ ! -L $folder ]] || enter+=(--bind "$(readlink -f "$folder")")
+  [[ ! -L $folder || ! -e $folder ]] || enter+=(--bind "$(readlink -f "$folder")")
 done
 binds=${DILQUR_BINDS:-}
 read -ra binds <<<"${binds//,/ }"
