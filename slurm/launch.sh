@@ -7,7 +7,7 @@
 # fsdp2.yaml, and ddp.yaml for mlm.py and sft.py); with one process in all, and for every other program: plain python, on the first node.
 # check_nodes.py runs on every node, and starts its processes by itself.
 # DILQUR_NUM_PROCESSES: processes a node where there is no GPU. DILQUR_PORT: of the first node, instead of one from the job's number.
-# DILQUR_MODULES, DILQUR_VENV, DILQUR_LOCAL_DIR: slurm/site.env.example.
+# DILQUR_MODULES, DILQUR_VENV, DILQUR_IMAGE, DILQUR_LOCAL_DIR: slurm/site.env.example.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 (($#)) || {
@@ -20,7 +20,7 @@ shift
 # -- environment ----------------------------------------------------------------------------------------------------------
 
 source slurm/read_site.sh
-if [[ -n ${DILQUR_MODULES:-} ]]; then
+if [[ -n ${DILQUR_MODULES:-} && -z ${APPTAINER_CONTAINER:-} ]]; then
   load_modules
 fi
 find_python
@@ -35,6 +35,7 @@ export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 # On node-local disk, and each job its own: kernels compiled on a network file system get torn.
 cache=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/dilqur-${USER:-$(id -un)}-${SLURM_JOB_ID:-local}
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$cache/triton} TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}
+source slurm/enter_image.sh
 
 # -- how many processes, and where ----------------------------------------------------------------------------------------
 
@@ -78,7 +79,7 @@ fi
 
 machines=() port=0 where=(--machine_rank "$node") # 0: a free one, several runs may share the node
 if ((nodes > 1)); then
-  mapfile -t hosts < <(scontrol show hostnames "${SLURM_STEP_NODELIST:-}")
+  mapfile -t hosts <<<"${DILQUR_HOSTS:-$(scontrol show hostnames "${SLURM_STEP_NODELIST:-}")}"
   machines=(--machines "${hosts[@]}")
   port=${DILQUR_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
   where+=(--main_process_ip "${hosts[0]}")

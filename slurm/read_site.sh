@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Sourced by launch.sh, run_stages.sh and pipeline.sh: a site's own settings, from slurm/site.env if it is there.
-if [[ -f slurm/site.env ]]; then
+if [[ -f slurm/site.env && -z ${APPTAINER_CONTAINER:-} ]]; then # inside an image its variables have come along
   # `module` and the like are not written for -eu
   set -a +eu
   # shellcheck source=/dev/null
