@@ -7,18 +7,19 @@ A quarter of an hour on two free cores; the file gets the seconds that each case
 
 import json
 import os
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import TINY_LLAMA
+from conftest import ROOT, TINY_LLAMA
 from test_lab import DDP, metrics, steps_done, submit, write  # noqa: F401 - write is a fixture
 from virtual_cluster import Lab, skip_where_impossible
 
 LIFE = os.environ.get("DILQUR_LIFE")
 pytestmark = pytest.mark.skipif(not LIFE, reason="takes a quarter of an hour: DILQUR_LIFE=FILE.json has it run")
-STEPS = 600
+STEPS = 800
 RUN = {"max_steps": STEPS, "save_steps": 50, "hang_minutes": 5}
 # 14 million parameters: a checkpoint of 170 MB takes long enough to cut the power in the middle of
 SHAPE = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8}
@@ -49,15 +50,16 @@ def undisturbed(lab, write):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def costs():
-    """{case: [{"in the queue", "to go on", "steps lost"} a disturbance]}; written at the end."""
+    """{case: [{"in the queue", "to go on", "steps lost"} a disturbance]}; at the end into the file, beside those of cases not run."""
     costs = {}
     yield costs
-    said = {
-        "command": f"DILQUR_LIFE={LIFE} pytest tests/slurm/test_life.py",
-        "slurm": os.popen("slurmctld -V").read().strip(),
-        "seconds": costs,
-    }
-    Path(LIFE).write_text(json.dumps(said, indent=1) + "\n")
+    before = json.loads(Path(LIFE).read_text())["seconds"] if Path(LIFE).exists() else {}
+    slurm = subprocess.run(["slurmctld", "-V"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    said = {"command": f"DILQUR_LIFE={LIFE} pytest tests/slurm/test_life.py", "slurm": slurm, "commit": commit}
+    Path(LIFE).write_text(json.dumps({**said, "seconds": {**before, **costs}}, indent=1) + "\n")
 
 
 class Watch:
@@ -107,8 +109,8 @@ def start(lab, write):  # noqa: F811
 
 
 def test_the_time_is_up_three_times_in_a_row(lab, start, undisturbed, costs):
-    """Three minutes, and a warning two minutes before their end, which is what --signal=B:USR1@300 is for hours."""
-    run = start("wall", "--time=3", "--signal=B:USR1@125")
+    """Six minutes, the warning five minutes before their end, as the batch file has it."""
+    run = start("wall", "--time=6")
     for restart in range(3):
         run.until(lambda n=restart: (run.folder / "REQUEUE").exists() or run.restarts() > n)
         run.disturbed(restart)
