@@ -17,7 +17,7 @@ quickstart-encoder: $(VENV)/installed
 	slurm/pipeline.sh quickstart-encoder --local
 
 test: $(VENV)/installed-dev
-	pytest -n auto --dist loadfile --no-loadscope-reorder
+	pytest -n $$(($$(nproc) + 1)) --dist loadfile --no-loadscope-reorder # one more than cores: a third of the time is waiting
 
 lint: $(VENV)/installed-dev
 	ruff check .

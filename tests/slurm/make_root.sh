@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes Debian 13 with Slurm 24.11 and Apptainer 1.4 in a folder: a root file system for the lab's LAB_ROOT.
 #
-#     MIRROR=http://deb.debian.org/debian tests/slurm/make_root.sh FOLDER
+#     MIRROR=ADDRESS-OF-A-DEBIAN-MIRROR tests/slurm/make_root.sh FOLDER
 #
 # Needs root, debootstrap and network. Apptainer is packaged for Debian's unstable suite only and needs a libc of Debian 13 or newer:
 # that one package comes from there.

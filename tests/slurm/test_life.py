@@ -25,8 +25,8 @@ RUN = {"max_steps": STEPS, "save_steps": 50, "hang_minutes": 5}
 SHAPE = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8}
 HEAVY = {
     "model_config": {**yaml.safe_load(TINY_LLAMA), **SHAPE},
-    "max_steps": 40,
-    "save_steps": 10,
+    "max_steps": 20,
+    "save_steps": 5,
     "hang_minutes": 5,
     "global_batch_size": 2,
     "per_device_train_batch_size": 1,

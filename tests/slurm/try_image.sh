@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The image for real, without a GPU: built by Apptainer from apptainer/dilqur.def on a plain Debian, tested, and jobs of a real Slurm in it.
 #
-#     MIRROR=http://deb.debian.org/debian tests/slurm/try_image.sh FOLDER [FLAGS OF apptainer build ...]
+#     MIRROR=ADDRESS-OF-A-DEBIAN-MIRROR tests/slurm/try_image.sh FOLDER [FLAGS OF apptainer build ...]
 #
 # FOLDER (10 GB) gets root/, Debian 13 with Slurm and Apptainer; base/, Debian 12 with nothing; and dilqur.sif. What is there already is
 # taken. Needs root, debootstrap, what the lab needs, and an environment with pytest. Variables PIP_... hold for the build; LAB_SHARE
