@@ -91,9 +91,7 @@ class Job:
             words = name.split(".")
             if number := next((word for word in words if word.isdecimal()), None):
                 layers[number] = layers.get(number, 0) + size
-            elif "embed" not in name and name != "model.encoder.weight":
-                tail += size
-            elif tied:
+            elif ("embed" not in name and name != "model.encoder.weight") or tied:
                 tail += size
         return tail, max(layers.values())
 

@@ -1,4 +1,4 @@
-"""Memory of a GPU in a training step, term by term: what dilqur/distributed.py's strategies leave on it, and a micro-batch's activations."""
+"""Memory of a GPU in a training step, term by term: what each strategy of dilqur/distributed.py leaves on it, and the activations."""
 
 from dataclasses import dataclass
 
@@ -59,14 +59,15 @@ def state_of(job, strategy):
     """{"weights", "gradients", "moments": bytes} of AdamW's training state that a GPU holds.
 
     ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054) has its weights in the products' dtype, whole but in stage 3, and fp32 master
-    weights besides, divided as the moments are; gradients are added up in fp32, whole in stage 1.
+    weights besides, divided as the moments are; gradients are added up in fp32, in stage 1 whole and beside
+    those of the products' dtype.
     """
     trained, total, n = job.trained, job.total, strategy.shards
     if strategy.kind.startswith("zero"):
         whole = n if strategy.kind == "zero3" else 1
         return {
             "weights": job.product * total / whole + 4 * trained / n,
-            "gradients": 4 * trained / (1 if strategy.kind == "zero1" else n),
+            "gradients": (4 + 2 * job.mixed) * trained if strategy.kind == "zero1" else 4 * trained / n,
             "moments": 8 * trained / n,
         }
     each = job.weight / n
