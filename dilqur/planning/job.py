@@ -75,7 +75,7 @@ class Job:
     @property
     def embeddings_only(self):
         """Do the layers stay as they are, so that their products need no gradient of their weights?"""
-        return bool(self.patterns) and not any(self._learns(name) for name in self.sizes if "layer" in name)
+        return bool(self.patterns) and not any(self._learns(name) for name in self.sizes if _layer(name))
 
     @property
     def mixed(self):
@@ -88,15 +88,15 @@ class Job:
         layers, tail = {}, 0
         tied = not any(name.startswith(("lm_head", "decoder")) for name in self.sizes)
         for name, size in self.sizes.items():
-            words = name.split(".")
-            if number := next((word for word in words if word.isdecimal()), None):
+            if number := _layer(name):
                 layers[number] = layers.get(number, 0) + size
             elif ("embed" not in name and name != "model.encoder.weight") or tied:
                 tail += size
         return tail, max(layers.values())
 
     def _learns(self, name):
-        return not self.patterns or any(fnmatch(name, pattern) for pattern in self.patterns)
+        names = (name, "lm_head.weight") if self.config.get("tie_word_embeddings") and "embed" in name else (name,)
+        return not self.patterns or any(fnmatch(n, pattern) for pattern in self.patterns for n in names)
 
     # -- a step -----------------------------------------------------------------------------------------------------------
 
@@ -133,6 +133,11 @@ class Job:
             return flops
         head = 6 * self.masked * self.config["vocab_size"] * self.config["hidden_size"]
         return flops + (flops - head) / (2 if self.embeddings_only else 3)
+
+
+def _layer(name):
+    """The number, a str, of the layer a parameter belongs to; None for the embeddings, the head and what is between."""
+    return next((word for word in name.split(".") if word.isdecimal()), None)
 
 
 def is_encoder(config):

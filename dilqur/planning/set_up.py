@@ -125,9 +125,11 @@ class SetUp:
             "checkpoint_seconds": failures.write,
             "checkpoint_stall_seconds": failures.stall,
             "job_mtbf_seconds": failures.mtbf,
+            "failures_in_30_days": failures.expected(30 * 86_400),
             "best_save_seconds": best,
             "best_save_steps": max(1, round(best / self.time.step)),
             "effective_share": failures.effective_share(best),
+            "effective_share_as_the_recipe_saves": failures.effective_share(self.job.save_steps * self.time.step),
         }
 
 
