@@ -1,5 +1,7 @@
 """What a Llama or a NeoBERT of a given config has in parameters, and what training it costs: memory, floating-point operations."""
 
+from dataclasses import dataclass
+
 
 class UnknownArchitecture(Exception):
     """The sizes of a model of this `model_type` are not known here."""
@@ -65,25 +67,70 @@ def encoder_flops_per_token(hidden_size, ffn_width, num_hidden_layers, vocab_siz
     return 6 * layers + 6 * masked * vocab_size * hidden_size + 12 * num_hidden_layers * hidden_size * max_length
 
 
-def activation_bytes_per_token(config, bytes_each, fused, recomputed=False):
-    """Bytes that the forward pass of a Llama keeps for the backward pass, about, for each token; logits only where the loss is not
-    fused with the head. Raises KeyError for what config lacks.
+@dataclass(frozen=True)
+class Activations:
+    """Bytes for each token that a training step holds on a GPU. layer: {part: bytes} of what a layer's forward pass keeps for its backward
+    pass; layer_input: what gradient checkpointing keeps of it instead; ends: the final norm and the ids; loss: kept for the loss's backward
+    pass; loss_peak: of the loss at its largest, gradients included; working: gradients inside a layer while it is gone back through.
+    whole: bytes besides, however many tokens there are."""
 
-    A layer keeps, in `bytes_each` a number: both norms' inputs and outputs (4 · hidden), query and attention output (2 · width of all
-    heads), key and value, gate, up and their product (3 · intermediate). Without Liger's kernels (`fused` false) also the fp32
-    numbers inside the norms and the activated gate, and of a logit its number, its fp32 copy and both gradients: 12 bytes, in fp32 8.
-    recomputed: gradient checkpointing keeps the input of each layer, and all of the one layer it is at. Counted as in Korthikanti et al.
-    2022 (arXiv 2205.05198, section 4), with flash attention, which keeps no scores.
+    layer: dict
+    layers: int
+    layer_input: float
+    ends: float
+    loss: float
+    loss_peak: float
+    working: float
+    whole: float = 0.0
+
+    def kept(self, recomputed=False):
+        """At the end of the forward pass. recomputed: under gradient checkpointing."""
+        each = self.layer_input if recomputed else sum(self.layer.values())
+        return self.layers * each + self.ends + self.loss
+
+    def peak(self, recomputed=False):
+        """When the backward pass begins: in the loss or, where that is small, in the last layer."""
+        again = sum(self.layer.values()) if recomputed else 0.0
+        return self.kept(recomputed) - self.loss + max(self.loss_peak, again + self.working)
+
+
+def activations(config, bytes_each, residual=None, liger=False, frozen=False, masked=1.0, fused_norms=True):
+    """Activations of a Llama or a NeoBERT of this config, attention being one that keeps no scores (flash, SDPA), as in Korthikanti et al.
+    2022 (arXiv 2205.05198, section 4), by what each of our models' operations saves. Raises UnknownArchitecture, KeyError.
+
+    bytes_each: of a number in a matrix product. residual: of one between the layers; under autocast (DDP) it is fp32 beside bf16 products,
+    each of which then keeps its own copy of its input; None: as in the products. liger: its layers and its loss. frozen: only the
+    embeddings and the head learn, so that no product keeps its input. masked: share of tokens an encoder's head sees. fused_norms: of a
+    NeoBERT, as on a GPU; torch's norm on a CPU is many operations.
     """
-    hidden, heads, inner = (config[k] for k in ("hidden_size", "num_attention_heads", "intermediate_size"))
-    head = config.get("head_dim") or hidden // heads
-    keys = head * (config.get("num_key_value_heads") or heads)
-    layer = bytes_each * (4 * hidden + 2 * heads * head + 2 * keys + 3 * inner)
-    if not fused:
-        layer += 2 * 4 * hidden + bytes_each * inner
-    layers = config["num_hidden_layers"]
-    kept = layers * bytes_each * hidden + layer if recomputed else layers * layer
-    return kept if fused else kept + (12 if bytes_each < 4 else 8) * config["vocab_size"]
+    c, residual = bytes_each, residual or bytes_each
+    copies = residual != c
+    hidden, heads, layers = (config[k] for k in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    learn = not frozen
+    if (kind := config.get("model_type", "llama")) in ("neobert", "eurobert"):
+        width = (neobert_width if kind == "neobert" else int)(config["intermediate_size"])
+        inside = residual if fused_norms else 8  # its input, or that and the normed one, both in fp32
+        norm = inside + learn * c
+        parts = {"norms": 2 * norm * hidden, "attention": 6 * c * hidden, "feed_forward": (3 + learn) * c * width}
+        ends, working = inside * hidden, 3 * c * width + 2 * residual * hidden
+    elif kind == "llama":
+        head = config.get("head_dim") or hidden // heads
+        keys, inner = head * (config.get("num_key_value_heads") or heads), config["intermediate_size"]
+        # transformers' norm upcasts its input; the residual in fp32 is that already. What its weight multiplies is kept if that learns
+        inside = residual if liger else 4 + learn * residual
+        inputs = learn * c * (5 if copies else 2)  # of q, k, v together and of gate and up together, or of each
+        parts = {"norms": (2 * inside + inputs) * hidden, "attention": c * (2 * heads * head + 2 * keys)}
+        parts["feed_forward"] = c * inner * ((2 if liger else 3) + learn)
+        ends, working = inside * hidden, c * inner * (1 if liger else 3) + 2 * residual * hidden
+    else:
+        raise UnknownArchitecture(f"the size of a {kind} is not known here")
+    parts["statistics"] = 4 * (heads + 2)  # of attention's softmax and both norms, fp32
+    head, vocab = masked * c * hidden, config["vocab_size"]  # what goes into the head
+    ends += 2 * 8 + head
+    if liger:  # the gradient of its input, made in the forward pass, and a chunk's logits, rounded up to a power of two
+        return Activations(parts, layers, residual * hidden, ends, head, 3 * head, working, c * vocab * hidden)
+    # log-softmax, and in the backward pass the gradients of and behind it, all fp32
+    return Activations(parts, layers, residual * hidden, ends, 4 * masked * vocab, 12 * masked * vocab, working)
 
 
 # Dense bfloat16 products with fp32 sums, floating-point operations a second: NVIDIA's data sheets, without sparsity.

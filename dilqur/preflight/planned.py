@@ -65,11 +65,6 @@ class Planned:
         default = "fsdp2" if self.row.program == "scripts/cpt.py" else "ddp"
         return os.environ.get("DILQUR_STRATEGY") or f"accelerate_configs/{default}.yaml"
 
-    def shards(self):
-        """Processes among which the weights and the optimizer are divided."""
-        strategy = Path(self.strategy_file() or "ddp").stem
-        return {"ddp": 1, "hsdp": self.batch_file.gpus or 1}.get(strategy, self.processes)
-
 
 @dataclass
 class Known:

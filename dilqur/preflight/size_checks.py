@@ -9,9 +9,10 @@ import os
 import shutil
 import statistics
 
-from dilqur.batches import split_batch
-from dilqur.cost_model import activation_bytes_per_token
 from dilqur.errors import InputError
+from dilqur.planning.job import Job
+from dilqur.planning.memory import memory_of
+from dilqur.planning.strategy import strategy_of
 from dilqur.preflight.batch_file import clock
 from dilqur.preflight.findings import Later
 from dilqur.preflight.planned import existing, parameters
@@ -64,25 +65,21 @@ def check_memory(planned, known):
     settings = planned.settings
     if not card or not planned.config or not hasattr(settings, "bf16"):
         return None
-    trained, total = parameters(planned)
+    _, total = parameters(planned)
     if not isinstance(settings, TrainingSettings):  # an adapter is small, what it adapts is not
         need, what = (2 if settings.bf16 else 4) * total, f"a model of about {total:,} parameters"
         if need > card:
             raise InputError(f"{gb(need)} a GPU for {what}; {whose} {gb(card)}: take a larger GPU, or bf16: true")
         return f"{gb(need)} a GPU for {what}, and what it computes; {whose} {gb(card)}"
-    number, shards = BYTES[settings.dtype], planned.shards()  # of weight, gradient and two moments
-    state = (4 * number * trained + number * (total - trained)) / shards
+    memory, shards, batch = memory_in(planned)
+    state, need = memory.state, memory.allocated(batch)
     text = f"{gb(state)} a GPU for weights, gradients and moments" + (f" sharded over {shards}" if shards > 1 else "")
-    batch, each, need = 0, activations(settings, planned.config), state
-    if each:
-        batch, _ = split_batch(settings.global_batch_size, settings.per_device_train_batch_size, planned.processes)
-        need += batch * each
-        text += f", about {gb(batch * each)} for activations of {batch} × {settings.max_length:,} tokens"
+    text += f", about {gb(need - state)} for what is gathered and the activations of {batch} × {settings.max_length:,} tokens"
     text += f"; {whose} {gb(card)}"
     if state > card:
         raise InputError(f"{text}: take more GPUs under fsdp2, or freeze more")
     if need > card:
-        fit = int((card - state) // each)
+        fit = max(0, int((card - memory.allocated(0)) // memory.each_sample))
         lower = f"per_device_train_batch_size: {fit}" if fit else "a smaller max_length"
         raise InputError(f"{text}: take {lower}, use_liger_kernel: true or gradient_checkpointing: true")
     return text
@@ -149,16 +146,14 @@ def card_of(planned, known):
     return (min(gpu["bytes"] for gpu in here), "the smallest here has") if here else (None, None)
 
 
-def activations(settings, config):
-    """Bytes, about, for one sample of a training step; None where that is not known."""
-    if config.get("model_type", "llama") != "llama" or settings.unfrozen_parameters:
-        return None  # what frozen weights leave out is not counted here
-    number = 2 if settings.bf16 or settings.dtype == "bfloat16" else 4
-    try:
-        each = activation_bytes_per_token(config, number, settings.use_liger_kernel, settings.gradient_checkpointing)
-    except KeyError:
-        return None
-    return settings.max_length * each
+def memory_in(planned):
+    """(Memory of a GPU, GPUs among which weights and optimizer are divided, sequences of a micro-batch)."""
+    settings, file = planned.settings, planned.batch_file
+    nodes = file.nodes if file.nodes * file.gpus == planned.processes else 1
+    strategy = strategy_of(planned.strategy_file() or "ddp", nodes, planned.processes // nodes)
+    job = Job.of(settings, planned.config)
+    batch, accumulation = job.split(planned.processes)
+    return memory_of(job, strategy, accumulation), strategy.shards, batch
 
 
 def seconds_of_steps(folder):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dilqur.cost_model import activation_bytes_per_token, parameter_sizes
+from dilqur.cost_model import activations, parameter_sizes
 
 LLAMA_1B = {
     "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
@@ -14,10 +14,12 @@ LLAMA_1B = {
 def test_the_published_peak_of_llama_3_2_1b_on_an_h100(liger, gigabytes):
     """10 sequences of 2,048 tokens a GPU under FSDP, over 8 GPUs: 27 GB with Liger, 64 without."""
     state = 16 * sum(parameter_sizes(LLAMA_1B).values()) / 8
-    peak = state + 10 * 2048 * activation_bytes_per_token(LLAMA_1B, 2, liger)
+    peak = state + 10 * 2048 * activations(LLAMA_1B, 2, liger=liger).peak()
     assert peak == pytest.approx(gigabytes * 1e9, rel=0.1)
 
 
-def test_recomputing_leaves_the_input_of_each_layer_and_one_whole():
-    whole, recomputed = (activation_bytes_per_token(LLAMA_1B, 2, True, again) for again in (False, True))
-    assert recomputed == whole / 16 + 16 * 2 * 2048
+def test_recomputing_keeps_the_input_of_each_layer_and_all_of_one():
+    llama = activations(LLAMA_1B, 2, liger=True)
+    layer = sum(llama.layer.values())
+    assert llama.kept(True) == llama.kept() - 16 * (layer - 2 * 2048)
+    assert llama.peak(True) == llama.peak() - 16 * (layer - 2 * 2048) + layer

@@ -1,0 +1,1 @@
+"""What a training stage will take, before it is submitted: memory, time, network, energy, money, and what failures cost."""

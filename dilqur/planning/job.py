@@ -1,0 +1,144 @@
+"""A training stage as planning sees it: the model's shape, what of it learns, and how much a step is."""
+
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+
+from dilqur.batches import split_batch
+from dilqur.cost_model import (
+    activations,
+    encoder_flops_per_token,
+    neobert_width,
+    parameter_sizes,
+    training_flops_per_token,
+)
+
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Job:
+    """config: of the model, a dict. sizes: {parameter: elements}. patterns: names that learn, None for all. weight: bytes of a trained
+    weight, product: of a number in a matrix product, reduce: of a gradient on the network. masked: share of the tokens that an encoder
+    guesses. steps: None where they are epochs of shards that are not there. ceiling: per_device_train_batch_size."""
+
+    config: dict
+    patterns: tuple | None = None
+    weight: int = 4
+    product: int = 2
+    reduce: int = 4
+    liger: bool = False
+    recomputed: bool = False
+    masked: float = 1.0
+    max_length: int = 2048
+    global_batch: int = 8
+    ceiling: int = 8
+    steps: int | None = None
+    save_steps: int | None = None
+
+    @classmethod
+    def of(cls, settings, config, steps=None):
+        """Of TrainingSettings and the model they train."""
+        encoder = is_encoder(config)
+        return cls(
+            config=config,
+            patterns=tuple(settings.unfrozen_parameters) if settings.unfrozen_parameters else None,
+            weight=BYTES[settings.dtype],
+            product=2 if settings.bf16 else BYTES[settings.dtype],
+            reduce=BYTES[settings.reduce_dtype],
+            liger=settings.use_liger_kernel and not encoder,
+            recomputed=settings.gradient_checkpointing,
+            masked=getattr(settings, "mlm_probability", 1.0),
+            max_length=settings.max_length,
+            global_batch=settings.global_batch_size,
+            ceiling=settings.per_device_train_batch_size,
+            steps=steps or settings.max_steps,
+            save_steps=settings.save_steps,
+        )
+
+    def but(self, **changes):
+        return replace(self, **changes)
+
+    # -- parameters -------------------------------------------------------------------------------------------------------
+
+    @property
+    def sizes(self):
+        return parameter_sizes(self.config)
+
+    @property
+    def total(self):
+        return sum(self.sizes.values())
+
+    @property
+    def trained(self):
+        return sum(size for name, size in self.sizes.items() if self._learns(name))
+
+    @property
+    def embeddings_only(self):
+        """Do the layers stay as they are, so that their products need no gradient of their weights?"""
+        return bool(self.patterns) and not any(self._learns(name) for name in self.sizes if _layer(name))
+
+    @property
+    def mixed(self):
+        """bfloat16 products beside fp32 weights."""
+        return self.product < self.weight
+
+    def units(self):
+        """(elements that FSDP2 keeps gathered all the time: the head, with the embeddings where they are tied, and the final norm;
+        elements of the largest layer)"""
+        layers, tail = {}, 0
+        tied = not any(name.startswith(("lm_head", "decoder")) for name in self.sizes)
+        for name, size in self.sizes.items():
+            if number := _layer(name):
+                layers[number] = layers.get(number, 0) + size
+            elif ("embed" not in name and name != "model.encoder.weight") or tied:
+                tail += size
+        return tail, max(layers.values())
+
+    def _learns(self, name):
+        names = (name, "lm_head.weight") if self.config.get("tie_word_embeddings") and "embed" in name else (name,)
+        return not self.patterns or any(fnmatch(n, pattern) for pattern in self.patterns for n in names)
+
+    # -- a step -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def tokens(self):
+        """Of a step, over all GPUs."""
+        return self.global_batch * self.max_length
+
+    def split(self, gpus, ceiling=None):
+        """(sequences of a micro-batch on a GPU, micro-batches of a step). Raises InputError where they do not divide."""
+        return split_batch(self.global_batch, ceiling or self.ceiling, gpus)
+
+    def activations(self, residual=None):
+        """residual: bytes of a number between the layers."""
+        return activations(
+            self.config, self.product, residual, liger=self.liger, frozen=self.embeddings_only, masked=self.masked
+        )
+
+    def flops_per_token(self):
+        """Of the model; for what it computes, `computed_flops_per_token`."""
+        config = self.config
+        if is_encoder(config):
+            width = neobert_width if config["model_type"] == "neobert" else int
+            names = ("hidden_size", "num_hidden_layers", "vocab_size")
+            hidden, layers, vocab = (config[name] for name in names)
+            inner = width(config["intermediate_size"])
+            return encoder_flops_per_token(hidden, inner, layers, vocab, self.max_length, self.masked)
+        return training_flops_per_token(config, self.max_length, self.embeddings_only)
+
+    def computed_flops_per_token(self):
+        """With the layers' second forward pass under gradient checkpointing: a third of all their operations, without the head."""
+        flops = self.flops_per_token()
+        if not self.recomputed:
+            return flops
+        head = 6 * self.masked * self.config["vocab_size"] * self.config["hidden_size"]
+        return flops + (flops - head) / (2 if self.embeddings_only else 3)
+
+
+def _layer(name):
+    """The number, a str, of the layer a parameter belongs to; None for the embeddings, the head and what is between."""
+    return next((word for word in name.split(".") if word.isdecimal()), None)
+
+
+def is_encoder(config):
+    return config.get("model_type", "llama") != "llama"

@@ -1,0 +1,158 @@
+"""The training stages of a recipe folder, with the shapes of their models, before anything of it has been made or fetched."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dilqur.cost_model import UnknownArchitecture
+from dilqur.errors import InputError
+from dilqur.llama3 import SPECIAL_TOKENS
+from dilqur.planning.hardware import GPU, gpu_meant
+from dilqur.planning.job import Job
+from dilqur.preflight.batch_file import BatchFile, read_batch_file
+from dilqur.preflight.planned import ROOT, Known, Planned
+from dilqur.preflight.stage_checks import check_recipe
+from dilqur.stage import read_config, read_pipeline
+from dilqur.token_shards import TokenShards
+from dilqur.tokenizer import TextTokenizer
+from dilqur.training_settings import TrainingSettings
+
+LLAMA_3 = {"model_type": "llama", "vocab_size": 128_256, "num_key_value_heads": 8}
+# config.json of the base models on the Hub (meta-llama/Llama-3.2-1B, Llama-3.2-3B, Llama-3.1-8B), as far as sizes go
+PUBLISHED = {
+    "llama-3.2-1b": {
+        **LLAMA_3, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "head_dim": 64,
+        "tie_word_embeddings": True,
+    },
+    "llama-3.2-3b": {
+        **LLAMA_3, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24, "head_dim": 128,
+        "tie_word_embeddings": True,
+    },
+    "llama-3.1-8b": {
+        **LLAMA_3, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32, "head_dim": 128,
+        "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+
+
+@dataclass
+class TrainingStage:
+    """job: dilqur.planning.job.Job. gpu: that of the batch file, None if it says none. default_strategy: the accelerate config that
+    slurm/launch.sh takes. epoch_tokens: of its shards, None where they are not there."""
+
+    name: str
+    settings: TrainingSettings
+    job: Job
+    batch_file: BatchFile
+    gpu: GPU | None
+    default_strategy: str
+    epoch_tokens: int | None
+
+
+def training_stages(recipe, run_dir=None, model_config=None):
+    """([TrainingStage], {stage: why it is not planned}) of a recipe folder, or of the stages that read one recipe file.
+
+    model_config: the shape of models that are not there and not known, a dict. Raises InputError where a recipe is wrong.
+    """
+    recipe = Path(recipe)
+    folder, only = (recipe, None) if recipe.is_dir() else (recipe.parent, recipe.stem)
+    rows = read_pipeline(folder)
+    if not recipe.exists() or not rows:
+        raise InputError(f"{recipe}: no recipe there, or no pipeline.txt that says which program each stage runs")
+    if only and only not in [row.recipe for row in rows]:
+        raise InputError(f"{folder}/pipeline.txt: no line for {only}, which would say what program reads {recipe}")
+    run_dir = Path(run_dir or Path("runs") / folder.resolve().name)
+    known, found, left = Known(), [], {}
+    for row in rows:
+        batch_file = read_batch_file(ROOT / "slurm" / f"{row.batch}.sbatch")
+        planned = Planned(row, row.arguments(folder), batch_file, 1)
+        known.plans[row.name] = planned
+        check_recipe(planned, known)
+        trains = isinstance(planned.settings, TrainingSettings)
+        if only not in (None, row.recipe) or not (trains or hasattr(planned.settings, "lora_r")):
+            continue
+        try:
+            if not trains:
+                raise InputError("it trains an adapter; preflight.py says whether its base fits")
+            config = shape_of(row.name, known.plans, folder, run_dir, model_config)
+            epoch = epoch_tokens(planned.settings, folder, run_dir)
+            steps = None
+            if planned.settings.num_train_epochs and epoch:
+                samples = planned.settings.num_train_epochs * epoch / planned.settings.max_length
+                steps = max(1, round(samples / planned.settings.global_batch_size))
+            job = Job.of(planned.settings, config, steps)
+            job.activations()
+        except (InputError, UnknownArchitecture) as problem:
+            left[row.name] = str(problem)
+            continue
+        except KeyError as missing:
+            left[row.name] = f"the model's config has no {missing}"
+            continue
+        text = batch_file.path.read_text(encoding="utf-8") if batch_file.path.exists() else ""
+        line = next((line for line in text.splitlines() if line.startswith("# GPU: ")), "")
+        default = "fsdp2" if row.program == "scripts/cpt.py" else "ddp"
+        settings = planned.settings
+        found.append(
+            TrainingStage(row.name, settings, job, batch_file, gpu_meant(line.removeprefix("# GPU: ")), default, epoch)
+        )
+    return found, left
+
+
+def shape_of(name, plans, folder, run_dir, model_config=None):
+    """The config, a dict, of the model that the stage `name` reads or makes: of its folder, of the stage above that will make it, of a
+    published model of that name, or `model_config`. Raises InputError where none says it."""
+    planned = plans[name]
+    settings, made = planned.settings, run_dir / name
+    for file in (made / "config.json", made / "model" / "config.json"):
+        if file.exists():
+            return read_config(file.parent)
+    if new := getattr(settings, "model_config", None):
+        return {**getattr(planned.module, "MODEL_KEYS", {}), **new}
+    path = settings.model_name_or_path
+    if path in plans:
+        config = shape_of(path, plans, folder, run_dir, model_config)
+    elif there := next((p for p in (folder / path, Path(path)) if (p / "config.json").exists()), None):
+        config = read_config(there)
+    elif model_config:
+        config = dict(model_config)
+    elif known := next((name for name in PUBLISHED if Path(path).name.lower() in (name, f"{name}-instruct")), None):
+        config = PUBLISHED[known]
+    else:
+        raise InputError(
+            f"model_name_or_path: {path} is not there and its shape is not known: fetch it, or give --model_config"
+        )
+    if not hasattr(settings, "pad_to_multiple_of"):
+        return config
+    size, multiple = (
+        ids_of(settings.tokenizer, plans, folder, run_dir) or config["vocab_size"],
+        settings.pad_to_multiple_of,
+    )
+    return {**config, "vocab_size": -(-size // multiple) * multiple}  # a transplant: the new tokenizer's, padded
+
+
+def ids_of(tokenizer, plans, folder, run_dir):
+    """How many ids a tokenizer has or, where a stage will make it, will have; None where that makes several, or it is not there."""
+    stage = tokenizer.split("/")[0]
+    for path in (run_dir / tokenizer if stage in plans else folder / tokenizer, Path(tokenizer)):
+        if (path / "tokenizer.json").exists() or path.is_file():
+            return TextTokenizer(path).size
+    if stage not in plans:
+        return None
+    settings = plans[stage].settings
+    base, new = getattr(settings, "base_tokenizer", None), getattr(settings, "new_tokens", None) or []
+    if base:
+        size = ids_of(base, plans, folder, run_dir)
+        return size + new[0] if size and len(new) == 1 else None
+    size = getattr(settings, "vocab_size", None)
+    return size + len(SPECIAL_TOKENS) if isinstance(size, int) else None
+
+
+def epoch_tokens(settings, folder, run_dir):
+    """Tokens of the datasets, each as often as its `epochs` say; None where they are not all there."""
+    tokens = 0
+    for dataset in settings.datasets:
+        paths = [run_dir / dataset["path"], folder / dataset["path"], Path(dataset["path"])]
+        there = next((path for path in paths if (path / "manifest.json").exists()), None)
+        if there is None:
+            return None
+        tokens += TokenShards(there).num_tokens * dataset.get("epochs", 1)
+    return round(tokens)

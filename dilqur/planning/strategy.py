@@ -1,0 +1,68 @@
+"""A strategy as planning needs to know it: what an accelerate config shards, over how many GPUs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from dilqur.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "accelerate_configs"
+ORDER = ("single", "ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3", "fsdp2_offload")  # the simpler one first
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """name: of the accelerate config. kind: single, ddp, fsdp2, zero1, zero2 or zero3. shards: GPUs among which what it shards is
+    divided. offload: weights, gradients and moments lie in main memory. reshards: gathered weights are dropped after each use."""
+
+    name: str
+    kind: str
+    nodes: int
+    gpus_per_node: int
+    shards: int
+    offload: bool = False
+    reshards: bool = True
+
+    @property
+    def gpus(self):
+        return self.nodes * self.gpus_per_node
+
+
+def strategy_of(name, nodes, gpus_per_node):
+    """The Strategy of an accelerate config (a path, or the name of one in accelerate_configs/) on so many GPUs; of one GPU it is `single`,
+    as nothing is launched then. Raises InputError."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIGS / f"{name}.yaml"
+    if not path.is_file():
+        raise InputError(f"--strategy {name}: no such file; in accelerate_configs/ there are: {', '.join(names())}")
+    gpus = nodes * gpus_per_node
+    if gpus == 1:
+        return Strategy("single", "single", 1, 1, 1)
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as problem:
+        raise InputError(f"{path}: not valid YAML ({str(problem).splitlines()[0]})") from None
+    where = (path.stem, nodes, gpus_per_node)
+    return _strategy(config, *where)
+
+
+def _strategy(config, name, nodes, gpus_per_node):
+    gpus, kind = nodes * gpus_per_node, config.get("distributed_type")
+    if kind == "DEEPSPEED":
+        stage = (config.get("deepspeed_config") or {}).get("zero_stage", 2)
+        return Strategy(name, f"zero{stage}", nodes, gpus_per_node, gpus)
+    if kind == "FSDP":
+        keys = config.get("fsdp_config") or {}
+        shards = (
+            gpus_per_node if config.get("parallelism_config") else gpus
+        )  # slurm/launch.sh: shards are a node's GPUs
+        offload, reshards = keys.get("fsdp_offload_params", False), keys.get("fsdp_reshard_after_forward", True)
+        return Strategy(name, "fsdp2", nodes, gpus_per_node, shards, offload, reshards)
+    return Strategy(name, "ddp", nodes, gpus_per_node, 1)
+
+
+def names():
+    """Of the accelerate configs that are there, the simpler ones first."""
+    there = [path.stem for path in CONFIGS.glob("*.yaml")]
+    return sorted(there, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
