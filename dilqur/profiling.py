@@ -17,7 +17,8 @@ class _Off:
 def profiler(settings, folder, main):
     """An object with `step()`, to call after each step, and `stop()`. The trace goes to FOLDER/profile/trace.json.gz (for
     https://ui.perfetto.dev), and beside it operations.json: {"steps": ACTIVE, "operations": [{"name", "device", "seconds" in itself,
-    "calls"}, …]}, all of them, the longest first; on a GPU its kernels are those of device "cuda". Raises InputError, when the trace is there, where use_liger_kernel left no Liger kernel in it."""
+    "calls"}, …]}, all of them, the longest first; a GPU's kernels are those of device "cuda". Raises InputError, when the trace is
+    there, where use_liger_kernel left no Liger kernel in it."""
     if not settings.profile or not main:
         return _Off()
     import torch
@@ -43,7 +44,8 @@ def profiler(settings, folder, main):
             )
 
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
-    tracer = profile(activities=activities, schedule=schedule(WAIT, WARMUP, ACTIVE, repeat=1), on_trace_ready=report)
+    which = schedule(wait=WAIT, warmup=WARMUP, active=ACTIVE, repeat=1)
+    tracer = profile(activities=activities, schedule=which, on_trace_ready=report)
     tracer.start()
     return tracer
 
