@@ -204,7 +204,7 @@ class Benchmark:
                 row = rows[variant.name]
                 if row["problem"]:
                     continue  # it will not be better next time
-                outcome = self.run(variant, f"{variant.name}-round-{number}", timed, {"SYNCHRONIZE_AT": ends})
+                outcome = self.run(variant, f"{variant.folder}-round-{number}", timed, {"SYNCHRONIZE_AT": ends})
                 row["problem"] = outcome.problem
                 if not outcome.problem:
                     figures = round_figures(outcome.records, s.warmup_steps, timed)
@@ -218,7 +218,7 @@ class Benchmark:
 
     def look_at(self, variant, steps):
         """Losses of all steps, and the kernels, from a run that is not timed."""
-        name = f"{variant.name}-losses"
+        name = f"{variant.folder}-losses"
         outcome = self.run(variant, name, steps, {"LOG_LOSSES": "1"}, profile=self.settings.profile)
         found = {"losses": outcome.records, "losses_problem": outcome.problem}
         if outcome.problem:
@@ -232,7 +232,7 @@ class Benchmark:
     def largest(self, variant):
         def fits(batch):
             more = {"per_device_train_batch_size": batch, "global_batch_size": batch * self.settings.num_processes}
-            outcome = self.run(variant, f"{variant.name}-batch-{batch}", TRY_STEPS, **more)
+            outcome = self.run(variant, f"{variant.folder}-batch-{batch}", TRY_STEPS, **more)
             if outcome.problem not in (None, "out of memory"):
                 raise InputError(f"{variant.name}, batch {batch}: {outcome.problem} ({self.folder}/runs)")
             return outcome.problem is None

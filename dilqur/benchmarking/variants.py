@@ -36,6 +36,10 @@ class Variant:
     trainer: bool = False
     expect: tuple = ()
 
+    @property
+    def folder(self):
+        return re.sub(r"[^\w.+-]+", "-", self.name)
+
 
 def read_variants(tables, strategies, num_processes):
     """[Variant] of [{name: {key: value}}, …], each under each of `strategies`, where there are any. Raises InputError for two of a name,
@@ -52,9 +56,9 @@ def read_variants(tables, strategies, num_processes):
             variants.append(Variant(label, rest, chosen, bool(own["trainer"]), tuple(own["expect"] or ())))
     if not variants:
         raise InputError('variants: give one at least, such as "plain: {}"')
-    names = [v.name for v in variants]
+    folders = [v.folder for v in variants]
     for variant in variants:
-        if not re.fullmatch(r"[\w.,+ -]+", variant.name) or names.count(variant.name) > 1:
+        if not re.fullmatch(r"\w[\w.,+ -]*", variant.name) or folders.count(variant.folder) > 1:
             raise InputError(f"variants: {variant.name}: each needs a name of its own, of letters, digits and . , + -")
         if num_processes == 1 and variant.strategy:
             raise InputError(
