@@ -53,7 +53,7 @@ def profiler(settings, folder, main):
 def operations(events):
     """What operations.json holds, of a profile's `key_averages()`."""
     rows = []
-    for event in events:
+    for event in (e for e in events if not e.key.startswith("ProfilerStep")):
         device = str(event.device_type).rpartition(".")[2].lower()
         microseconds = event.self_cpu_time_total if device == "cpu" else event.self_device_time_total
         rows.append({"name": event.key, "device": device, "seconds": microseconds / 1e6, "calls": event.count})

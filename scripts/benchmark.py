@@ -21,6 +21,7 @@ import shlex
 import shutil
 import sys
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -98,6 +99,7 @@ class Benchmark:
     """The recipes of all variants, checked, and the runs that are made of them."""
 
     def __init__(self, settings, folder):
+        settings = copy(settings)  # the stage's stay as they were given
         if settings.toy:
             settings.synthetic, settings.accumulation, settings.rounds, settings.largest_batch = True, 1, 1, None
             settings.warmup_steps, settings.timed_steps = 1, 3
@@ -328,10 +330,10 @@ def main():
     stage = Stage(settings, __file__)
     stage.refuse_finished()
     benchmark = Benchmark(settings, stage.folder)
-    if not settings.synthetic:
+    if not benchmark.settings.synthetic:
         for variant in benchmark.variants:
             benchmark.resolve(variant)
-    runs = len(benchmark.variants) * (settings.rounds + bool(benchmark.steps[1]))
+    runs = len(benchmark.variants) * (benchmark.settings.rounds + bool(benchmark.steps[1]))
     if settings.check:
         return print(f"{stage.name}: ok, {len(benchmark.variants)} variants, {runs} runs")
     stage.open()
@@ -339,14 +341,14 @@ def main():
     benchmark.machine = {**hardware(), "gpus": facts["gpus"], "driver": facts["driver"]}
     benchmark.make_inputs()
 
-    rows = summarise(benchmark, benchmark.measure())
+    rows, used = summarise(benchmark, benchmark.measure()), benchmark.settings
     result = {
         "command": shlex.join(["python", *sys.argv]),
-        "recipe": settings.recipe,
-        "synthetic": settings.synthetic,
-        "num_processes": settings.num_processes,
-        "rounds": settings.rounds,
-        "steps": {"warm_up": settings.warmup_steps, "timed": settings.timed_steps, "parity": settings.parity_steps},
+        "recipe": used.recipe,
+        "synthetic": used.synthetic,
+        "num_processes": used.num_processes,
+        "rounds": used.rounds,
+        "steps": {"warm_up": used.warmup_steps, "timed": used.timed_steps, "parity": used.parity_steps},
         "machine": benchmark.machine,
         "on_gpu": bool(benchmark.machine["gpus"]),
         "packages": _packages(),
