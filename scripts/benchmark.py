@@ -19,10 +19,11 @@ import os
 import runpy
 import shlex
 import shutil
+import signal
 import sys
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -114,7 +115,9 @@ class Benchmark:
         if settings.model_config and not settings.synthetic:
             raise InputError("model_config: that is the shape of a synthetic model: give synthetic: true, too")
         self.values = {v.name: self.values_of(v) for v in self.variants}
-        self.inputs = None
+        if settings.toy:  # those that differ in size alone are one now
+            seen = [(self.values[v.name], v.strategy, v.trainer) for v in self.variants]
+            self.variants = [v for at, v in enumerate(self.variants) if seen[at] not in seen[:at]]
 
     def values_of(self, variant):
         s = self.settings
@@ -131,15 +134,12 @@ class Benchmark:
         """With `synthetic`: the shards, tokenizer and model of all variants, in the run folder beside this benchmark's."""
         if not self.settings.synthetic:
             return
-        steps = (
-            max(self.settings.warmup_steps + self.settings.timed_steps, self.settings.parity_steps, PROFILED_STEPS) + 1
-        )
+        steps = max(self.steps) + 1
         tokens = max(v["global_batch_size"] * v["max_length"] for v in self.values.values()) * steps
         encoder = self.kind == "mlm"
         for values in self.values.values():
-            made = synthetic_inputs(
-                self.folder.parent / "synthetic", values["model_config"], tokens, encoder, not encoder
-            )
+            where = self.folder.parent / "synthetic"
+            made = synthetic_inputs(where, values["model_config"], tokens, encoder, with_model=not encoder)
             values["datasets"] = [{"path": str(made / "shards")}]
             if encoder:
                 values["tokenizer"] = str(made / "tokenizer")
@@ -167,7 +167,8 @@ class Benchmark:
         settings = self.resolve(variant, **more)
         recipe = self.folder / "runs" / f"{name}.yaml"
         recipe.parent.mkdir(parents=True, exist_ok=True)
-        keys = {key: value for key, value in to_dict(settings).items() if value is not None}
+        defaults = {f.name: f.default for f in fields(settings)}
+        keys = {key: value for key, value in to_dict(settings).items() if value != defaults[key]}
         with atomic_file(recipe, "w", encoding="utf-8") as file:
             yaml.safe_dump(keys, file, sort_keys=False, allow_unicode=True)
         started = ROOT / "benchmarks" / "trainer_baseline.py" if variant.trainer else self.program
@@ -183,7 +184,8 @@ class Benchmark:
                 shutil.rmtree(out / large, ignore_errors=True)
             return outcome
 
-        identity = {"keys": keys, "command": command, "steps": steps, "environ": environ, "host": self.machine["host"]}
+        identity = {"keys": keys, "command": command, "steps": steps, "environ": environ}
+        identity |= {"host": self.machine["host"], "git": _git()}
         outcome = remembered(out.with_name(f"{name}.json"), identity, measure)
         print(f"{name}: {outcome.problem or f'{steps} steps'}, {outcome.seconds:.0f} s", flush=True)
         return outcome
@@ -215,7 +217,8 @@ class Benchmark:
             row = rows[variant.name]
             if looked and not row["problem"]:
                 row |= self.look_at(variant, looked)
-            row["largest_batch"] = self.largest(variant) if s.largest_batch else None
+            runs = row["problem"] in (None, "out of memory")
+            row["largest_batch"] = self.largest(variant) if s.largest_batch and runs else None
         return rows
 
     def look_at(self, variant, steps):
@@ -234,10 +237,7 @@ class Benchmark:
     def largest(self, variant):
         def fits(batch):
             more = {"per_device_train_batch_size": batch, "global_batch_size": batch * self.settings.num_processes}
-            outcome = self.run(variant, f"{variant.folder}-batch-{batch}", TRY_STEPS, **more)
-            if outcome.problem not in (None, "out of memory"):
-                raise InputError(f"{variant.name}, batch {batch}: {outcome.problem} ({self.folder}/runs)")
-            return outcome.problem is None
+            return self.run(variant, f"{variant.folder}-batch-{batch}", TRY_STEPS, **more).problem is None
 
         begin = self.values[variant.name].get("per_device_train_batch_size", 1)
         return largest_batch(fits, begin, self.settings.largest_batch)
@@ -337,6 +337,7 @@ def main():
     if settings.check:
         return print(f"{stage.name}: ok, {len(benchmark.variants)} variants, {runs} runs")
     stage.open()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # else the run in progress would go on
     facts = node_facts()
     benchmark.machine = {**hardware(), "gpus": facts["gpus"], "driver": facts["driver"]}
     benchmark.make_inputs()

@@ -22,11 +22,8 @@ def markdown(result):
 def headline(result):
     machine, steps = result["machine"], result["steps"]
     gpus = machine["gpus"]
-    where = (
-        f"{len(gpus)} × {gpus[0]['name']}, driver {machine['driver']}"
-        if gpus
-        else f"{machine['cpu']}, {machine['cores']} cores"
-    )
+    driver = f", driver {machine['driver']}"
+    where = f"{gpus[0]['name']}{driver}" if gpus else f"{machine['cpu']}, {machine['cores']} cores"
     size = f", {result['parameters']:,} parameters" if result["parameters"] else ""
     inputs = ", random weights and tokens" if result["synthetic"] else ""
     commit = (result["git"] or {}).get("commit", "unknown")[:10] + "+" * bool((result["git"] or {}).get("dirty"))

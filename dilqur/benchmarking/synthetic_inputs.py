@@ -31,12 +31,7 @@ def synthetic_inputs(folder, model_config, tokens, encoder, with_model, seed=0):
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_folder(target) as out:
-            make_tokenizer(out / "tokenizer", encoder)
-            size = TextTokenizer(out / "tokenizer").size
-            if size > model_config["vocab_size"]:
-                raise InputError(
-                    f"model_config: vocab_size {model_config['vocab_size']}: the tokenizer alone has {size} tokens"
-                )
+            make_tokenizer(out / "tokenizer", encoder, model_config["vocab_size"])
             hashed = TextTokenizer(out / "tokenizer").hash
             make_shards(out / "shards", min(tokens, MOST_TOKENS), model_config["vocab_size"], hashed, seed)
             if with_model:
@@ -44,8 +39,8 @@ def synthetic_inputs(folder, model_config, tokens, encoder, with_model, seed=0):
     return target
 
 
-def make_tokenizer(folder, encoder):
-    """A small one, of the corpus that comes with the quickstart: the shards' ids need no text."""
+def make_tokenizer(folder, encoder, vocab_size):
+    """A small one, of the corpus that comes with the quickstart, and as many tokens that no text has as vocab_size wants."""
     corpus = ROOT / "recipes" / "quickstart" / "corpus" / "en"
     kind = ["--control_tokens", "encoder"] if encoder else []
     program = ROOT / "data_tools" / "train_tokenizer.py"
@@ -53,6 +48,12 @@ def make_tokenizer(folder, encoder):
     done = subprocess.run([*command, "--output_dir", str(folder)], capture_output=True, text=True)
     if done.returncode:
         raise InputError(f"{program.name} could not make a tokenizer: {done.stderr.strip()[-300:]}")
+    size, file = TextTokenizer(folder).size, folder / "tokenizer.json"
+    if size > vocab_size:
+        raise InputError(f"model_config: vocab_size {vocab_size}: the tokenizer alone has {size} tokens")
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    tokenizer["model"]["vocab"] |= {f"<unused {number}>": number for number in range(size, vocab_size)}
+    file.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
 
 
 def make_shards(folder, tokens, vocab_size, tokenizer_hash, seed):

@@ -131,10 +131,10 @@ def why(log):
 
 def remembered(path, identity, run):
     """The Outcome of `run()`, or the one that an earlier call with the same identity left in the file `path`: a benchmark that was cut
-    short goes on where it was."""
+    short goes on where it was. What failed is tried again, unless it was for want of memory."""
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        if before["identity"] == identity:
+        if before["identity"] == identity and before["outcome"]["problem"] in (None, "out of memory"):
             return Outcome(**before["outcome"])
     outcome = run()
     write_json(path, {"identity": identity, "outcome": asdict(outcome)})
