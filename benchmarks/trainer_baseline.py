@@ -31,6 +31,10 @@ def main():
     cpt["check"](settings)
     if ours := [key for key in OURS_ALONE if getattr(settings, key, None)]:
         raise InputError(f"{ours[0]}: the Trainer knows nothing of it: leave it out of this variant")
+    if settings.packing != "concat":
+        raise InputError(
+            f"packing: {settings.packing}: the Trainer's row reads concat alone: leave it out of this variant"
+        )
     if not settings.model_name_or_path:
         raise InputError("model_name_or_path missing: the Trainer continues a model")
     if settings.check:

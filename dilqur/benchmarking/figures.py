@@ -9,7 +9,8 @@ def round_figures(records, first, last):
     """Of the steps after `first` up to `last`: {"tokens_per_second" (all), "valid_tokens_per_second", "step_seconds",
     "forward_seconds", …, "data_wait_seconds", "logging_seconds", "peak_memory_gb"}, seconds a step; None for what is not logged.
 
-    The rate is by the clock between the two steps' lines, so that what lies between the steps is in it; logging is that rest.
+    The rate is by the clock between the two steps' lines, so that what lies between the steps is in it; logging is that rest,
+    of a program that logs phases, whose steps are over when it says so.
     """
     by_step = {r["step"]: r for r in records}
     timed = [by_step[step] for step in range(first + 1, last + 1)]
@@ -29,7 +30,7 @@ def round_figures(records, first, last):
         "step_seconds": seconds / count,
         **{f"{phase}_seconds": mean(f"{phase}_seconds") for phase in PHASES},
         "data_wait_seconds": mean("data_wait_seconds"),
-        "logging_seconds": max(0.0, seconds / count - steps),
+        "logging_seconds": max(0.0, seconds / count - steps) if mean("forward_seconds") is not None else None,
         "peak_memory_gb": max(memory, default=None),
         "gpu_throttled": any(r.get("gpu_throttled") for r in timed),
     }
