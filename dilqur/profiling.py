@@ -53,8 +53,10 @@ def profiler(settings, folder, main):
 def operations(events):
     """What operations.json holds, of a profile's `key_averages()`."""
     rows = []
-    for event in (e for e in events if not e.key.startswith("ProfilerStep")):
+    for event in events:
         device = str(event.device_type).rpartition(".")[2].lower()
+        if event.key.startswith("ProfilerStep") or (device != "cpu" and event.is_user_annotation):
+            continue  # a stretch of time with a name, in which others are
         microseconds = event.self_cpu_time_total if device == "cpu" else event.self_device_time_total
         rows.append({"name": event.key, "device": device, "seconds": microseconds / 1e6, "calls": event.count})
     return sorted(rows, key=lambda row: -row["seconds"])

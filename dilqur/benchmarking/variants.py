@@ -22,7 +22,7 @@ LEFT_OUT = {
     "logging_steps": 1, "resume_from_checkpoint": "none", "stop_at_step": None, "max_minutes": None, "profile": False,
 }  # fmt: skip
 # so small that any machine runs it in seconds
-TOY = {"max_length": 64, "per_device_train_batch_size": 2}
+TOY = {"max_length": 64, "per_device_train_batch_size": 2, "dataloader_num_workers": 0}
 
 
 @dataclass(frozen=True)
