@@ -4,7 +4,7 @@
 #     benchmarks/run_gpu.sh                 one GPU
 #     benchmarks/run_gpu.sh --gpus 8        the same on eight, under FSDP2 and DDP
 #     benchmarks/run_gpu.sh --dry-run       prints the commands
-#     benchmarks/run_gpu.sh --toy           the same grids with a tiny model and few steps, on any machine
+#     benchmarks/run_gpu.sh --toy           the same grids with a tiny model and few steps, on any machine, in minutes
 #     --largest                             find the largest batch of each variant, too
 #     --grids NAME,...                      only these
 #
@@ -56,7 +56,7 @@ out=runs/benchmark${toy:+-toy}
 flags=()
 if [[ -n $toy ]]; then # one run of each variant
   flags+=(--toy true --parity_steps 0 --profile false)
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TORCHINDUCTOR_CACHE_DIR=$PWD/$out/inductor # compiled once for all grids
 fi
 [[ -z $largest ]] || flags+=(--largest_batch 512)
 IFS=, read -ra names <<<"$grids"
