@@ -6,7 +6,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
-SHELL_SCRIPTS := $(wildcard slurm/*.sh slurm/*.sbatch apptainer/*.sh .ci/run tests/slurm/lab tests/slurm/*.sh)
+SHELL_SCRIPTS := $(wildcard slurm/*.sh slurm/*.sbatch apptainer/*.sh .ci/run tests/slurm/lab tests/slurm/*.sh benchmarks/*.sh)
 
 .PHONY: quickstart quickstart-encoder test lint clean
 

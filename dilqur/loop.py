@@ -19,6 +19,7 @@ from dilqur.metrics import Metrics, gpu_health
 from dilqur.optimizer import freeze_all_but, learning_rate_at, make_optimizer
 from dilqur.resume import checkpoint_to_resume, fetch_from_mirror, resume, run_identity
 from dilqur.run_summary import summary, write_result
+from dilqur.step_phases import PHASES, StepPhases
 from dilqur.training_settings import check_training, copy_to_node
 from dilqur.watchdog import Watchdog
 
@@ -179,6 +180,7 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
     stream = batches_of(position, max_steps - step, num_workers=settings.dataloader_num_workers)
     changes = {change["step"]: change["datasets"] for change in settings.dataset_changes or []}
     profile = profiler(settings, stage.folder, main)
+    phases = StepPhases(on_gpu)  # optimizer: the norm, the clip and the step
     with writer, contextlib.closing(stream):  # what is being written and who reads ahead end with it, however it ends
         while step < max_steps:
             if main and step in changes:
@@ -210,16 +212,21 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
             loss = 0.0
             for batch in micro_batches:
                 batch = send_to_device(batch, accelerator.device, non_blocking=True)
+                phases.begin()
                 with accelerator.accumulate(model):
                     part = compute_loss(model, batch, tokens)
+                    phases.end("forward")
                     backward(accelerator, part)
                     loss += part.detach()
+                phases.end("backward")
             norm = clip_and_step(accelerator, model, optimizer, settings.max_grad_norm)
+            phases.end("optimizer")
 
             watchdog.at(f"step {step + 1}, adding up its numbers over the ranks")
             loss = float(loss)  # on a GPU this waits for all of the step, the optimizer too: only now it is over
             memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
-            everyones = gather_over_ranks(accelerator, loss, time.perf_counter() - began, data_wait, memory)
+            took = (time.perf_counter() - began, data_wait, *phases.seconds())
+            everyones = gather_over_ranks(accelerator, loss, *took, memory)
             slowest = everyones.max(0).values.tolist()
             step += 1
             seconds, position = slowest[1], start + step * settings.global_batch_size
@@ -233,11 +240,12 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
                 "step_seconds": seconds,
                 "step_seconds_median": everyones[:, 1].median().item(),
                 "data_wait_seconds": slowest[2],
+                **{f"{phase}_seconds": slowest[3 + i] for i, phase in enumerate(PHASES)},
             }
             if peak and flops_per_token:
                 values["mfu"] = values["tokens_per_second_all"] * flops_per_token / (world * peak)
             if on_gpu:
-                values |= {"peak_memory_gb": slowest[3], **(gpu_health() if main and step % 10 == 0 else {})}
+                values |= {"peak_memory_gb": slowest[-1], **(gpu_health() if main and step % 10 == 0 else {})}
             if stall:
                 values["checkpoint_stall_seconds"], stall = stall, 0.0
 

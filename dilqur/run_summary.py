@@ -3,6 +3,7 @@
 import json
 
 from dilqur.atomic import atomic_folder
+from dilqur.bottleneck import in_one_line, what_bounds
 from dilqur.cost_model import peak_flops
 
 USUAL_MFU = 0.4  # of a well-fed GPU; only for a first guess of the hours
@@ -54,6 +55,8 @@ def write_result(settings, stage, samples, start, steps, reader, write_model, wo
     rate = "tokens_per_second_all" if samples.masking else "tokens_per_second"  # of masked ones a fifth bears a loss
     steady = sorted(r[rate] for r in records[min(2, len(records) - 1) :] if rate in r)
     last = records[-1] if records else {}  # none where a finished run came to a new machine without its metrics
+    profile = stage.folder / "profile" / "operations.json"
+    bound = what_bounds(records, world, json.loads(profile.read_text()) if profile.exists() else None)
     result = {
         "steps": steps,
         "tokens": tokens,
@@ -63,6 +66,7 @@ def write_result(settings, stage, samples, start, steps, reader, write_model, wo
         "eval_bits_per_byte": last.get("eval_bits_per_byte"),
         **({"eval_accuracy": last["eval_accuracy"]} if "eval_accuracy" in last else {}),
         "tokens_per_second": steady[len(steady) // 2] if steady else None,
+        "bounded_by": bound,
         "skipped_steps": skipped,
         "model_of_step": reader.trainer["step"],
         "strategy": identity["strategy"],
@@ -72,6 +76,8 @@ def write_result(settings, stage, samples, start, steps, reader, write_model, wo
     }
     stage.finish(result)
     loss = "loss not known" if result["loss"] is None else f"loss {result['loss']:.4f}"
+    if bound:
+        print(f"{stage.name}: {in_one_line(bound)}", flush=True)
     print(
         f"{stage.name}: {steps} steps, {loss}, {result['tokens_per_second'] or 0:,.0f} tokens/s; {stage.folder}/model",
         flush=True,

@@ -318,6 +318,8 @@ def training(found, run_dir):
         evaluations[name] = [(s["step"] * a_step, s["eval_loss"]) for s in steps if "eval_loss" in s]
         memory = max((s["peak_memory_gb"] for s in steps if "peak_memory_gb" in s), default=None)
         rows[name] = {**result, "seen": short(result["utf8_bytes_seen"], "B"), "memory": memory}
+        if spent := result.get("bounded_by"):  # older runs have none
+            rows[name]["bound"] = f"{spent['bound']}, {spent['shares'][spent['bound']]:.0%}"
         if manifest["program"] == "cpt.py" and (source := manifest["arguments"]["model_name_or_path"]):
             start = past(source, run_dir).utf8_bytes
             bits[name] = [(start + x * a_token, y / math.log(2) / a_token) for x, y in losses[name]]
@@ -332,6 +334,7 @@ def training(found, run_dir):
         "held-out bits a byte": "{eval_bits_per_byte:.4f}",
         "masked accuracy": "{eval_accuracy:.1%}",
         "tokens/s": "{tokens_per_second:,.0f}",
+        "bounded by": "{bound}",
         "peak memory": "{memory:.1f} GB",
         "parameters": "{parameters:,}",
         "of them trained": "{trainable:,}",
@@ -346,7 +349,8 @@ def training(found, run_dir):
     return f"""{table("stage", rows, columns)}<div class="charts">{charts}</div>
 <p>A loss a token, in nats, compares only between stages of one tokenizer: longer tokens are fewer and harder to guess. In bits
 a byte (loss / ln 2 / bytes of text a token) it compares between tokenizers too. There a line begins where the stage before it
-ended; a base trained from random weights is left out.</p>"""
+ended; a base trained from random weights is left out. Bounded by: what had the largest share of the time after the first two steps
+(dilqur/bottleneck.py).</p>"""
 
 
 def bits_per_byte(found, run_dir):

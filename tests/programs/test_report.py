@@ -43,6 +43,13 @@ def result(stage):
     return json.loads((stage / "manifest.json").read_text())["result"]
 
 
+def test_the_page_says_what_bounded_a_training_run(run, finished, tmp_path):
+    bounded = result(finished / "longer")["bounded_by"]
+    assert bounded["bound"] in bounded["shares"] and sum(bounded["shares"].values()) == pytest.approx(1, abs=0.001)
+    _, page, _ = report(run, finished, tmp_path / "report")
+    assert "bounded by" in page and f"{bounded['bound']}, {bounded['shares'][bounded['bound']]:.0%}" in page
+
+
 class Reader(HTMLParser):
     """Checks that elements are closed in order; collects headings, attributes and text."""
 

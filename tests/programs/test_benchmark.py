@@ -1,0 +1,142 @@
+"""benchmark.py: the real programs measured side by side, at toy size on a CPU. How fast anything is, is not asserted."""
+
+import json
+import os
+import subprocess
+
+import pytest
+from conftest import ENVIRONMENT, ROOT
+
+GRIDS = sorted((ROOT / "benchmarks" / "grids").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def toy(run, tmp_path_factory):
+    """(folder, what was printed, benchmark.json) of the toy grid, with one variant more, that cannot run."""
+    folder = tmp_path_factory.mktemp("benchmark") / "toy"
+    grid = folder.with_name("grid.yaml")
+    text = (ROOT / "benchmarks" / "grids" / "toy.yaml").read_text()
+    grid.write_text(f"{text}  - without its package: {{attn_implementation: flash_attention_2}}\n")
+    done = run("scripts/benchmark.py", "--config", grid, "--output_dir", folder)
+    return folder, done.stdout, json.loads((folder / "benchmark.json").read_text())
+
+
+def test_every_variant_has_its_figures_from_steps_of_the_real_programs(toy):
+    _, _, result = toy
+    assert list(result["variants"])[:3] == ["plain", "compiled", "trainer"]
+    for name in ("plain", "compiled", "trainer"):
+        row = result["variants"][name]
+        assert row["problem"] is None and len(row["rounds"]) == 1
+        figures = row["figures"]
+        assert 0 < figures["tokens_per_second"]["min"] <= figures["tokens_per_second"]["max"]
+        assert figures["resident_gb"]["median"] > 0.1, "torch alone holds more"
+        half, whole = row["utilisation"]["half"], row["utilisation"]["whole"]
+        assert whole["tflops"] > half["tflops"] > 0 and half["mfu"] is None, "no peak of a CPU is known"
+    ours = result["variants"]["plain"]["figures"]
+    phases = sum(ours[f"{p}_seconds"]["median"] for p in ("forward", "backward", "optimizer", "data_wait", "logging"))
+    assert 0 < phases <= ours["step_seconds"]["median"] * 1.001, "they are parts of a step"
+    assert "forward_seconds" not in result["variants"]["trainer"]["figures"], "the Trainer does not say"
+
+
+def test_compiled_and_by_the_trainer_the_losses_are_those_of_the_first(toy):
+    _, _, result = toy
+    assert result["variants"]["plain"]["parity"] is None, "the first is what the others are compared with"
+    losses = result["variants"]["plain"]["losses"]
+    assert len(losses) >= 8 and len(set(losses)) == len(losses)
+    for name in ("compiled", "trainer"):  # fp32, sums in another order
+        parity = result["variants"][name]["parity"]
+        assert parity["steps"] == 4 and parity["largest"] < 1e-5
+
+
+def test_the_kernels_that_were_asked_for_are_in_the_profile(toy):
+    _, _, result = toy
+    compiled = result["variants"]["compiled"]["evidence"]
+    assert all(compiled["expected"].values()) and "Torch-Compiled Region" in compiled["expected"]
+    plain = result["variants"]["plain"]["evidence"]
+    assert "Torch-Compiled Region" not in plain["expected"] and plain["top"][0]["share"] > 0
+
+
+def test_a_variant_that_cannot_run_is_a_row_that_says_why(toy):
+    folder, said, result = toy
+    row = result["variants"]["without its package"]
+    assert "flash" in row["problem"].lower() and row["figures"] == {}
+    assert row["problem"] in said and row["problem"] in (folder / "benchmark.md").read_text()
+
+
+def test_the_json_says_on_what_it_was_measured_and_the_table_is_in_a_file(toy):
+    folder, said, result = toy
+    assert result["machine"]["cpu"] and result["packages"]["torch"] and result["settings"]["toy"] is True
+    table = (folder / "benchmark.md").read_text()
+    assert table in said and "| compiled |" in table and "tokens/s" in table
+    left = {p.name for p in (folder / "runs" / "plain-round-1").iterdir()}
+    assert "checkpoints" not in left and "model" not in left
+
+
+def test_a_benchmark_that_was_cut_short_goes_on_where_it_was(toy, run):
+    folder, _, before = toy
+    (folder / "manifest.json").unlink()
+    (folder / "benchmark.json").unlink()
+    run("scripts/benchmark.py", "--config", folder.with_name("grid.yaml"), "--output_dir", folder)
+    after = json.loads((folder / "benchmark.json").read_text())
+    assert after["variants"]["plain"]["rounds"] == before["variants"]["plain"]["rounds"], "not measured again"
+
+
+def test_a_recipe_with_its_own_inputs_under_a_strategy_and_the_largest_batch(run, made, tiny_model, tmp_path):
+    recipe = tmp_path / "cpt.yaml"
+    recipe.write_text(
+        f"model_name_or_path: {tiny_model}\ndatasets: [{{path: {made}/shards}}]\nmax_length: 64\nglobal_batch_size: 4\n"
+        "per_device_train_batch_size: 2\nlearning_rate: 1e-3\nmax_steps: 20\n"
+    )
+    short = ["--rounds", 1, "--warmup_steps", 1, "--timed_steps", 2, "--parity_steps", 0, "--profile", "false"]
+    two = ["--num_processes", 2, "--strategies", "accelerate_configs/ddp.yaml", "--largest_batch", 2]
+    run(
+        "scripts/benchmark.py",
+        "--recipe",
+        recipe,
+        "--variants",
+        "plain: {}",
+        *short,
+        *two,
+        "--output_dir",
+        tmp_path / "out",
+    )
+    row = json.loads((tmp_path / "out" / "benchmark.json").read_text())["variants"]["plain"]
+    assert row["problem"] is None and row["largest_batch"] == 2 and row["strategy"] == "accelerate_configs/ddp.yaml"
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda p: p.stem)
+def test_every_grid_fits_its_recipe(grid, run):
+    assert ": ok, " in run("scripts/benchmark.py", "--config", grid, "--check").stdout
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--variants", "plain: {use_liger: true}"], "use_liger is no key"),
+        (
+            ["--variants", "plain: {trainer: true}", "--recipe", "recipes/neobert-az/mlm-1-1024.yaml"],
+            "leave it out for mlm.py",
+        ),
+        (["--recipe", "recipes/llama3.2-1b-az/bpb.yaml"], "is of eval_bpb.py"),
+        (["--synthetic", "false", "--toy", "false", "--model_config", "{hidden_size: 8}"], "give synthetic: true"),
+    ],
+)
+def test_a_mistake_gets_one_line(more, said, run, tmp_path):
+    grid = ["--config", "benchmarks/grids/toy.yaml", "--output_dir", tmp_path / "out"]
+    done = run("scripts/benchmark.py", *grid, *more, "--check", code=2)
+    assert said in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def run_gpu(*flags):
+    command = [ROOT / "benchmarks" / "run_gpu.sh", *flags]
+    return subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, cwd="/")
+
+
+def test_run_gpu_prints_its_commands_and_refuses_where_there_is_no_gpu():
+    done = run_gpu("--dry-run", "--gpus", "8", "--largest")
+    assert done.returncode == 0 and done.stderr == ""
+    commands = [line for line in done.stdout.splitlines() if line.startswith("+ ")]
+    assert "check_nodes.py --num_processes 8" in commands[0]
+    assert all("--largest_batch" in c and "ddp.yaml" in c for c in commands if "benchmark.py" in c)
+    assert run_gpu("--gpus", "many").returncode == 2 and run_gpu("--gpu").returncode == 2
