@@ -71,6 +71,18 @@ start() {
   pid=$!
 }
 
+# Before the first stage that trains, if the site wants it: a slow or a broken node is found now, not by a slow run.
+checked=''
+check_nodes() {
+  [[ $slurm && ${DILQUR_CHECK_NODES:-0} == 1 && ! $checked ]] || return 0
+  case ${programs[$1]} in scripts/cpt.py | scripts/mlm.py | scripts/sft.py) ;; *) return 0 ;; esac
+  "${launcher[@]}" scripts/check_nodes.py </dev/null &
+  pid=$!
+  wait_for_end
+  ((code == 0)) || fail "$1" "the job's nodes are not fit to train on (DILQUR_CHECK_NODES in slurm/site.env)"
+  checked=yes
+}
+
 exec {never}<> <(:) # a pipe without anybody to write into it
 
 # Sets code to the exit code of pid, once it has ended. A `wait` that a signal interrupts may give 138 or -1 for a child that
@@ -169,6 +181,7 @@ for row in "${rows[@]}"; do
   if [[ $slurm && ! -e $folder/manifest.json ]]; then
     made_progress "$row" || fail "$row" "$no_progress"
     avoid_lost_nodes
+    check_nodes "$row"
     note_start "$row"
   fi
   say "$title: ${programs[row]}${flags[row]:+ ${flags[row]}}"

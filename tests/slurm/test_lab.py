@@ -83,6 +83,22 @@ def test_the_shipped_batch_file_learns_the_same_on_several_nodes(lab, write, one
     assert metrics(folder) == pytest.approx(one_process, rel=ROUNDING)
 
 
+def test_nodes_are_looked_at_before_they_train_where_the_site_wants_it(lab, write):
+    """On CPUs; with GPUs that Slurm gives and torch does not see, as here they are, the job ends."""
+    folder = write("looked_at", max_steps=2)
+    site = {
+        "DILQUR_CHECK_NODES": "1",
+        "DILQUR_LOCAL_DIR": "/dev/shm",
+        **DDP,
+    }  # each node's own; their /tmp is the machine's
+    job = submit(lab, "looked_at", 2, **site)
+    assert lab.wait(job) == "FAILED"
+    assert "FAIL" in lab.log(job) and "not fit to train on" in (folder / "FAILED").read_text()
+    job = submit(lab, "looked_at", 2, "--gres=none", **site)
+    assert lab.wait(job) == "COMPLETED", lab.log(job)
+    assert "bus bandwidth over 2 processes (gloo" in lab.log(job) and (folder / "manifest.json").exists()
+
+
 # -- life in the queue: in short; tests/slurm/test_life.py has all that can happen, with the seconds each costs --------------------
 
 LONG = {"max_steps": 300, "save_steps": 20, "hang_minutes": 5}
