@@ -1,7 +1,5 @@
 """The Markdown of a benchmark's result: rates, the phases of a step, and what else was seen of each variant."""
 
-from pathlib import Path
-
 DASH = "–"
 
 
@@ -29,7 +27,7 @@ def headline(result):
     commit = (result["git"] or {}).get("commit", "unknown")[:10] + "+" * bool((result["git"] or {}).get("dirty"))
     return (
         f"`{result['command']}`\n\n"
-        f"{Path(result['recipe']).parent.name}/{Path(result['recipe']).name}{size}{inputs}; {result['num_processes']} "
+        f"{result['recipe']}{size}{inputs}; {result['num_processes']} "
         f"process{'es' * (result['num_processes'] > 1)} on {where}; torch {result['packages']['torch']}, transformers "
         f"{result['packages']['transformers']}, commit {commit}; {result['rounds']} rounds in turn, {steps['timed']} steps "
         f"timed after {steps['warm_up']}; medians (ranges)"
