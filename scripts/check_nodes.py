@@ -10,7 +10,6 @@ node's link, and of an all-reduce. Exit code 2 if anything FAILs, and where a no
 behind. On CPUs it measures those, over gloo.
 """
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -19,7 +18,6 @@ import socket
 import sys
 import tempfile
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -192,17 +190,8 @@ def main():
     finally:
         for worker in workers:
             worker.kill()
-    if rank > 0:
-        return None
-    if settings.json:
-        print(json.dumps({"machines": machines, "checks": findings.lines}, ensure_ascii=False))
-    else:
-        findings.print()
-    count = Counter(line["status"] for line in findings.lines)
-    if count["FAIL"]:
-        raise InputError(f"{count['FAIL']} of {len(findings.lines)} checks FAIL: their lines say what to do")
-    if not settings.json:
-        print(", ".join(f"{number} {status}" for status, number in count.items()))
+    if rank == 0:
+        findings.report(settings.json, machines=machines)
     return None
 
 

@@ -9,11 +9,9 @@ Exit code 2 if anything FAILs. The number of processes is the batch file's nodes
 what each batch file asks for on this site. What only nodes can tell: scripts/check_nodes.py.
 """
 
-import json
 import os
 import re
 import sys
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -138,16 +136,7 @@ def main():
 
     # -- what was found -----------------------------------------------------------------------------------------------
 
-    if settings.json:
-        print(json.dumps({"recipe": settings.recipe, "checks": findings.lines}, ensure_ascii=False))
-    else:
-        findings.print()
-    count = Counter(line["status"] for line in findings.lines)
-    if count["FAIL"]:
-        raise InputError(f"{count['FAIL']} of {len(findings.lines)} checks FAIL: their lines say what to do")
-    if not settings.json:
-        print(", ".join(f"{number} {status}" for status, number in count.items()))
-    return None
+    findings.report(settings.json, recipe=settings.recipe)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """A finding: what one check of one subject came to, in one line."""
 
+import json
+from collections import Counter
+
 from dilqur.errors import AlreadyFinished, InputError
 
 
@@ -45,7 +48,16 @@ class Findings:
     def add(self, subject, check, status, text):
         self.lines.append({"stage": subject, "check": check, "status": status, "text": text})
 
-    def print(self):
-        wide = max(len(line["stage"]) for line in self.lines)
-        for line in self.lines:
-            print(f"{line['status']:<7}  {line['stage']:<{wide}}  {line['check']:<13}  {line['text']}")
+    def report(self, as_json, **about):
+        """Print them: a line each and how many of what, or one JSON object with `about` in it. Raises InputError if one is FAIL."""
+        if as_json:
+            print(json.dumps({**about, "checks": self.lines}, ensure_ascii=False))
+        else:
+            wide = max(len(line["stage"]) for line in self.lines)
+            for line in self.lines:
+                print(f"{line['status']:<7}  {line['stage']:<{wide}}  {line['check']:<13}  {line['text']}")
+        count = Counter(line["status"] for line in self.lines)
+        if count["FAIL"]:
+            raise InputError(f"{count['FAIL']} of {len(self.lines)} checks FAIL: their lines say what to do")
+        if not as_json:
+            print(", ".join(f"{number} {status}" for status, number in count.items()))
