@@ -70,6 +70,10 @@ avoid_lost_nodes() {
   fi
   say "${lost[*]} went down during the last start: requeueing job $SLURM_JOB_ID to run without"
   left
-  scontrol requeue "$SLURM_JOB_ID" && scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$(IFS=, && echo "${lost[*]}")"
+  trap '' TERM # it comes with the requeue, to scontrol as well, and only a job that waits can be told which nodes to avoid
+  scontrol requeue "$SLURM_JOB_ID"
+  for _ in 1 2 3 4 5; do
+    ! scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$(IFS=, && echo "${lost[*]}")" || break
+  done
   exit 0
 }

@@ -17,7 +17,7 @@ def output(tree):
     table.write_text("".join(row for row in rows if row.split()[0] not in ("sft", "sft-control", "compare")))
     for stage in ("sft", "sft-control", "compare"):
         (table.parent / f"{stage}.yaml").unlink()
-    train_less(tree, SECOND.name, base=4, control=4, cpt_1_embeddings=1, cpt_2_full=3)
+    train_less(tree, SECOND.name, base=3, control=2, cpt_1_embeddings=1, cpt_2_full=1)
     return run_pipeline(tree, SECOND.name).stdout
 
 

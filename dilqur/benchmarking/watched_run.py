@@ -116,7 +116,8 @@ def resident_gb(session):
     for pid in alive(session):
         with suppress(OSError):
             status = Path(f"/proc/{pid}/status").read_text()
-            most = max(most, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")))
+            # a process that has just ended has none
+            most = max([most, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))])
     return most / 2**20
 
 
