@@ -23,13 +23,16 @@ from typing_extensions import is_typeddict
 from dilqur.errors import InputError
 
 
-def parse(settings_class, doc, argv=None, positional=None):
+def parse(settings_class, doc, argv=None, positional=None, config_is_positional=False):
     """Read `--config recipe.yaml` and flags into `settings_class`, a keyword-only dataclass.
 
     doc: the program's docstring, shown by `--help`. positional: the field that takes bare words at the start of the line.
+    config_is_positional: `--config` is another name of it, for a program that is given another program's recipe.
     The result's `config` is the recipe's path or None. Raises InputError for whatever is wrong with a key or a value.
     """
     argv = _split_equals(sys.argv[1:] if argv is None else argv)
+    if config_is_positional:
+        argv = [f"--{positional}" if word == "--config" else word for word in argv]
     if positional:
         words = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
         argv = ([f"--{positional}", *argv[:words]] if words else []) + argv[words:]

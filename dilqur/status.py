@@ -16,7 +16,8 @@ from collections import namedtuple
 from datetime import timedelta
 from pathlib import Path
 
-TAIL = 1 << 16  # bytes of metrics.jsonl to look at: the last two hundred steps
+from dilqur.metrics import last_records
+
 Job = namedtuple("Job", "number batch state where")  # where: its nodes, or why it waits
 HEAD = ("stage", "state", "job", "step", "loss", "tokens/s", "left", "")
 
@@ -56,13 +57,13 @@ def state_of_ended(number):
     )
 
 
-def is_written_now(folder):
-    """Whether a program has the folder's lock. A shared one: two people may look at once, and the program's own is not shared."""
+def writer_of(folder):
+    """Who has the folder's lock, as its file says it ("" if it does not), or None. Asked for as a shared one: two may look at once."""
     with contextlib.suppress(OSError), (folder / ".lock").open() as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return lock.read().strip() or "a process"
+            return lock.read().strip()
     return None
 
 
@@ -73,17 +74,7 @@ def newest_checkpoint(folder):
 
 def measured(folder):
     """(step, loss, tokens/s, left) of metrics.jsonl, as words; the rate is the median of the lines at the end."""
-    try:
-        with (folder / "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - TAIL))
-            lines = file.read().splitlines()
-    except OSError:
-        return ("",) * 4
-    records = []
-    for line in lines:
-        with contextlib.suppress(ValueError):  # the first is cut, the last may be half-written
-            records.append(json.loads(line))
-    records = [r for r in records if isinstance(r, dict) and "step" in r]
+    records = last_records(folder, 200)
     if not records:
         return ("",) * 4
     last, rates = records[-1], [r["tokens_per_second"] for r in records if r.get("tokens_per_second")]
@@ -112,9 +103,9 @@ def row_of(stage, folder, job):
     numbers, newest = measured(folder), newest_checkpoint(folder)
     waits = job and job.state and job.state in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
     goes_on = f"goes on from {newest or 'its start'}"
-    if writer := is_written_now(folder):
+    if (writer := writer_of(folder)) is not None:
         asked = ", asked to stop" if (folder / "STOP").exists() else ""
-        where = job.where if job and job.state == "RUNNING" else writer
+        where = job.where if job and job.state == "RUNNING" else writer or "a process"
         return (stage, "running", number, *numbers, f"{where}{f', saved {newest}' if newest else ''}{asked}"), []
     if (folder / "FAILED").exists() and not waits:
         first, *more = why((folder / "FAILED").read_text().strip(), folder)

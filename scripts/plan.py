@@ -13,8 +13,6 @@ From first principles and data sheets, but for one figure of each kind of GPU, t
 
 import json
 import os
-import re
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -220,10 +218,7 @@ def show(stage, planned):
 
 @program
 def main():
-    argv = [
-        re.sub("^--config(?==|$)", "--recipe", word) for word in sys.argv[1:]
-    ]  # --config is another program's recipe
-    settings = parse(PlanSettings, __doc__, argv, positional="recipe")
+    settings = parse(PlanSettings, __doc__, positional="recipe", config_is_positional=True)
     stages, left = training_stages(settings.recipe, settings.run_dir, settings.model_config)
     if not stages:
         why = "; ".join(f"{name}: {reason}" for name, reason in left.items()) or "no stage of it trains a model"

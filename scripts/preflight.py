@@ -10,20 +10,18 @@ what each batch file asks for on this site. What only nodes can tell: scripts/ch
 """
 
 import os
-import re
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
-from dilqur.errors import InputError, program
+from dilqur.errors import program
 from dilqur.preflight.batch_file import check_file, read_batch_file
 from dilqur.preflight.cluster import check_slurm, check_submit
 from dilqur.preflight.findings import Findings
 from dilqur.preflight.machine import check_driver, check_gpus, check_packages
-from dilqur.preflight.planned import ROOT, Known, Planned
+from dilqur.preflight.planned import ROOT, Known, Planned, rows_of
 from dilqur.preflight.site import check_image, check_site
 from dilqur.preflight.size_checks import check_files, check_memory, check_space, check_time
 from dilqur.preflight.stage_checks import (
@@ -38,7 +36,6 @@ from dilqur.preflight.stage_checks import (
     check_strategy,
 )
 from dilqur.recipe import parse
-from dilqur.stage import read_pipeline
 
 
 @dataclass(kw_only=True)
@@ -86,18 +83,8 @@ def check_stage(findings, planned, known, wanted):
 
 @program
 def main():
-    argv = [
-        re.sub("^--config(?==|$)", "--recipe", word) for word in sys.argv[1:]
-    ]  # --config is another program's recipe
-    settings = parse(PreflightSettings, __doc__, argv, positional="recipe")
-    recipe = Path(settings.recipe)
-    folder, only = (recipe, None) if recipe.is_dir() else (recipe.parent, recipe.stem)
-    rows = read_pipeline(folder)
-    if not recipe.exists() or not rows:
-        raise InputError(f"{recipe}: no recipe there, or no pipeline.txt that says which program each stage runs")
-    chosen = [row.name for row in rows if only in (None, row.recipe)]
-    if not chosen:
-        raise InputError(f"{folder}/pipeline.txt: no line for {only}, which would say what program reads {recipe}")
+    settings = parse(PreflightSettings, __doc__, positional="recipe", config_is_positional=True)
+    folder, rows, chosen = rows_of(Path(settings.recipe))
     if settings.check:
         return print("preflight: ok")
 

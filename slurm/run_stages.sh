@@ -190,8 +190,10 @@ for row in "${rows[@]}"; do
   tenths=$(((${EPOCHREALTIME/[.,]/} - began) / 100000))
   took="$((tenths / 10)).$((tenths % 10)) s"
   if ((code != 0)); then
-    [[ ! $terminated ]] || exit "$code"                                                       # cancelled, or a node of the job went down
-    [[ -e $folder/REQUEUE ]] || fail "$row" "exit code $code after $took" "$code" # a hang leaves one, and what was saved goes on
+    # Cancelled, or a node of the job went down.
+    [[ ! $terminated ]] || exit "$code"
+    # A hang leaves a REQUEUE, and what was saved goes on.
+    [[ -e $folder/REQUEUE ]] || fail "$row" "exit code $code after $took" "$code"
     say "$title: exit code $code after $took" >&2
   fi
   if [[ -e $folder/REQUEUE ]]; then

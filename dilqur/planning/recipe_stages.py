@@ -9,9 +9,9 @@ from dilqur.llama3 import SPECIAL_TOKENS
 from dilqur.planning.hardware import GPU, gpu_meant
 from dilqur.planning.job import Job
 from dilqur.preflight.batch_file import BatchFile, read_batch_file
-from dilqur.preflight.planned import ROOT, Known, Planned
+from dilqur.preflight.planned import ROOT, Known, Planned, rows_of
 from dilqur.preflight.stage_checks import check_recipe
-from dilqur.stage import read_config, read_pipeline
+from dilqur.stage import read_config
 from dilqur.token_shards import TokenShards
 from dilqur.tokenizer import TextTokenizer
 from dilqur.training_settings import TrainingSettings
@@ -53,13 +53,7 @@ def training_stages(recipe, run_dir=None, model_config=None):
 
     model_config: the shape of models that are not there and not known, a dict. Raises InputError where a recipe is wrong.
     """
-    recipe = Path(recipe)
-    folder, only = (recipe, None) if recipe.is_dir() else (recipe.parent, recipe.stem)
-    rows = read_pipeline(folder)
-    if not recipe.exists() or not rows:
-        raise InputError(f"{recipe}: no recipe there, or no pipeline.txt that says which program each stage runs")
-    if only and only not in [row.recipe for row in rows]:
-        raise InputError(f"{folder}/pipeline.txt: no line for {only}, which would say what program reads {recipe}")
+    folder, rows, chosen = rows_of(Path(recipe))
     run_dir = Path(run_dir or Path("runs") / folder.resolve().name)
     known, found, left = Known(), [], {}
     for row in rows:
@@ -68,7 +62,7 @@ def training_stages(recipe, run_dir=None, model_config=None):
         known.plans[row.name] = planned
         check_recipe(planned, known)
         trains = isinstance(planned.settings, TrainingSettings)
-        if only not in (None, row.recipe) or not (trains or hasattr(planned.settings, "lora_r")):
+        if row.name not in chosen or not (trains or hasattr(planned.settings, "lora_r")):
             continue
         try:
             if not trains:
@@ -87,13 +81,8 @@ def training_stages(recipe, run_dir=None, model_config=None):
         except KeyError as missing:
             left[row.name] = f"the model's config has no {missing}"
             continue
-        text = batch_file.path.read_text(encoding="utf-8") if batch_file.path.exists() else ""
-        line = next((line for line in text.splitlines() if line.startswith("# GPU: ")), "")
-        default = "fsdp2" if row.program == "scripts/cpt.py" else "ddp"
-        settings = planned.settings
-        found.append(
-            TrainingStage(row.name, settings, job, batch_file, gpu_meant(line.removeprefix("# GPU: ")), default, epoch)
-        )
+        meant, default = gpu_meant(batch_file.meant_for), planned.default_strategy
+        found.append(TrainingStage(row.name, planned.settings, job, batch_file, meant, default, epoch))
     return found, left
 
 

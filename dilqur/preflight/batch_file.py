@@ -21,12 +21,17 @@ VARIABLES = {
 
 @dataclass
 class BatchFile:
-    """options: {long name of an sbatch option: value}. card: bytes of memory of each GPU it is meant for, None if it does not say:
-    its line `# GPU: H100, 80 GB`."""
+    """options: {long name of an sbatch option: value}. meant_for: its line `# GPU: H100, 80 GB` after the colon, "" without one."""
 
     path: Path
     options: dict
-    card: float | None = None
+    meant_for: str = ""
+
+    @property
+    def card(self):
+        """Bytes of memory of each GPU it is meant for, None if it does not say."""
+        said = re.search(r"(\d+) GB", self.meant_for)
+        return float(said[1]) * 1e9 if said else None
 
     @property
     def nodes(self):
@@ -54,8 +59,8 @@ def read_batch_file(path, environment=os.environ):
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     lines = re.findall(r"^#SBATCH[ \t]+--([\w-]+)(?:[= \t][ \t]*(\S+))?", text, re.M)
     given = {option: environment[name] for name, option in VARIABLES.items() if environment.get(name)}
-    card = re.search(r"^# GPU: .*?(\d+) GB", text, re.M)
-    return BatchFile(path, {**dict(lines), **given}, card and float(card[1]) * 1e9)
+    meant_for = re.search(r"^# GPU: (.*)$", text, re.M)
+    return BatchFile(path, {**dict(lines), **given}, meant_for[1] if meant_for else "")
 
 
 def seconds_of(time):

@@ -11,7 +11,7 @@ from dilqur.errors import InputError
 from dilqur.llama3 import SPECIAL_TOKENS
 from dilqur.preflight.batch_file import BatchFile
 from dilqur.preflight.findings import Skipped
-from dilqur.stage import PipelineRow, Stage, read_config
+from dilqur.stage import PipelineRow, Stage, read_config, read_pipeline
 from dilqur.tokenizer import TextTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,12 +58,16 @@ class Planned:
         """The inputs of this kind that are there already."""
         return [p for p, k in self.stage.inputs.items() if k == kind and p not in self.stage.later]
 
+    @property
+    def default_strategy(self):
+        """The accelerate config that slurm/launch.sh takes by itself, without its ending."""
+        return "fsdp2" if self.row.program == "scripts/cpt.py" else "ddp"
+
     def strategy_file(self):
         """The accelerate config it would be launched with, as slurm/launch.sh chooses it; None for one process."""
         if self.processes == 1:
             return None
-        default = "fsdp2" if self.row.program == "scripts/cpt.py" else "ddp"
-        return os.environ.get("DILQUR_STRATEGY") or f"accelerate_configs/{default}.yaml"
+        return os.environ.get("DILQUR_STRATEGY") or f"accelerate_configs/{self.default_strategy}.yaml"
 
 
 @dataclass
@@ -77,6 +81,19 @@ class Known:
     gpus: list = field(default_factory=list)
     seen: set = field(default_factory=set)
     claimed: dict = field(default_factory=dict)
+
+
+def rows_of(recipe):
+    """(folder, rows of its pipeline.txt, names of those that are meant) of a recipe folder, or of one recipe file: its stage and the
+    variants of it. recipe: a Path. Raises InputError where there is none."""
+    folder, only = (recipe, None) if recipe.is_dir() else (recipe.parent, recipe.stem)
+    rows = read_pipeline(folder)
+    if not recipe.exists() or not rows:
+        raise InputError(f"{recipe}: no recipe there, or no pipeline.txt that says which program each stage runs")
+    chosen = [row.name for row in rows if only in (None, row.recipe)]
+    if not chosen:
+        raise InputError(f"{folder}/pipeline.txt: no line for {only}, which would say what program reads {recipe}")
+    return folder, rows, chosen
 
 
 def existing(path):

@@ -4,13 +4,13 @@ Each takes (planned, known) and returns what it saw, None where it does not conc
 """
 
 import contextlib
-import json
 import os
 import shutil
 import statistics
 
 from dilqur.errors import InputError
-from dilqur.planning.job import Job
+from dilqur.metrics import last_records
+from dilqur.planning.job import BYTES, Job
 from dilqur.planning.memory import memory_of
 from dilqur.planning.strategy import strategy_of
 from dilqur.preflight.batch_file import clock
@@ -18,7 +18,6 @@ from dilqur.preflight.findings import Later
 from dilqur.preflight.planned import existing, parameters
 from dilqur.training_settings import TrainingSettings
 
-BYTES = {"float32": 4, "bfloat16": 2}
 FEW_FILES = (
     20  # of a stage that trains nothing, and beside a run's checkpoints: config, tokenizer, weights, logs, manifest
 )
@@ -158,14 +157,7 @@ def memory_in(planned):
 
 def seconds_of_steps(folder):
     """(median seconds of the last hundred steps, longest stall of a save) of an earlier start; (None, None) if there are none."""
-    try:
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-100:]
-    except OSError:
-        return None, None
-    records = []
-    for line in lines:
-        with contextlib.suppress(ValueError):  # the last line of a killed run
-            records.append(json.loads(line))
+    records = last_records(folder, 100)
     seconds = [record["step_seconds"] for record in records if record.get("step_seconds")]
     stalls = [record.get("checkpoint_stall_seconds") or 0.0 for record in records]
     return (statistics.median(seconds), max(stalls)) if seconds else (None, None)

@@ -25,6 +25,7 @@ from dilqur.preflight.findings import Later
 from dilqur.preflight.planned import ROOT, Probe, existing, find_config, read_json
 from dilqur.recipe import parse, to_dict
 from dilqur.stage import StageSettings
+from dilqur.status import writer_of
 from dilqur.token_shards import TokenShards
 from dilqur.tokenizer import TextTokenizer
 from dilqur.training_settings import TrainingSettings, check_training
@@ -146,12 +147,8 @@ def check_batch(planned, known):
 def check_output(planned, known):
     """The folder can be written to and locked, and nobody else is writing there."""
     folder = planned.stage.folder
-    with contextlib.suppress(OSError), (folder / ".lock").open() as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            who = lock.read().strip() or "another process"
-            raise InputError(f"{folder}: {who} is writing it now: wait until it ends, or end it") from None
+    if (writer := writer_of(folder)) is not None:
+        raise InputError(f"{folder}: {writer or 'another process'} is writing it now: wait until it ends, or end it")
     nearest = existing(folder.parent)
     if nearest in known.seen:
         return None
