@@ -241,7 +241,7 @@ class Stage:
             "inputs": self.input_identities(hashed),
             "seed": getattr(self.settings, "seed", None),
             "git": _git(),
-            "packages": _packages(),
+            "packages": package_versions(),
             "hardware": hardware(),
             "started": _iso(self.started),
             "ended": _iso(time.time()),
@@ -467,7 +467,8 @@ def _git():
     return commit and {"commit": commit, "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
 
 
-def _packages():
+def package_versions():
+    """{package: its version, None where it is not installed} of those that a run's numbers may depend on."""
     versions = {}
     for name in PACKAGES:
         try:

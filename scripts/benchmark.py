@@ -48,7 +48,7 @@ from dilqur.cost_model import (
 from dilqur.errors import InputError, program
 from dilqur.preflight.node_facts import node_facts
 from dilqur.recipe import parse, to_dict
-from dilqur.stage import FilePath, Stage, StageSettings, _git, _packages, hardware, read_config, read_pipeline
+from dilqur.stage import FilePath, Stage, StageSettings, _git, hardware, package_versions, read_config, read_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = {"cpt": "CptSettings", "mlm": "MlmSettings"}
@@ -352,7 +352,7 @@ def main():
         "steps": {"warm_up": used.warmup_steps, "timed": used.timed_steps, "parity": used.parity_steps},
         "machine": benchmark.machine,
         "on_gpu": bool(benchmark.machine["gpus"]),
-        "packages": _packages(),
+        "packages": package_versions(),
         "git": _git(),
         "settings": to_dict(settings),
         "parameters": next(iter(rows.values()))["parameters"],

@@ -3,11 +3,10 @@
 import os
 import platform
 import socket
-from importlib import metadata
 
 from dilqur.preflight.findings import Skipped
 from dilqur.preflight.machine import ask_nvidia_smi
-from dilqur.stage import PACKAGES
+from dilqur.stage import package_versions
 
 
 def node_facts():
@@ -54,10 +53,5 @@ def mib(text):
 
 def versions():
     """{what: version} of all that should be the same on every node."""
-    found = {"Python": platform.python_version(), "kernel": platform.release()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "none"
-    return found
+    installed = {name: version or "none" for name, version in package_versions().items()}
+    return {"Python": platform.python_version(), "kernel": platform.release(), **installed}
