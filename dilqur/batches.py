@@ -263,19 +263,23 @@ def training_batches(samples, start, steps, batch, accumulation, rank, world_siz
     loader = DataLoader(
         samples,
         batch_sampler=(range(first, first + batch) for first in first_positions),
-        collate_fn=functools.partial(_as_tensors, masked=bool(samples.masking)),
+        collate_fn=functools.partial(_as_tensors, masking=samples.masking),
         num_workers=num_workers,
         prefetch_factor=AHEAD if num_workers else None,
         pin_memory=pin_memory,
         worker_init_fn=_leave_signals_to_the_run,
     )
     stream = iter(loader)
-    for _ in range(steps):
-        try:
-            micro_batches = [next(stream) for _ in range(accumulation)]
-        except InputError as problem:  # out of a worker it comes with the worker's traceback before it
-            raise InputError(str(problem).rpartition("InputError: ")[2].strip()) from None
-        yield micro_batches
+    try:
+        for _ in range(steps):
+            try:
+                micro_batches = [next(stream) for _ in range(accumulation)]
+            except InputError as problem:  # out of a worker it comes with the worker's traceback before it
+                raise InputError(str(problem).rpartition("InputError: ")[2].strip()) from None
+            yield micro_batches
+    finally:
+        if num_workers:  # they hear no signal: left to the end of the program, it would wait for them without end
+            stream._shutdown_workers()
 
 
 def evaluation_batches(samples, batch, rank, world_size, limit=None):
@@ -286,7 +290,7 @@ def evaluation_batches(samples, batch, rank, world_size, limit=None):
         positions = np.arange(first + rank * batch, first + (rank + 1) * batch)
         arrays = samples.batch(np.where(positions < count, positions, 0))
         arrays["labels"][positions >= count] = IGNORE
-        yield _as_tensors(arrays, bool(samples.masking))
+        yield _as_tensors(arrays, samples.masking)
 
 
 def _leave_signals_to_the_run(worker):
@@ -297,7 +301,7 @@ def _leave_signals_to_the_run(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
-def _as_tensors(arrays, masked):
+def _as_tensors(arrays, masking):
     """The batch comes whole from `TokenSamples.batch`: nothing to stack. Beside position_ids, what attention needs of them; where
     tokens are masked, the places of those that have a label, which a GPU could only be waited for to count."""
     import torch
@@ -305,6 +309,14 @@ def _as_tensors(arrays, masked):
     tensors = {name: torch.from_numpy(values) for name, values in arrays.items()}
     if "position_ids" in tensors:
         tensors |= document_kwargs(tensors["position_ids"])
-    if masked:
-        tensors["masked_positions"] = tensors["labels"].flatten().ne(IGNORE).nonzero().flatten()
+    if masking:
+        tensors["masked_positions"] = torch.from_numpy(_places(arrays["labels"], masking.most(*arrays["labels"].shape)))
     return tensors
+
+
+def _places(labels, most):
+    """int64 array: where `labels` are not IGNORE, counting through the batch; filled up to `most` with a place where they are, which adds
+    nothing to the loss, so that the head computes as many in every batch."""
+    masked = labels.reshape(-1) != IGNORE
+    places, missing = np.flatnonzero(masked), most - int(masked.sum())
+    return np.append(places, np.full(missing, masked.argmin())) if missing > 0 and not masked.all() else places

@@ -13,6 +13,7 @@ it stands at another position. Random numbers are NumPy's Philox with the key (s
 """
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,6 +50,13 @@ class Masking:
         drawn = ordinary[(numbers[:, 2] * len(ordinary)).astype(np.int64)]
         shown = np.where(numbers[:, 1] < 0.8, self.mask_id, np.where(numbers[:, 1] < 0.9, drawn, input_ids))
         return np.where(chosen, shown, input_ids), labels
+
+    def most(self, samples, length):
+        """How many tokens of a batch are to be guessed, and hardly ever more: six standard deviations above the mean where each is by
+        itself, up to a multiple of 128. An int."""
+        tokens = samples * length
+        above = samples / 2 if self.count == "fixed" else 6 * math.sqrt(tokens * self.rate * (1 - self.rate))
+        return min(tokens, -(-math.ceil(self.rate * tokens + above) // 128) * 128)
 
     @functools.cached_property
     def _is_ordinary(self):

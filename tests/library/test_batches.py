@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import re
 import shutil
 
@@ -297,6 +298,22 @@ def test_what_is_wrong_in_a_reading_process_is_one_line(tmp_path):
             next(training_batches(TokenSamples([{"path": shards}], 40, 3), 0, 1, 4, 1, 0, 1, num_workers=workers))
         path = shards / "tokens-00000.npy"
         assert str(problem.value) == f"{path}: not a .npy file of numbers: damaged; pack again"
+        # while the error, and with it all that it came through, is still held: at the end of a program it would be waited for
+        assert not multiprocessing.active_children()
+
+
+def test_an_encoders_head_computes_as_many_tokens_in_every_batch(samples):
+    """Shapes that stay the same; what fills them up is no masked place, so that the loss does not see it."""
+    for count in ("independent", "fixed"):
+        masking = Masking(5, frozenset(), samples.vocab_size, count=count)
+        masked = TokenSamples([{"path": samples.paths[0]}], LENGTH, seed=42, masking=masking)
+        batches = [m for (m,) in training_batches(masked, 0, 40, 8, 1, 0, 1)]
+        assert {len(b["masked_positions"]) for b in batches} == {masking.most(8, LENGTH)}
+        for batch in batches:
+            labels, places = batch["labels"].flatten(), batch["masked_positions"]
+            has_label = labels[places] != IGNORE
+            assert places[has_label].tolist() == np.flatnonzero(labels != IGNORE).tolist()
+            assert (~has_label).any()
 
 
 def test_three_epochs_hold_every_sample_three_times_on_three_ranks(tmp_path):
