@@ -15,9 +15,10 @@ from dilqur.checkpoint_mirror import CheckpointMirror
 from dilqur.errors import EveryRankError
 from dilqur.evaluation import SANITY_BATCHES, Evaluation
 from dilqur.interrupt import Interrupt
+from dilqur.kernels import Machine, choose, in_words
 from dilqur.metrics import Metrics, gpu_health
 from dilqur.optimizer import freeze_all_but, learning_rate_at, make_optimizer
-from dilqur.resume import checkpoint_to_resume, fetch_from_mirror, resume, run_identity
+from dilqur.resume import checkpoint_to_resume, fetch_from_mirror, kernels_of, resume, run_identity
 from dilqur.run_summary import summary, write_result
 from dilqur.step_phases import PHASES, StepPhases
 from dilqur.training_settings import check_training, copy_to_node
@@ -37,6 +38,7 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
     import torch
     from accelerate.utils import send_to_device
 
+    from dilqur.apply_kernels import apply_kernels
     from dilqur.checkpoint import CheckpointWriter, best_checkpoint
     from dilqur.checkpoint_files import CheckpointReader, complete_checkpoints
     from dilqur.cost_model import peak_flops
@@ -79,13 +81,16 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
     main, on_gpu = accelerator.is_main_process, accelerator.device.type == "cuda"
     with accelerator.main_process_first():  # which writes the plan of packing: best_fit
         samples, start, max_steps = check_training(settings, stage.folder, copies)
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    keep = {"keep": settings.save_total_limit, "keep_every": settings.save_keep_every}
+    mirror = CheckpointMirror(settings.mirror_to, **keep) if settings.mirror_to and main else None
+    writer = CheckpointWriter(stage.folder / "checkpoints", accelerator, **keep, mirror=mirror)
+    complete = broadcast(accelerator, complete_checkpoints(writer.folder) if main else None)
+    checkpoint = checkpoint_to_resume(settings, complete)
     trainable = freeze_all_but(model, settings.unfrozen_parameters)
-    if settings.torch_compile:  # layer by layer and in place: few graphs, and the parameters keep their names
-        for layer in (m for m in model.modules() if type(m).__name__ in model._no_split_modules):
-            layer.compile()
-    optimizer = make_optimizer(model, settings, fused=on_gpu)
+    machine = Machine.here(settings, model.config, strategy(accelerator), batch_size)
+    kernels, why = broadcast(accelerator, choose(settings, machine, kernels_of(checkpoint)))
+    apply_kernels(model, settings, kernels)
+    optimizer = make_optimizer(model, settings, on_gpu)
     model.train()
     sizes = {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -100,10 +105,7 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
     watchdog = Watchdog(stage.folder, accelerator.process_index, settings.hang_minutes, interrupt)
     metrics = Metrics(stage.folder, max_steps, accelerator if settings.report_to else None, settings.logging_steps)
     evaluation = Evaluation(settings, accelerator, compute_loss, batch_size, loss_and_correct)
-    keep = {"keep": settings.save_total_limit, "keep_every": settings.save_keep_every}
-    mirror = CheckpointMirror(settings.mirror_to, **keep) if settings.mirror_to and main else None
-    writer = CheckpointWriter(stage.folder / "checkpoints", accelerator, **keep, mirror=mirror)
-    identity = run_identity(settings, samples, start, trainable, strategy(accelerator), sizes)
+    identity = run_identity(settings, samples, start, trainable, strategy(accelerator), sizes, kernels)
     batches_of = functools.partial(
         training_batches,
         samples,
@@ -115,8 +117,7 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
     )
     first_batch = send_to_device(next(batches_of(start, 1))[0], accelerator.device)
     settle(accelerator, model, lambda: compute_loss(model, first_batch, 1))
-    complete = broadcast(accelerator, complete_checkpoints(writer.folder) if main else None)
-    checkpoint, trainer = checkpoint_to_resume(settings, complete), {}
+    trainer = {}
     if checkpoint:
         trainer = resume(settings, checkpoint, complete, identity, plain, optimizer)
         if mirror and checkpoint.parent == writer.folder:
@@ -133,6 +134,7 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
             "strategy": f"{identity['strategy']}, {world} process{'es' * (world > 1)} on {accelerator.device.type}",
             "processes": world,
             "gpu": torch.cuda.get_device_name() if on_gpu else None,
+            "kernels": in_words(kernels, why, settings),
         }
         derived = (max_steps, sizes, where, batch_size, accumulation, checkpoint, flops_per_token)
         metrics.say(summary(settings, samples, start, step, *derived))

@@ -147,6 +147,7 @@ class NeoBERT(NeoBERTPreTrainedModel):
 
 class NeoBERTLMHead(NeoBERTPreTrainedModel):
     _tied_weights_keys = {}
+    loss_in_head = False  # does the decoder compute the loss in training? As dilqur/fused_loss.py has it
 
     def __init__(self, config):
         super().__init__(config)
@@ -177,6 +178,9 @@ class NeoBERTLMHead(NeoBERTPreTrainedModel):
         if masked_positions is not None:
             x = x.flatten(0, 1)[masked_positions]
             labels = labels.flatten()[masked_positions] if labels is not None else None
+        if self.loss_in_head and self.training and labels is not None:
+            items = (labels != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
+            return MaskedLMOutput(loss=self.decoder(x, labels, items))
         logits, loss = self.decoder(x), None
         if labels is not None:
             arguments = {"ignore_index": IGNORE, "reduction": "mean" if num_items_in_batch is None else "sum"}

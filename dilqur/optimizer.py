@@ -31,10 +31,11 @@ def freeze_all_but(model, patterns):
     return [name for name, p in model.named_parameters() if p.requires_grad]
 
 
-def make_optimizer(model, settings, fused):
+def make_optimizer(model, settings, on_gpu):
     """AdamW over the trainable parameters; decay on matrices only (norms and biases are vectors).
 
-    settings: TrainingSettings. With dtype: bfloat16 the one that keeps 8 bytes a parameter (dilqur/bf16_adamw.py).
+    settings: TrainingSettings. Where `optim` says nothing, it is fused on a GPU. With dtype: bfloat16 the one that keeps 8 bytes a
+    parameter (dilqur/bf16_adamw.py).
     """
     import torch
 
@@ -49,7 +50,8 @@ def make_optimizer(model, settings, fused):
     if settings.dtype == "bfloat16":
         from dilqur.bf16_adamw import BF16AdamW
 
-        return BF16AdamW(groups, **arguments, seed=settings.seed, compiled=fused)
+        return BF16AdamW(groups, **arguments, seed=settings.seed, compiled=on_gpu)
+    fused = settings.optim == "adamw_torch_fused" if settings.optim else on_gpu
     return torch.optim.AdamW(groups, **arguments, fused=fused)
 
 

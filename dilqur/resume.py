@@ -51,7 +51,16 @@ def fetch_from_mirror(settings, checkpoints):
             mirror.fetch(best, checkpoints)
 
 
-def run_identity(settings, samples, start, trainable, strategy, sizes):
+def kernels_of(checkpoint):
+    """{key: value} of the kernels that the run of this checkpoint chose; None where that is not known. What is wrong with a damaged one,
+    `resume` says."""
+    try:
+        return json.loads((checkpoint / "trainer.json").read_text()).get("kernels") if checkpoint else None
+    except (OSError, ValueError):
+        return None
+
+
+def run_identity(settings, samples, start, trainable, strategy, sizes, kernels):
     """What a checkpoint says of the run that made it, and by which `resume` knows whether it may be gone on from."""
     base = settings.model_name_or_path
     return {
@@ -62,6 +71,7 @@ def run_identity(settings, samples, start, trainable, strategy, sizes):
         "trainable": trainable,
         "strategy": strategy,
         "sizes": sizes,
+        "kernels": kernels,
     }
 
 

@@ -10,7 +10,7 @@ USUAL_MFU = 0.4  # of a well-fed GPU; only for a first guess of the hours
 
 
 def summary(settings, samples, start, step, max_steps, sizes, where, batch_size, accumulation, resumed, flops):
-    """The table as text. where: strategy, processes, device. flops: a token's, or None. resumed: a folder, or None."""
+    """The table as text. where: strategy, processes, device, kernels. flops: a token's, or None. resumed: a folder, or None."""
     batch, tokens = settings.global_batch_size, settings.global_batch_size * settings.max_length
     end = start + max_steps * batch
     text = samples.utf8_bytes(start, end)
@@ -26,6 +26,7 @@ def summary(settings, samples, start, step, max_steps, sizes, where, batch_size,
         ("steps", f"{step} to {max_steps}"),
         ("data", f"{text / 1e6:,.2f} MB of text seen at the end, from position {start}"),
     ]
+    rows[1:1] = where["kernels"]
     for (path, epochs), size in zip(samples.epochs(end).items(), samples.sizes, strict=True):
         steps = f", {size / batch:,.1f} steps each" if len(samples.sizes) == 1 else ""
         rows.append(("", f"{epochs:.2f} epochs of {size:,} samples at the end{steps}: {path}"))
@@ -71,6 +72,7 @@ def write_result(settings, stage, samples, start, steps, reader, write_model, wo
         "model_of_step": reader.trainer["step"],
         "strategy": identity["strategy"],
         "processes": world,
+        "kernels": identity["kernels"],
         **identity["sizes"],
         "data": {**identity["data"], "end_position": end, "epochs": samples.epochs(end)},
     }

@@ -11,8 +11,8 @@ from typing_extensions import TypedDict
 from dilqur.batches import TokenSamples, same_past, split_batch
 from dilqur.checkpoint_mirror import check_address
 from dilqur.distributed import planned_strategy, refuse_what_it_cannot
-from dilqur.document_attention import attention_for
 from dilqur.errors import InputError
+from dilqur.kernels import KernelSettings, check_kernels
 from dilqur.local_copy import local_copy
 from dilqur.optimizer import SCHEDULES
 from dilqur.stage import ModelPath, ShardsPath, StageSettings, read_manifest
@@ -37,7 +37,7 @@ class DatasetChange(TypedDict):
 
 
 @dataclass(kw_only=True)
-class TrainingSettings(StageSettings):
+class TrainingSettings(KernelSettings, StageSettings):
     """What every run on this loop can be told. `harmless`: keys that do not change the result; `may_change`: what a resumed
     run may have otherwise than the first one."""
 
@@ -48,18 +48,15 @@ class TrainingSettings(StageSettings):
     )  # fmt: skip
     # datasets, tokenizer: their fingerprints decide, not the way they are called; dataset_changes: those of steps not done yet
     may_change: ClassVar = (
-        *harmless, "max_steps", "num_train_epochs", "eval_datasets", "datasets", "tokenizer", "dataset_changes", "torch_compile",
-        "gradient_checkpointing", "use_liger_kernel", "attn_implementation", "reduce_dtype", "deterministic",
-        "load_best_model_at_end", "max_skipped_steps", "resume_without_optimizer",
+        *harmless, "max_steps", "num_train_epochs", "eval_datasets", "datasets", "tokenizer", "dataset_changes", "kernels",
+        "attn_implementation", "sdpa_backend", "loss_kernel", "torch_compile", "compile_unit", "use_liger_kernel", "optim",
+        "gradient_checkpointing", "activation_memory_budget", "reduce_dtype", "deterministic", "load_best_model_at_end",
+        "max_skipped_steps", "resume_without_optimizer",
     )  # fmt: skip
 
     model_name_or_path: ModelPath | None = field(
         default=None, metadata={"help": "model folder, or the stage that made it"}
     )
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = field(
-        default="sdpa", metadata={"help": "as in transformers"}
-    )
-    use_liger_kernel: bool = field(default=False, metadata={"help": "Liger's fused loss and layers; on a GPU only"})
     bf16: bool = field(default=False, metadata={"help": "bfloat16 products; weights and optimizer stay in `dtype`"})
     dtype: Literal["float32", "bfloat16"] = field(
         default="float32",
@@ -68,11 +65,7 @@ class TrainingSettings(StageSettings):
     reduce_dtype: Literal["float32", "bfloat16"] = field(
         default="float32", metadata={"help": "of the gradients on the network"}
     )
-    torch_compile: bool = field(default=False, metadata={"help": "compile each layer"})
     deterministic: bool = field(default=False, metadata={"help": "the same bits on the same GPUs; slower"})
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "recompute activations: less memory, a third slower"}
-    )
 
     datasets: list[DatasetShare] = field(
         metadata={
@@ -193,7 +186,7 @@ def check_training(settings, folder=None, copies=None):
     if bool(settings.max_steps) == bool(settings.num_train_epochs):
         raise InputError("give max_steps or num_train_epochs, one of them")
     refuse_what_it_cannot(settings, planned_strategy())
-    attention_for(settings.attn_implementation, settings.intra_document_masking)
+    check_kernels(settings, planned_strategy())
     if settings.mirror_to:
         check_address(settings.mirror_to)
         if folder and os.path.realpath(settings.mirror_to) == os.path.realpath(Path(folder) / "checkpoints"):

@@ -58,24 +58,11 @@ def load_model(settings):
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 
-    from dilqur.document_attention import attention_for, register_document_attention
-
-    if settings.use_liger_kernel and not on_gpu():
-        print("use_liger_kernel: no GPU here, going on without (its kernels are Triton's)", flush=True)
-    elif settings.use_liger_kernel:
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
-
-        apply_liger_kernel_to_llama()
-    register_document_attention()
     dtype = getattr(torch, settings.dtype)
-    attention = attention_for(settings.attn_implementation, settings.intra_document_masking)
     if settings.model_name_or_path:
-        return AutoModelForCausalLM.from_pretrained(
-            settings.model_name_or_path, dtype=dtype, attn_implementation=attention
-        )
+        return AutoModelForCausalLM.from_pretrained(settings.model_name_or_path, dtype=dtype)
     set_seed(settings.seed)
-    config = LlamaConfig(**settings.model_config, attn_implementation=attention)
-    return LlamaForCausalLM(config).to(dtype)
+    return LlamaForCausalLM(LlamaConfig(**settings.model_config)).to(dtype)
 
 
 def causal_loss(model, batch, tokens, **more):

@@ -135,19 +135,15 @@ def load_model(settings):
     import torch
     from transformers import set_seed
 
-    from dilqur.document_attention import attention_for, register_document_attention
     from dilqur.encoder_folder import new_config, read_encoder
     from dilqur.modeling_neobert import NeoBERTLMHead
 
-    register_document_attention()
-    attention = attention_for(settings.attn_implementation, settings.intra_document_masking)
     dtype = getattr(torch, settings.dtype)
     if settings.model_name_or_path:
         longer = {"max_length": settings.max_position_embeddings} if settings.max_position_embeddings else {}
-        return read_encoder(settings.model_name_or_path, dtype, **longer, _attn_implementation=attention)
+        return read_encoder(settings.model_name_or_path, dtype, **longer)
     set_seed(settings.seed)
-    config = new_config(settings.model_config, settings.tokenizer, attn_implementation=attention)
-    return NeoBERTLMHead(config).to(dtype)
+    return NeoBERTLMHead(new_config(settings.model_config, settings.tokenizer)).to(dtype)
 
 
 def masked_loss(model, batch, tokens):

@@ -206,6 +206,26 @@ def test_compiled_layer_by_layer_it_learns_the_same(runs, strategy):
     assert flat(found) == pytest.approx(flat(expected), rel=ROUNDING)
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_head_and_loss_in_one_learn_the_same_where_the_heads_weight_is_gathered_for_them(runs, strategy):
+    """The tied head, whose weight the embeddings have too; evaluated on the way, without gradients."""
+    held_out = ("--eval_datasets", f"{{path: {runs.shards}}}", "--max_eval_samples", 16, "--eval_steps", 2)
+    flags = ("--max_steps", 4, *held_out)
+    fused = runs.start(strategy, "chunked", *flags, "--loss_kernel", "chunked", model=runs.tiny_model)
+    plain = runs.start("single", "evaluated", *flags, model=runs.tiny_model)
+    for names in (("loss", "grad_norm"), ("eval_loss",)):
+        expected, found = (
+            {s: [r[n] for n in names] for s, r in whole(f).items() if names[0] in r} for f in (plain, fused)
+        )
+        assert flat(found) == pytest.approx(flat(expected), rel=ROUNDING)
+    trainer = json.loads((fused / "checkpoints" / "step-0000004" / "trainer.json").read_text())
+    assert trainer["kernels"]["loss_kernel"] == "chunked"
+
+
+def whole(folder):
+    return {r["step"]: r for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
+
+
 def test_in_bfloat16_alone_a_resume_under_another_strategy_goes_on_and_a_parameter_has_two_bytes(runs):
     only = ("--max_steps", 8, "--dtype", "bfloat16")
     ddp = runs.start("ddp", "bf16", *only, model=runs.tiny_model)

@@ -1,0 +1,103 @@
+"""A model made to compute by the kernels that dilqur/kernels.py has chosen. Parameters keep their names, and so do checkpoints."""
+
+import contextlib
+import functools
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dilqur.document_attention import attention_for, register_document_attention
+from dilqur.errors import InputError
+from dilqur.fused_loss import fuse_loss
+from dilqur.kernels import FP8_SMALLEST, SDPA_BACKENDS, share_recomputed
+
+_for_good = contextlib.ExitStack()  # what holds from now to the end of the process
+
+
+def apply_kernels(model, settings, chosen):
+    """Before `model` is prepared. settings: a run's. chosen: as `choose` gives it. Raises InputError where the model has no such kernel."""
+    on_gpu = torch.cuda.is_available()
+    register_document_attention()
+    attention = attention_for(chosen["attn_implementation"], settings.intra_document_masking)
+    try:
+        model.set_attn_implementation(attention)
+    except (ImportError, ValueError) as problem:
+        raise InputError(f"attn_implementation: {attention}: {str(problem).splitlines()[0]}") from None
+    if chosen["sdpa_backend"]:
+        _take_backend(chosen["sdpa_backend"], settings, model.config)
+    if settings.use_liger_kernel and not on_gpu:
+        print("use_liger_kernel: no GPU here, going on without (its kernels are Triton's)", flush=True)
+    elif settings.use_liger_kernel:
+        from transformers.integrations.liger import apply_liger_kernel
+
+        apply_liger_kernel(model, None)
+    if settings.fp8:
+        to_float8(model, emulate=not on_gpu)
+    layers = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
+    if share := share_recomputed(settings):
+        if chosen["torch_compile"] and settings.activation_memory_budget:
+            torch._functorch.config.activation_memory_budget = 1 - share
+        else:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            for layer in layers[round(share * len(layers)) :]:
+                layer.gradient_checkpointing = False
+    if chosen["loss_kernel"] != "logits":
+        fuse_loss(model, chosen["loss_kernel"], compiled=chosen["torch_compile"])
+    if chosen["torch_compile"]:
+        documents = settings.intra_document_masking  # how many there are differs from batch to batch
+        how = {"fullgraph": not documents, "dynamic": None if documents else False}
+        for part in [model.base_model] if chosen["compile_unit"] == "model" else layers:
+            _compile_forward(part, **how)
+
+
+def _compile_forward(module, **how):
+    """`forward` alone: the hooks of a strategy stay outside the graph. And in training alone: the last batch of an evaluation has
+    another shape, and each shape would be a graph."""
+    plain, compiled = module.forward, torch.compile(module.forward, **how)
+
+    @functools.wraps(plain)
+    def forward(*arguments, **named):
+        return (compiled if module.training else plain)(*arguments, **named)
+
+    module.forward = forward
+
+
+def to_float8(model, emulate=False):
+    """Large linear layers of `model` compute in float8, scaled by tensor: torchao's recipe of that name. emulate: the same rounding in
+    another dtype, on any machine. The head stays as it is, and what has a side below FP8_SMALLEST or one that does not divide by 16.
+
+    Raises InputError where there is no float8 here, or no layer large enough.
+    """
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    if not emulate and torch.cuda.get_device_capability() < (8, 9):
+        raise InputError("fp8: this GPU has no float8 products: they begin with Ada and Hopper")
+    head, found = model.get_output_embeddings(), []
+
+    def large(module, name):
+        sides = module.weight.shape
+        if module is head or min(sides) < FP8_SMALLEST or any(side % 16 for side in sides):
+            return False
+        found.append(name)
+        return True
+
+    convert_to_float8_training(model, module_filter_fn=large, config=Float8LinearConfig(emulate=emulate))
+    if not found:
+        raise InputError(f"fp8: no linear layer of this model has {FP8_SMALLEST} rows and columns: leave it out")
+
+
+def _take_backend(first, settings, config):
+    """From now on torch's attention is by this backend: by no other, where the recipe names it; else by it before the others. Set for the
+    process and not in the model's forward pass, since gradient checkpointing repeats that in the backward pass."""
+    names = [first] if settings.sdpa_backend else [first, *(name for name in SDPA_BACKENDS if name != first)]
+    backends = [getattr(SDPBackend, SDPA_BACKENDS[name]) for name in names]
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    low = settings.bf16 or settings.dtype == "bfloat16"
+    dtype, device = torch.bfloat16 if low else torch.float32, "cuda" if torch.cuda.is_available() else "cpu"
+    query = torch.zeros(1, 1, 128, size, device=device, dtype=dtype)
+    try:
+        with sdpa_kernel(backends, set_priority=True):
+            torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
+    except RuntimeError as problem:
+        raise InputError(f"sdpa_backend: {first}: not here, for heads of {size}: {problem}") from None
+    _for_good.enter_context(sdpa_kernel(backends, set_priority=True))

@@ -1,0 +1,143 @@
+"""The head and its cross-entropy in one: the logits of a batch, which with their gradients take 12 bytes × tokens × vocabulary, never
+lie in memory whole.
+
+    loss_kernel   who computes it                                          where
+    logits        torch, all logits at once                                anywhere; what the others are compared with
+    chunked       `Chunked`, below: some rows at a time                    anywhere
+    torch         F.linear_cross_entropy, torch 2.13 and newer             anywhere, in fp32: of bfloat16 products it gives losses rounded
+                                                                           to bfloat16, 10.73 as 10.75
+    liger         Liger's fused linear cross-entropy, a Triton kernel      a GPU
+    quack         QuACK's chunked_linear_cross_entropy (quack-kernels)     a Hopper GPU or newer, bfloat16
+
+All but the first compute the gradients in the forward pass, so that no logits are kept until the backward pass. They run inside the
+head's own forward: whatever a strategy does to have the head's weight whole there, gather it or cast it, is done by then. They are no
+part of a compiled graph.
+"""
+
+import types
+
+import torch
+from torch.nn.functional import linear
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from dilqur.batches import IGNORE
+
+CHUNK_BYTES = 512 << 20  # of fp32 logits: large products, and little beside a model's activations
+
+
+def fuse_loss(model, kernel, compiled=False):
+    """Have `model`, a causal model of transformers or a NeoBERTLMHead, compute its loss by `kernel`, one of the above but "logits".
+
+    From then on the head, called with labels and num_items_in_batch, returns the sum of the losses / num_items_in_batch instead of
+    logits, and so does the model where it is given shift_labels (NeoBERT: labels, in training); its `logits` are then None. compiled:
+    whether "chunked" may compile what it does with a chunk of logits. To be called before the model is prepared.
+    """
+    head = model.get_output_embeddings()
+    logits_of, compute = head.forward, _function(kernel, compiled)
+
+    @torch.compiler.disable
+    def loss_of(hidden, labels, num_items_in_batch):
+        hidden, labels = hidden.flatten(0, -2), labels.flatten()
+        return compute(*_cast(hidden, head.weight, head.bias), labels) / num_items_in_batch
+
+    def head_forward(hidden, labels=None, num_items_in_batch=1):
+        return logits_of(hidden) if labels is None else loss_of(hidden, labels, num_items_in_batch)
+
+    head.forward = head_forward
+    if hasattr(model, "loss_in_head"):
+        model.loss_in_head = True
+        return
+    plain = model.forward
+
+    def forward(self, input_ids=None, shift_labels=None, num_items_in_batch=1, labels=None, **kwargs):
+        if shift_labels is None:
+            return plain(input_ids=input_ids, labels=labels, **kwargs)
+        hidden = self.base_model(input_ids=input_ids, **kwargs).last_hidden_state
+        return CausalLMOutputWithPast(loss=self.get_output_embeddings()(hidden, shift_labels, num_items_in_batch))
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _cast(hidden, weight, bias):
+    """Hidden states, weight and bias in the dtype of the head's product: autocast's, which does not reach into these functions, else the
+    weight's, which FSDP2 gathers in bfloat16 already."""
+    device = hidden.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+    return hidden.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
+
+
+def _function(kernel, compiled):
+    """f(hidden (tokens, hidden_size), weight (vocabulary, hidden_size), bias (vocabulary,) or None, labels (tokens,)): the sum of the
+    losses over all labels that are not IGNORE, fp32 of no dimension."""
+    if kernel == "chunked":
+        of_a_chunk = torch.compile(loss_and_gradient, dynamic=True) if compiled else loss_and_gradient
+        return lambda *tensors: Chunked.apply(*tensors, of_a_chunk, torch.is_grad_enabled())
+    if kernel == "torch":
+        options = torch.nn.LinearCrossEntropyOptions(acc_policy="accurate")
+
+        def by_torch(hidden, weight, bias, labels):
+            arguments = {"linear_bias": bias, "reduction": "sum", "ignore_index": IGNORE, "options": options}
+            return torch.nn.functional.linear_cross_entropy(hidden, weight, labels, **arguments).float()
+
+        return by_torch
+    if kernel == "liger":
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        liger = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE, reduction="sum", accum_dtype=torch.float32)
+        return lambda hidden, weight, bias, labels: liger(weight, hidden, labels, bias)
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    def by_quack(hidden, weight, bias, labels):
+        assert bias is None, "quack's loss has no bias"
+        return chunked_linear_cross_entropy(hidden, weight, labels, ignore_index=IGNORE, reduction="sum")
+
+    return by_quack
+
+
+def loss_and_gradient(logits, labels):
+    """Of a chunk: (sum of the losses, fp32; gradients of the logits, in their dtype). logits: (rows, vocabulary), which are overwritten.
+    labels: (rows,)."""
+    valid = labels != IGNORE
+    target = labels.where(valid, 0).unsqueeze(1)
+    numbers = logits.float()
+    normaliser = numbers.logsumexp(1, keepdim=True)
+    losses = (normaliser - numbers.gather(1, target)).squeeze(1)
+    gradient = numbers.sub_(normaliser).exp_()
+    # by comparison, not scatter_add: compiled, all of this is two passes over the logits
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    gradient.sub_((columns == target).float()).mul_(valid.unsqueeze(1))
+    return losses.where(valid, 0).sum(), gradient.to(logits.dtype)
+
+
+class Chunked(torch.autograd.Function):
+    """As many rows at a time as have CHUNK_BYTES of logits. The gradient of the weight is summed over the chunks in fp32."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, of_a_chunk, with_gradients):
+        rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        wants = [wanted and with_gradients for wanted in ctx.needs_input_grad]
+        total = hidden.new_zeros((), dtype=torch.float32)
+        of_hidden = torch.empty_like(hidden) if wants[0] else None
+        of_weight = torch.zeros_like(weight, dtype=torch.float32) if wants[1] else None
+        of_bias = torch.zeros_like(bias, dtype=torch.float32) if wants[2] else None
+        for first in range(0, len(hidden), rows):
+            part, answers = hidden[first : first + rows], labels[first : first + rows]
+            loss, gradient = of_a_chunk(linear(part, weight, bias), answers)
+            total += loss
+            if wants[0]:
+                torch.mm(gradient, weight, out=of_hidden[first : first + rows])
+            if wants[1] and weight.dtype == torch.float32:
+                of_weight.addmm_(gradient.T, part)
+            elif wants[1]:
+                of_weight += gradient.T @ part
+            if wants[2]:
+                of_bias += gradient.sum(0, dtype=torch.float32)
+        ctx.save_for_backward(of_hidden, of_weight, of_bias)
+        ctx.dtypes = [x if x is None else x.dtype for x in (hidden, weight, bias)]
+        return total
+
+    @staticmethod
+    def backward(ctx, scale):
+        found = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return (*(g if g is None else (g * scale).to(dtype) for g, dtype in found), None, None, None)

@@ -1,0 +1,308 @@
+"""Which kernels compute a step: what a recipe can say of them, and what `kernels: auto` chooses. dilqur/apply_kernels.py does it.
+
+    key                   plain            auto on a GPU                                                    auto on a CPU
+    attn_implementation   sdpa             sdpa                                                             sdpa
+    sdpa_backend          torch's order    cudnn first, on Hopper and newer in bfloat16                     torch's order
+    loss_kernel           logits           quack where it is installed and fits, else liger, else chunked   chunked, where the logits
+                                                                                                            take more than 1 GiB
+    torch_compile         false            true, if there is a C compiler; not under ZeRO-3                 false
+    compile_unit          layer            model, for an encoder on whole weights; else layer               layer
+
+A key that the recipe gives wins over both columns, so that each choice can be turned off by itself. What was chosen is printed with its
+reason and kept in the checkpoints: a run that goes on computes as it began, where that can be had. The rules are functions of what is
+known before the first step, not of a stopwatch, so that two runs of one recipe on one kind of machine are the same run.
+`scripts/benchmark.py` measures the choices against each other; docs/performance.md says which rules rest on which measurement.
+"""
+
+import importlib.util
+import os
+import shutil
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from dilqur.document_attention import attention_for
+from dilqur.errors import InputError
+
+ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+SDPA_BACKENDS = {
+    "cudnn": "CUDNN_ATTENTION",
+    "flash": "FLASH_ATTENTION",
+    "efficient": "EFFICIENT_ATTENTION",
+    "math": "MATH",
+}
+LOSS_KERNELS = ("logits", "chunked", "torch", "liger", "quack")  # dilqur/fused_loss.py
+PLAIN = {
+    "attn_implementation": "sdpa",
+    "sdpa_backend": None,
+    "loss_kernel": "logits",
+    "torch_compile": False,
+    "compile_unit": "layer",
+}
+LARGE_LOGITS = 1 << 30  # bytes of fp32: below that, on a CPU, nothing is gained by computing them in parts
+FP8_SMALLEST = 1024  # a side of a matrix: below, casting costs more than the faster product gains
+
+
+@dataclass(kw_only=True)
+class KernelSettings:
+    """The keys, for a run's settings to inherit. None: as `kernels` says."""
+
+    kernels: Literal["plain", "auto"] = field(
+        default="plain", metadata={"help": "auto: chosen for this machine; the five keys after it win over it"}
+    )
+    attn_implementation: Literal[ATTENTION] | None = field(
+        default=None, metadata={"help": "as in transformers; plain: sdpa"}
+    )
+    sdpa_backend: Literal[tuple(SDPA_BACKENDS)] | None = field(
+        default=None, metadata={"help": "the only one that sdpa may take; plain: what torch prefers"}
+    )
+    loss_kernel: Literal[LOSS_KERNELS] | None = field(
+        default=None, metadata={"help": "head and loss in one, but for logits (plain)"}
+    )
+    torch_compile: bool | None = field(default=None, metadata={"help": "compile compile_unit; plain: false"})
+    compile_unit: Literal["layer", "model"] | None = field(
+        default=None, metadata={"help": "what becomes one graph: each layer, or all between embeddings and head"}
+    )
+    use_liger_kernel: bool = field(
+        default=False, metadata={"help": "as in transformers: Liger's layers and loss, patched in; on a GPU only"}
+    )
+    optim: Literal["adamw_torch", "adamw_torch_fused"] | None = field(
+        default=None, metadata={"help": "AdamW; none: fused on a GPU"}
+    )
+    fp8: bool = field(
+        default=False,
+        metadata={"help": "torchao's float8 products in large layers; Hopper and newer; another training"},
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "recompute activations: less memory, a third slower"}
+    )
+    activation_memory_budget: Annotated[float, Field(ge=0, le=1)] | None = field(
+        default=None,
+        metadata={
+            "help": "share of the activations that is kept, the rest recomputed: cheapest first if compiled, else by layer"
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the rules look at. capability: (major, minor) of the GPU, None: a CPU. bf16: are the products in bfloat16. logits_bytes: of a
+    micro-batch, in fp32. vocab_size: rows of the head. packages: those installed of "liger_kernel" and "quack"."""
+
+    capability: tuple | None
+    strategy: str
+    bf16: bool
+    encoder: bool
+    logits_bytes: int
+    vocab_size: int
+    packages: frozenset = frozenset()
+    c_compiler: bool = True
+
+    @classmethod
+    def here(cls, settings, config, strategy, batch_size):
+        """Of this process. config: the model's. batch_size: sequences of a micro-batch."""
+        import torch
+
+        on_gpu, encoder = torch.cuda.is_available(), hasattr(settings, "mlm_probability")
+        tokens = batch_size * settings.max_length * (settings.mlm_probability if encoder else 1)
+        return cls(
+            capability=torch.cuda.get_device_capability() if on_gpu else None,
+            strategy=strategy,
+            bf16=settings.bf16 or settings.dtype == "bfloat16",
+            encoder=encoder,
+            logits_bytes=int(4 * tokens * config.vocab_size),
+            vocab_size=config.vocab_size,
+            packages=frozenset(p for p in ("liger_kernel", "quack") if importlib.util.find_spec(p)),
+            c_compiler=bool(shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")),
+        )
+
+
+# -- before torch is loaded -------------------------------------------------------------------------------------------
+
+
+def check_kernels(settings, strategy):
+    """InputError where the keys do not go together, or not with the strategy."""
+    s = settings
+    attention_for(s.attn_implementation or "sdpa", s.intra_document_masking)
+    if s.sdpa_backend and (s.attn_implementation or "sdpa") != "sdpa":
+        raise InputError(f"sdpa_backend: attn_implementation {s.attn_implementation} has none: leave one of them out")
+    if s.sdpa_backend and s.intra_document_masking:
+        raise InputError(
+            "sdpa_backend: with intra_document_masking torch's flash attention for unequal lengths runs: leave it out"
+        )
+    if s.use_liger_kernel and (s.kernels == "auto" or s.loss_kernel):
+        raise InputError(
+            "use_liger_kernel has a loss and layers of its own: give that, or kernels: auto or a loss_kernel"
+        )
+    if s.loss_kernel == "torch" and (s.bf16 or s.dtype == "bfloat16"):
+        raise InputError(
+            "loss_kernel: torch gives losses rounded to bfloat16 in a run with bfloat16 products: take chunked, or liger on a GPU"
+        )
+    if s.loss_kernel == "quack" and hasattr(s, "mlm_probability"):
+        raise InputError("loss_kernel: quack knows no bias, and an encoder's head has one: take liger or chunked")
+    if s.compile_unit and not (s.torch_compile or (s.torch_compile is None and s.kernels == "auto")):
+        raise InputError("compile_unit: nothing is compiled without torch_compile: true: leave it out")
+    if s.compile_unit == "model" and (why := _no_single_graph(strategy, s.intra_document_masking)):
+        raise InputError(f"compile_unit: model does not work {why}: take layer")
+    if s.compile_unit == "model" and share_recomputed(s) and not s.activation_memory_budget:
+        raise InputError(
+            "compile_unit: model is one graph, which gradient_checkpointing would cut: give activation_memory_budget"
+        )
+    if s.gradient_checkpointing and s.activation_memory_budget is not None:
+        raise InputError("gradient_checkpointing is activation_memory_budget: 0: give one of them")
+    if s.fp8 and not s.bf16:
+        raise InputError("fp8: the products that stay larger are bfloat16: give bf16: true, too")
+    if s.fp8 and strategy.startswith("zero"):
+        raise InputError(
+            f"fp8 does not work under {strategy}: DeepSpeed's casts know nothing of it; take ddp.yaml or fsdp2.yaml"
+        )
+    if s.fp8 and importlib.util.find_spec("torchao") is None:
+        raise InputError("fp8: its layers are torchao's: pip install torchao==0.18.0")
+    for key, package, install in (
+        ("liger", "liger_kernel", "liger-kernel==0.8.5"),
+        ("quack", "quack", "quack-kernels==0.6.5"),
+    ):
+        if s.loss_kernel == key and importlib.util.find_spec(package) is None:
+            raise InputError(f"loss_kernel: {key} is not installed: pip install {install}, or take chunked")
+
+
+def _no_single_graph(strategy, documents):
+    """Why the whole model can be no one graph, or ""."""
+    if strategy not in ("single", "ddp"):
+        return f"under {strategy}, which gathers weights or hooks gradients on the way"
+    return "with intra_document_masking, whose kernel is no part of a graph on every machine" if documents else ""
+
+
+def share_recomputed(settings):
+    """Of the layers' activations, 0 to 1."""
+    if settings.activation_memory_budget is not None:
+        return 1 - settings.activation_memory_budget
+    return float(settings.gradient_checkpointing)
+
+
+# -- the choice -------------------------------------------------------------------------------------------------------
+
+
+def choose(settings, machine, kept=None):
+    """({key: value} of PLAIN's keys, {key: why} of those that were chosen). kept: what a checkpoint says was chosen before, or None.
+
+    Raises InputError where the recipe wants what this machine has not.
+    """
+    given = {key: getattr(settings, key) for key in PLAIN if getattr(settings, key) is not None}
+    for key, value in given.items():
+        if problem := _impossible(key, value, settings, machine):
+            raise InputError(f"{key}: {str(value).lower() if isinstance(value, bool) else value}: {problem}")
+    if settings.kernels == "plain":
+        return {**PLAIN, **given}, {}
+    chosen, why = {}, {}
+    for key, rule in RULES.items():
+        if key in given:
+            chosen[key] = given[key]
+            continue
+        chosen[key], why[key] = rule(settings, machine, chosen)
+        before = (kept or {}).get(key, chosen[key])
+        if before == chosen[key]:
+            continue
+        if problem := _impossible(key, before, settings, machine):
+            why[key] += f"; it was {before} before, but {problem}"
+        else:
+            chosen[key], why[key] = before, "as this run began"
+    return chosen, why
+
+
+def _impossible(key, value, settings, machine):
+    """Why `value` cannot be had here, or None."""
+    if key == "loss_kernel" and value in ("liger", "quack"):
+        if not machine.capability:
+            return "there is no GPU here"
+        if value == "quack" and not _quack_fits(machine):
+            return "it wants a Hopper GPU or newer, bf16: true, a vocab_size that divides by 128, and no encoder"
+        if {"liger": "liger_kernel"}.get(value, value) not in machine.packages:
+            return "it is not installed here"
+    if key == "loss_kernel" and value == "torch":
+        import torch
+
+        if not hasattr(torch.nn.functional, "linear_cross_entropy"):
+            return f"torch {torch.__version__} has no linear_cross_entropy; 2.13 has"
+    if key == "sdpa_backend" and value in ("cudnn", "efficient") and not machine.capability:
+        return "there is no GPU here"
+    if key == "sdpa_backend" and value in ("cudnn", "flash") and machine.capability and not machine.bf16:
+        return "it wants bf16: true"
+    if key == "sdpa_backend" and value == "cudnn" and settings.deterministic:
+        return "its backward pass has no deterministic form"
+    if key == "torch_compile" and value and not machine.c_compiler:
+        return "there is no C compiler here (cc, gcc or clang), which it needs"
+    return None
+
+
+def _quack_fits(machine):
+    return machine.capability >= (9, 0) and machine.bf16 and machine.vocab_size % 128 == 0 and not machine.encoder
+
+
+def _attention(settings, machine, chosen):
+    return "sdpa", "torch's own, and no other package"
+
+
+def _sdpa_backend(settings, machine, chosen):
+    if chosen["attn_implementation"] != "sdpa" or settings.intra_document_masking:
+        return None, "not its attention"
+    if machine.capability and machine.capability >= (9, 0) and machine.bf16 and not settings.deterministic:
+        return "cudnn", "the faster one on Hopper and newer"
+    return None, "torch's own order is good here"
+
+
+def _loss(settings, machine, chosen):
+    if not machine.capability:
+        large = machine.logits_bytes > LARGE_LOGITS
+        return ("chunked", "the logits would be large") if large else ("logits", "they are small here")
+    if "quack" in machine.packages and _quack_fits(machine):
+        return "quack", "installed, and the fastest on Hopper"
+    if "liger_kernel" in machine.packages:
+        return "liger", "fused, and installed"
+    return "chunked", "neither quack nor liger is installed"
+
+
+def _compile(settings, machine, chosen):
+    if not machine.capability:
+        return False, "no GPU"
+    if machine.strategy == "zero3":
+        return False, "ZeRO-3's hooks break the graph"
+    if not machine.c_compiler:
+        return False, "no C compiler here"
+    return True, "fuses what lies between the products"
+
+
+def _unit(settings, machine, chosen):
+    if not chosen["torch_compile"]:
+        return "layer", "nothing is compiled"
+    if machine.encoder and not _no_single_graph(machine.strategy, settings.intra_document_masking):
+        return "model", "an encoder on whole weights is one graph"
+    return "layer", "compiled once for all layers"
+
+
+RULES = {
+    "attn_implementation": _attention,
+    "sdpa_backend": _sdpa_backend,
+    "loss_kernel": _loss,
+    "torch_compile": _compile,
+    "compile_unit": _unit,
+}  # in this order: later ones look at earlier ones
+assert RULES.keys() == PLAIN.keys() <= {f.name for f in fields(KernelSettings)}
+
+
+def in_words(chosen, why, settings):
+    """[(name, value)] for the table at a run's start."""
+    compiled = chosen["torch_compile"] and f"by {chosen['compile_unit']}"
+    shown = {
+        "attn_implementation": f"attention {chosen['attn_implementation']}",
+        "sdpa_backend": f"backend {chosen['sdpa_backend'] or 'as torch prefers'}",
+        "loss_kernel": "Liger's layers and loss" if settings.use_liger_kernel else f"loss {chosen['loss_kernel']}",
+        "torch_compile": f"compiled {compiled}" if compiled else "not compiled",
+    }
+    if share := share_recomputed(settings):
+        shown["recomputed"] = f"{share:.0%} of the activations recomputed"
+    if settings.fp8:
+        shown["fp8"] = "large products in float8"
+    rows = [("kernels", ", ".join(shown.values()))]
+    return rows + [("", f"{shown[key]}: {why[key]}") for key in shown if key in why]

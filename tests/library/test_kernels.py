@@ -1,0 +1,136 @@
+"""What `kernels: auto` chooses on which machine, that a resumed run keeps it, and what is refused before anything is loaded."""
+
+import dataclasses
+
+import pytest
+from test_kernel_parity import settings
+
+from dilqur.errors import InputError
+from dilqur.kernels import PLAIN, Machine, check_kernels, choose, in_words
+
+BOTH = frozenset({"liger_kernel", "quack"})
+H100 = Machine((9, 0), "fsdp2", bf16=True, encoder=False, logits_bytes=8 << 30, vocab_size=100_352, packages=BOTH)
+A100 = dataclasses.replace(H100, capability=(8, 0))
+CPU = Machine(None, "single", bf16=False, encoder=False, logits_bytes=8 << 20, vocab_size=1280)
+
+
+def on(machine, **changes):
+    return dataclasses.replace(machine, **changes)
+
+
+@pytest.mark.parametrize(
+    ("machine", "keys", "expected"),
+    [
+        (H100, {}, {"sdpa_backend": "cudnn", "loss_kernel": "quack", "torch_compile": True, "compile_unit": "layer"}),
+        (on(H100, packages={"liger_kernel"}), {}, {"loss_kernel": "liger"}),
+        (on(H100, packages=set()), {}, {"loss_kernel": "chunked"}),
+        (on(H100, vocab_size=100_353), {}, {"loss_kernel": "liger"}),
+        (on(H100, strategy="zero3"), {}, {"torch_compile": False}),
+        (on(H100, c_compiler=False), {}, {"torch_compile": False}),
+        (H100, {"deterministic": True}, {"sdpa_backend": None}),
+        (H100, {"intra_document_masking": True}, {"sdpa_backend": None, "torch_compile": True}),
+        (H100, {"torch_compile": False}, {"torch_compile": False, "compile_unit": "layer", "loss_kernel": "quack"}),
+        (H100, {"loss_kernel": "logits"}, {"loss_kernel": "logits"}),
+        (A100, {}, {"sdpa_backend": None, "loss_kernel": "liger", "torch_compile": True}),
+        (on(H100, encoder=True, strategy="ddp"), {}, {"compile_unit": "model", "loss_kernel": "liger"}),
+        (on(H100, encoder=True, strategy="zero2"), {}, {"compile_unit": "layer"}),
+        (CPU, {}, PLAIN),
+        (on(CPU, logits_bytes=2 << 30), {}, {**PLAIN, "loss_kernel": "chunked"}),
+    ],
+)
+def test_what_auto_chooses(machine, keys, expected):
+    chosen, why = choose(settings(kernels="auto", **keys), machine)
+    assert chosen.keys() == PLAIN.keys()
+    assert {key: chosen[key] for key in expected} == expected
+    assert why.keys() == PLAIN.keys() - keys.keys(), "a reason for each that was chosen, and for no other"
+
+
+def test_a_resumed_run_keeps_what_it_began_with_where_that_can_be_had():
+    auto = settings(kernels="auto")
+    kept, _ = choose(auto, on(H100, packages={"liger_kernel"}))
+    chosen, why = choose(auto, H100, kept)  # quack has been installed meanwhile
+    assert chosen == kept and why["loss_kernel"] == "as this run began"
+    on_cpu, why = choose(auto, CPU, kept)
+    assert on_cpu["loss_kernel"] == "logits" and on_cpu["sdpa_backend"] is None
+    assert why["loss_kernel"] == "they are small here; it was liger before, but there is no GPU here"
+    assert choose(settings(kernels="auto", loss_kernel="chunked"), H100, kept)[0]["loss_kernel"] == "chunked"
+    assert choose(settings(), H100, kept) == (PLAIN, {}), "plain is plain"
+
+
+def test_the_table_at_a_runs_start_says_what_and_why():
+    run = settings(kernels="auto", gradient_checkpointing=True, loss_kernel="chunked")
+    first, *reasons = in_words(*choose(run, A100), run)
+    assert first == (
+        "kernels",
+        "attention sdpa, backend as torch prefers, loss chunked, compiled by layer, 100% of the activations recomputed",
+    )
+    assert ("", "compiled by layer: fuses what lies between the products") in reasons
+    assert not any("chunked" in text for _, text in reasons), "what the recipe says needs no reason"
+    assert in_words(PLAIN, {}, settings()) == [
+        ("kernels", "attention sdpa, backend as torch prefers, loss logits, not compiled")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("keys", "strategy", "says"),
+    [
+        (
+            {"sdpa_backend": "flash", "attn_implementation": "eager"},
+            "single",
+            "sdpa_backend: attn_implementation eager has none",
+        ),
+        (
+            {"sdpa_backend": "flash", "intra_document_masking": True},
+            "single",
+            "sdpa_backend: with intra_document_masking",
+        ),
+        ({"use_liger_kernel": True, "kernels": "auto"}, "ddp", "use_liger_kernel has a loss and layers of its own"),
+        (
+            {"use_liger_kernel": True, "loss_kernel": "chunked"},
+            "ddp",
+            "use_liger_kernel has a loss and layers of its own",
+        ),
+        ({"loss_kernel": "torch", "bf16": True}, "ddp", "loss_kernel: torch gives losses rounded to bfloat16"),
+        ({"loss_kernel": "quack", "mlm_probability": 0.2}, "ddp", "loss_kernel: quack knows no bias"),
+        ({"loss_kernel": "quack"}, "ddp", "loss_kernel: quack is not installed: pip install quack-kernels=="),
+        ({"compile_unit": "model"}, "ddp", "compile_unit: nothing is compiled without torch_compile: true"),
+        ({"compile_unit": "model", "torch_compile": True}, "fsdp2", "compile_unit: model does not work under fsdp2"),
+        (
+            {"compile_unit": "model", "torch_compile": True, "gradient_checkpointing": True},
+            "ddp",
+            "compile_unit: model is one graph, which gradient_checkpointing would cut",
+        ),
+        (
+            {"gradient_checkpointing": True, "activation_memory_budget": 0.5},
+            "ddp",
+            "gradient_checkpointing is activation_memory",
+        ),
+        ({"fp8": True}, "ddp", "fp8: the products that stay larger are bfloat16: give bf16: true"),
+        ({"fp8": True, "bf16": True}, "zero2", "fp8 does not work under zero2"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_without_torch(keys, strategy, says):
+    with pytest.raises(InputError) as problem:
+        check_kernels(settings(**keys), strategy)
+    assert str(problem.value).startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("keys", "machine", "says"),
+    [
+        ({"loss_kernel": "liger"}, CPU, "loss_kernel: liger: there is no GPU here"),
+        ({"sdpa_backend": "cudnn"}, CPU, "sdpa_backend: cudnn: there is no GPU here"),
+        ({"sdpa_backend": "cudnn"}, on(H100, bf16=False), "sdpa_backend: cudnn: it wants bf16: true"),
+        (
+            {"sdpa_backend": "cudnn", "deterministic": True},
+            H100,
+            "sdpa_backend: cudnn: its backward pass has no deterministic form",
+        ),
+        ({"torch_compile": True}, on(A100, c_compiler=False), "torch_compile: true: there is no C compiler here"),
+        ({"loss_kernel": "quack"}, A100, "loss_kernel: quack: it wants a Hopper GPU or newer"),
+    ],
+)
+def test_what_a_recipe_names_and_this_machine_has_not_is_one_line(keys, machine, says):
+    with pytest.raises(InputError) as problem:
+        choose(settings(**keys), machine)
+    assert str(problem.value).startswith(says)
