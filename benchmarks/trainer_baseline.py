@@ -135,7 +135,7 @@ def main():
         use_cpu=not on_gpu,
         gradient_checkpointing=settings.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
-        torch_compile=settings.torch_compile,
+        torch_compile=bool(settings.torch_compile),
         use_liger_kernel=settings.use_liger_kernel and on_gpu,
         dataloader_num_workers=settings.dataloader_num_workers,
         remove_unused_columns=False,
@@ -146,7 +146,7 @@ def main():
         seed=settings.seed,
     )
     model = AutoModelForCausalLM.from_pretrained(
-        settings.model_name_or_path, dtype=torch.float32, attn_implementation=settings.attn_implementation
+        settings.model_name_or_path, dtype=torch.float32, attn_implementation=settings.attn_implementation or "sdpa"
     )
     model.config.use_cache = False
     trainer = InOrder(model=model, args=arguments, train_dataset=Samples(), callbacks=[Metrics()])

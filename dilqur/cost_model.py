@@ -83,24 +83,37 @@ class Activations:
     working: float
     whole: float = 0.0
 
-    def kept(self, recomputed=False):
-        """At the end of the forward pass. recomputed: under gradient checkpointing."""
-        each = self.layer_input if recomputed else sum(self.layer.values())
+    def kept(self, recomputed=0.0):
+        """At the end of the forward pass. recomputed: share of the layers under gradient checkpointing."""
+        each = recomputed * self.layer_input + (1 - recomputed) * sum(self.layer.values())
         return self.layers * each + self.ends + self.loss
 
-    def peak(self, recomputed=False):
+    def peak(self, recomputed=0.0):
         """When the backward pass begins: in the loss or, where that is small, in the last layer."""
-        again = sum(self.layer.values()) if recomputed else 0.0
+        again = (
+            sum(self.layer.values()) if recomputed == 1 else 0.0
+        )  # else the last layer is one of those that kept theirs
         return self.kept(recomputed) - self.loss + max(self.loss_peak, again + self.working)
 
 
-def activations(config, bytes_each, residual=None, liger=False, frozen=False, masked=1.0, fused_norms=True):
+def activations(
+    config,
+    bytes_each,
+    residual=None,
+    liger=False,
+    compiled=False,
+    fused_loss=False,
+    frozen=False,
+    masked=1.0,
+    fused_norms=True,
+):
     """Activations of a Llama or a NeoBERT of this config, attention being one that keeps no scores (flash, SDPA), as in Korthikanti et al.
     2022 (arXiv 2205.05198, section 4), by what each of our models' operations saves. Raises UnknownArchitecture, KeyError.
 
     bytes_each: of a number in a matrix product. residual: of one between the layers; under autocast (DDP) it is fp32 beside bf16 products,
-    each of which then keeps its own copy of its input; None: as in the products. liger: its layers and its loss. frozen: only the
-    embeddings and the head learn, so that no product keeps its input. masked: share of tokens an encoder's head sees. fused_norms: of a
+    each of which then keeps its own copy of its input; None: as in the products. liger: its layers and its loss, of a Llama. compiled: the
+    layers, which then keep what Liger's do. fused_loss: one of dilqur/fused_loss.py. frozen: only the embeddings and the head learn, so
+    that no product keeps its input. masked: share of tokens an encoder's head sees. fused_norms: of a
     NeoBERT, as on a GPU; torch's norm on a CPU is many operations.
     """
     c, residual = bytes_each, residual or bytes_each
@@ -109,19 +122,22 @@ def activations(config, bytes_each, residual=None, liger=False, frozen=False, ma
     learn = not frozen
     if (kind := config.get("model_type", "llama")) in ("neobert", "eurobert"):
         width = (neobert_width if kind == "neobert" else int)(config["intermediate_size"])
-        inside = residual if fused_norms else 8  # its input, or that and the normed one, both in fp32
-        norm = inside + learn * c
-        parts = {"norms": 2 * norm * hidden, "attention": 6 * c * hidden, "feed_forward": (3 + learn) * c * width}
-        ends, working = inside * hidden, 3 * c * width + 2 * residual * hidden
+        unfused = 8  # its input and the normed one, both in fp32
+        norm = (residual if fused_norms or compiled else unfused) + learn * c
+        parts = {"norms": 2 * norm * hidden, "attention": 6 * c * hidden}
+        parts["feed_forward"] = (2 + learn + (not compiled)) * c * width
+        ends, working = (residual if fused_norms else unfused) * hidden, 3 * c * width + 2 * residual * hidden
     elif kind == "llama":
         head = config.get("head_dim") or hidden // heads
         keys, inner = head * (config.get("num_key_value_heads") or heads), config["intermediate_size"]
         # transformers' norm upcasts its input; the residual in fp32 is that already. What its weight multiplies is kept if that learns
-        inside = residual if liger else 4 + learn * residual
+        fused = liger or compiled
+        norm = 4 + learn * residual
+        inside = residual if fused else norm
         inputs = learn * c * (5 if copies else 2)  # of q, k, v together and of gate and up together, or of each
         parts = {"norms": (2 * inside + inputs) * hidden, "attention": c * (2 * heads * head + 2 * keys)}
-        parts["feed_forward"] = c * inner * ((2 if liger else 3) + learn)
-        ends, working = inside * hidden, c * inner * (1 if liger else 3) + 2 * residual * hidden
+        parts["feed_forward"] = c * inner * ((2 if fused else 3) + learn)
+        ends, working = (residual if liger else norm) * hidden, c * inner * (1 if fused else 3) + 2 * residual * hidden
     else:
         raise UnknownArchitecture(f"the size of a {kind} is not known here")
     parts["statistics"] = 4 * (heads + 2)  # of attention's softmax and both norms, fp32
@@ -129,6 +145,8 @@ def activations(config, bytes_each, residual=None, liger=False, frozen=False, ma
     ends += 2 * 8 + head
     if liger:  # the gradient of its input, made in the forward pass, and a chunk's logits, rounded up to a power of two
         return Activations(parts, layers, residual * hidden, ends, head, 3 * head, working, c * vocab * hidden)
+    if fused_loss:  # the gradient of its input is kept in the input's place; that of the weight in fp32
+        return Activations(parts, layers, residual * hidden, ends, 0, head, working, 4 * vocab * hidden)
     # log-softmax, and in the backward pass the gradients of and behind it, all fp32
     return Activations(parts, layers, residual * hidden, ends, 4 * masked * vocab, 12 * masked * vocab, working)
 

@@ -21,8 +21,7 @@ from torch.nn.functional import linear
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dilqur.batches import IGNORE
-
-CHUNK_BYTES = 512 << 20  # of fp32 logits: large products, and little beside a model's activations
+from dilqur.kernels import CHUNK_BYTES
 
 
 def fuse_loss(model, kernel, compiled=False):

@@ -40,6 +40,9 @@ PLAIN = {
     "torch_compile": False,
     "compile_unit": "layer",
 }
+CHUNK_BYTES = (
+    512 << 20
+)  # of fp32 logits that the chunked loss has at a time: large products, and little beside a model's activations
 LARGE_LOGITS = 1 << 30  # bytes of fp32: below that, on a CPU, nothing is gained by computing them in parts
 FP8_SMALLEST = 1024  # a side of a matrix: below, casting costs more than the faster product gains
 

@@ -10,6 +10,7 @@ import math
 import os
 import time
 
+from dilqur.atomic import write_json
 from dilqur.batches import IGNORE, split_batch, training_batches
 from dilqur.checkpoint_mirror import CheckpointMirror
 from dilqur.errors import EveryRankError
@@ -90,6 +91,8 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
     machine = Machine.here(settings, model.config, strategy(accelerator), batch_size)
     kernels, why = broadcast(accelerator, choose(settings, machine, kernels_of(checkpoint)))
     apply_kernels(model, settings, kernels)
+    if main:
+        write_json(stage.folder / "kernels.json", {"chosen": kernels, "why": why})
     optimizer = make_optimizer(model, settings, on_gpu)
     model.train()
     sizes = {

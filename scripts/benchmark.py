@@ -200,7 +200,7 @@ class Benchmark:
     def measure(self):
         """{variant: what came out of all its runs}."""
         s, (timed, looked) = self.settings, self.steps
-        empty = {"problem": None, "losses": None, "losses_problem": None, "evidence": None}
+        empty = {"problem": None, "kernels": None, "losses": None, "losses_problem": None, "evidence": None}
         rows = {v.name: {"rounds": [], **empty} for v in self.variants}
         ends = f"{s.warmup_steps} {timed}"
         for number in range(1, s.rounds + 1):
@@ -212,6 +212,7 @@ class Benchmark:
                 row["problem"] = outcome.problem
                 if not outcome.problem:
                     figures = round_figures(outcome.records, s.warmup_steps, timed)
+                    row["kernels"] = self.kernels_of(f"{variant.folder}-round-{number}").get("chosen")
                     row["rounds"].append({**figures, "resident_gb": outcome.resident_gb, "seconds": outcome.seconds})
         for variant in self.variants:
             row = rows[variant.name]
@@ -231,8 +232,14 @@ class Benchmark:
         if self.settings.profile:
             seen = self.folder / "runs" / name / "profile" / "operations.json"
             operations = json.loads(seen.read_text())["operations"]
-            found["evidence"] = evidence(operations, to_dict(self.resolve(variant)), variant.expect)
+            keys = {**to_dict(self.resolve(variant)), **self.kernels_of(name).get("chosen", {})}
+            found["evidence"] = evidence(operations, keys, variant.expect)
         return found
+
+    def kernels_of(self, name):
+        """{"chosen", "why"} of a run of our loop; {} of another's."""
+        said = self.folder / "runs" / name / "kernels.json"
+        return json.loads(said.read_text()) if said.exists() else {}
 
     def largest(self, variant):
         def fits(batch):
@@ -316,7 +323,8 @@ def summarise(benchmark, rows):
             parity = loss_parity(rows[first]["losses"], row["losses"], settings.parity_steps) if same else None
             note = None if parity else "a loss is missing" if same else "another training"
         out[variant.name] = {
-            "settings": keys, "strategy": variant.strategy, "trainer": variant.trainer, "problem": row["problem"] or row["losses_problem"],
+            "settings": keys, "kernels": row["kernels"], "strategy": variant.strategy,
+            "trainer": variant.trainer, "problem": row["problem"] or row["losses_problem"],
             "batch": keys["per_device_train_batch_size"], "flops_per_token": flops, "parameters": size, "figures": figures,
             "utilisation": used, "rounds": row["rounds"], "parity": parity, "parity_note": note,
             "losses": [r["loss"] for r in row["losses"] or []], "evidence": row["evidence"], "largest_batch": row["largest_batch"],

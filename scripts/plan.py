@@ -157,7 +157,10 @@ def details(found):
 
     terms = {**memory.terms, "activations": found.batch * memory.each_sample}
     parts = {part: tokens * size for part, size in activations.layer.items()}
-    how = f"{layers} layers' inputs, and one layer" if job.recomputed else f"{layers} layers, each"
+    again = round(job.recomputed * layers)
+    how = f"{layers} layers, each"
+    if again:
+        how = f"{again} layers' inputs, and {layers - again or 'one'} layer{'s, each' * (again < layers)}"
     print(f"memory     {found.strategy.name}, GB: {gigabytes(terms)}")
     print(
         f"           in the activations {how}: {gigabytes(parts)}; the loss {tokens * activations.loss_peak / 1e9:.3g}"
@@ -187,7 +190,7 @@ def suggestion(found, fast):
     if fast.batch > found.job.ceiling or fast.batch < found.batch:
         changes.append(f"per_device_train_batch_size: {fast.batch}")
     if fast.job.recomputed != found.job.recomputed:
-        changes.append(f"gradient_checkpointing: {str(fast.job.recomputed).lower()}")
+        changes.append(f"gradient_checkpointing: {str(bool(fast.job.recomputed)).lower()}")
     what = ", ".join(changes) if changes else "as it is"
     return f"fastest    {what}: {number(fast.time.step)} s a step, {number(fast.memory.total(fast.batch) / 1e9)} GB"
 

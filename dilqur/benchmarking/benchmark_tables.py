@@ -10,6 +10,8 @@ def markdown(result):
     parts = [headline(result), rates(rows, first, result["on_gpu"]), phases(rows)]
     if any(row["parity"] or row["parity_note"] for row in rows.values()):
         parts.append(parities(rows, first))
+    if any(row["settings"].get("kernels") == "auto" for row in rows.values()):
+        parts.append(chosen(rows))
     if any(row["evidence"] for row in rows.values()):
         parts.append(kernels(rows))
     if problems := [f"- {name}: {row['problem']}" for name, row in rows.items() if row["problem"]]:
@@ -96,6 +98,17 @@ def parities(rows, first):
             [name, *([f"{p['largest']:.2e}, step {p['at_step']}", f"{p['last']:.2e}", f"{p['steps']}"] if p else note)]
         )
     return table([f"losses against {first}, nats", "largest difference", "at the last step", "steps"], body)
+
+
+def chosen(rows):
+    """What `kernels: auto` came to on this machine."""
+    names = ("attn_implementation", "sdpa_backend", "loss_kernel", "torch_compile", "compile_unit")
+    body = [
+        [name, *(str(row["kernels"][key]).lower() for key in names)]
+        for name, row in rows.items()
+        if row["kernels"] and row["settings"]["kernels"] == "auto"
+    ]
+    return table(["kernels: auto chose", *names], body)
 
 
 def kernels(rows):

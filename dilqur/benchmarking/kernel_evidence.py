@@ -2,10 +2,19 @@
 
 import re
 
-# (key, value) of a recipe: (pattern among a GPU's kernels, pattern among a CPU's operations; None: nothing of it runs there)
+# (key, value) of a recipe, or of what kernels: auto chose: (pattern among a GPU's kernels, pattern among a CPU's operations; None:
+# nothing of it is to be seen there)
 EXPECTED = {
     ("use_liger_kernel", True): (r"liger", None),
     ("torch_compile", True): (r"^triton_", r"Torch-Compiled Region"),
+    ("loss_kernel", "liger"): (r"liger_cross_entropy", None),
+    ("loss_kernel", "quack"): (r"quack|cutlass", None),
+    ("loss_kernel", "torch"): (r"linear_cross_entropy", r"linear_cross_entropy"),
+    ("loss_kernel", "chunked"): (None, r"^Chunked$"),
+    ("sdpa_backend", "cudnn"): (r"cudnn.*(sdpa|attn|flash)", None),
+    ("sdpa_backend", "flash"): (r"flash_(fwd|bwd)", r"scaled_dot_product_flash"),
+    ("fp8", True): (r"e4m3|float8|fp8", None),
+    ("optim", "adamw_torch_fused"): (r"multi_tensor_apply.*adam|fused_adam", r"fused_adam"),
     ("attn_implementation", "sdpa"): (r"flash|sdpa|fmha|cudnn.*attn", r"scaled_dot_product"),
     ("attn_implementation", "flash_attention_2"): (r"flash_(fwd|bwd)", None),
     ("attn_implementation", "flash_attention_3"): (r"flash", None),
@@ -17,7 +26,8 @@ SHOWN = 12
 def evidence(operations, keys, more=()):
     """{"on": "cuda" or "cpu", "top": [{"name", "share" of the time, "calls"}], "expected": {pattern: names that match}}.
 
-    operations: of operations.json. keys: all of the variant's settings. more: patterns besides those of EXPECTED. Case does not matter.
+    operations: of operations.json. keys: all of the variant's settings, over them what was chosen. more: patterns besides those of
+    EXPECTED. Case does not matter.
     """
     kernels = [o for o in operations if o["device"] == "cuda"]
     seen = kernels or [o for o in operations if o["device"] == "cpu"]

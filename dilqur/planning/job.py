@@ -11,6 +11,7 @@ from dilqur.cost_model import (
     parameter_sizes,
     training_flops_per_token,
 )
+from dilqur.kernels import share_recomputed
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -19,7 +20,8 @@ BYTES = {"float32": 4, "bfloat16": 2}
 class Job:
     """config: of the model, a dict. sizes: {parameter: elements}. patterns: names that learn, None for all. weight: bytes of a trained
     weight, product: of a number in a matrix product, reduce: of a gradient on the network. masked: share of the tokens that an encoder
-    guesses. steps: None where they are epochs of shards that are not there. ceiling: per_device_train_batch_size."""
+    guesses. recomputed: share of the layers. steps: None where they are epochs of shards that are not there. ceiling:
+    per_device_train_batch_size."""
 
     config: dict
     patterns: tuple | None = None
@@ -27,7 +29,9 @@ class Job:
     product: int = 2
     reduce: int = 4
     liger: bool = False
-    recomputed: bool = False
+    compiled: bool = False
+    fused_loss: bool = False
+    recomputed: float = 0.0
     masked: float = 1.0
     max_length: int = 2048
     global_batch: int = 8
@@ -38,7 +42,7 @@ class Job:
     @classmethod
     def of(cls, settings, config, steps=None):
         """Of TrainingSettings and the model they train."""
-        encoder = is_encoder(config)
+        encoder, auto = is_encoder(config), settings.kernels == "auto"
         return cls(
             config=config,
             patterns=tuple(settings.unfrozen_parameters) if settings.unfrozen_parameters else None,
@@ -46,7 +50,9 @@ class Job:
             product=2 if settings.bf16 else BYTES[settings.dtype],
             reduce=BYTES[settings.reduce_dtype],
             liger=settings.use_liger_kernel and not encoder,
-            recomputed=settings.gradient_checkpointing,
+            compiled=auto if settings.torch_compile is None else settings.torch_compile,
+            fused_loss=auto if settings.loss_kernel is None else settings.loss_kernel != "logits",
+            recomputed=share_recomputed(settings),
             masked=getattr(settings, "mlm_probability", 1.0),
             max_length=settings.max_length,
             global_batch=settings.global_batch_size,
@@ -111,8 +117,9 @@ class Job:
 
     def activations(self, residual=None):
         """residual: bytes of a number between the layers."""
+        fused = {"liger": self.liger, "compiled": self.compiled, "fused_loss": self.fused_loss}
         return activations(
-            self.config, self.product, residual, liger=self.liger, frozen=self.embeddings_only, masked=self.masked
+            self.config, self.product, residual, **fused, frozen=self.embeddings_only, masked=self.masked
         )
 
     def flops_per_token(self):
@@ -129,10 +136,8 @@ class Job:
     def computed_flops_per_token(self):
         """With the layers' second forward pass under gradient checkpointing: a third of all their operations, without the head."""
         flops = self.flops_per_token()
-        if not self.recomputed:
-            return flops
         head = 6 * self.masked * self.config["vocab_size"] * self.config["hidden_size"]
-        return flops + (flops - head) / (2 if self.embeddings_only else 3)
+        return flops + self.recomputed * (flops - head) / (2 if self.embeddings_only else 3)
 
 
 def _layer(name):

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from dilqur.kernels import CHUNK_BYTES
+
 # What a process holds outside torch's allocator: the CUDA context, kernels and NCCL's buffers. torch's out-of-memory messages give it as
 # memory in use - reserved: 0.5 GiB alone on an A100, 1.4 GiB with NCCL on four
 CONTEXT = 1.5e9
@@ -46,6 +48,10 @@ def memory_of(job, strategy, accumulation=1):
     activations = job.activations(residual_bytes(job, strategy))
     if activations.whole:
         terms["gradient of the head"] = activations.whole
+    if (
+        job.fused_loss
+    ):  # compiled, bfloat16 logits and their gradients; else fp32 ones, and which column is the target, besides
+        terms["a chunk of logits"] = CHUNK_BYTES * (1 if job.compiled else 11 / 4)
     each = job.max_length * activations.peak(job.recomputed)
     return Memory(terms, sum(state.values()) if strategy.offload else 0.0, each)
 

@@ -86,7 +86,7 @@ class SetUp:
             "nodes": self.strategy.nodes,
             "gpus_per_node": self.strategy.gpus_per_node,
             "strategy": self.strategy.name,
-            "gradient_checkpointing": self.job.recomputed,
+            "recomputed": self.job.recomputed,
         }
         if self.memory is None:
             return {**where, "fits": False, "why": self.misfit}
@@ -164,7 +164,7 @@ def fastest(launched, strategies):
     )
     tried = [launched] + [
         set_up(job.but(recomputed=recomputed), launched.gpu, strategy, launched.site, "largest")
-        for recomputed in (job.recomputed, not job.recomputed)
+        for recomputed in sorted({job.recomputed, 0.0, 1.0}, key=lambda share: share != job.recomputed)
         for strategy in simplest
     ]
     fits = [found for found in tried if found.misfit is None]
