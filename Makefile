@@ -34,6 +34,8 @@ $(VENV)/installed: requirements.txt pyproject.toml
 
 $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 	pip install --quiet -r requirements-dev.txt
+	# for the test of fp8, and beside the environment: transformers imports it wherever it is installed
+	pip install --quiet --no-deps --upgrade --target $(VENV)/beside torchao==0.18.0
 	@touch $@
 
 clean:

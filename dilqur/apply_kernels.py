@@ -86,18 +86,17 @@ def to_float8(model, emulate=False):
         raise InputError(f"fp8: no linear layer of this model has {FP8_SMALLEST} rows and columns: leave it out")
 
 
-def _take_backend(first, settings, config):
-    """From now on torch's attention is by this backend: by no other, where the recipe names it; else by it before the others. Set for the
-    process and not in the model's forward pass, since gradient checkpointing repeats that in the backward pass."""
-    names = [first] if settings.sdpa_backend else [first, *(name for name in SDPA_BACKENDS if name != first)]
-    backends = [getattr(SDPBackend, SDPA_BACKENDS[name]) for name in names]
+def _take_backend(name, settings, config):
+    """From now on torch's attention is by this backend and no other. Set for the process and not in the model's forward pass, since
+    gradient checkpointing repeats that in the backward pass."""
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     low = settings.bf16 or settings.dtype == "bfloat16"
     dtype, device = torch.bfloat16 if low else torch.float32, "cuda" if torch.cuda.is_available() else "cpu"
     query = torch.zeros(1, 1, 128, size, device=device, dtype=dtype)
+    backend = getattr(SDPBackend, SDPA_BACKENDS[name])
     try:
-        with sdpa_kernel(backends, set_priority=True):
+        with sdpa_kernel(backend):
             torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
     except RuntimeError as problem:
-        raise InputError(f"sdpa_backend: {first}: not here, for heads of {size}: {problem}") from None
-    _for_good.enter_context(sdpa_kernel(backends, set_priority=True))
+        raise InputError(f"sdpa_backend: {name}: not here, for heads of {size}: {problem}") from None
+    _for_good.enter_context(sdpa_kernel(backend))

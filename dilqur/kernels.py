@@ -2,7 +2,7 @@
 
     key                   plain            auto on a GPU                                                    auto on a CPU
     attn_implementation   sdpa             sdpa                                                             sdpa
-    sdpa_backend          torch's order    cudnn first, on Hopper and newer in bfloat16                     torch's order
+    sdpa_backend          torch's order    torch's order, which has cuDNN first on Hopper                   torch's order
     loss_kernel           logits           quack where it is installed and fits, else liger, else chunked   chunked, where the logits
                                                                                                             take more than 1 GiB
     torch_compile         false            true, if there is a C compiler; not under ZeRO-3                 false
@@ -44,6 +44,7 @@ CHUNK_BYTES = (
     512 << 20
 )  # of fp32 logits that the chunked loss has at a time: large products, and little beside a model's activations
 LARGE_LOGITS = 1 << 30  # bytes of fp32: below that, on a CPU, nothing is gained by computing them in parts
+GOOD_CUDNN = 91500
 FP8_SMALLEST = 1024  # a side of a matrix: below, casting costs more than the faster product gains
 
 
@@ -91,7 +92,8 @@ class KernelSettings:
 @dataclass(frozen=True)
 class Machine:
     """What the rules look at. capability: (major, minor) of the GPU, None: a CPU. bf16: are the products in bfloat16. logits_bytes: of a
-    micro-batch, in fp32. vocab_size: rows of the head. packages: those installed of "liger_kernel" and "quack"."""
+    micro-batch, in fp32. vocab_size: rows of the head. packages: those installed of "liger_kernel" and "quack". cudnn: its version,
+    91501 being 9.15.1."""
 
     capability: tuple | None
     strategy: str
@@ -101,6 +103,7 @@ class Machine:
     vocab_size: int
     packages: frozenset = frozenset()
     c_compiler: bool = True
+    cudnn: int = 0
 
     @classmethod
     def here(cls, settings, config, strategy, batch_size):
@@ -117,6 +120,7 @@ class Machine:
             logits_bytes=int(4 * tokens * config.vocab_size),
             vocab_size=config.vocab_size,
             packages=frozenset(p for p in ("liger_kernel", "quack") if importlib.util.find_spec(p)),
+            cudnn=(torch.backends.cudnn.version() or 0) if on_gpu else 0,
             c_compiler=bool(shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")),
         )
 
@@ -234,6 +238,8 @@ def _impossible(key, value, settings, machine):
         return "it wants bf16: true"
     if key == "sdpa_backend" and value == "cudnn" and settings.deterministic:
         return "its backward pass has no deterministic form"
+    if key == "sdpa_backend" and value == "cudnn" and machine.cudnn <= GOOD_CUDNN and settings.max_length % 128:
+        return f"cuDNN {machine.cudnn} is wrong for a max_length that does not divide by 128: 9.15.1 is not"
     if key == "torch_compile" and value and not machine.c_compiler:
         return "there is no C compiler here (cc, gcc or clang), which it needs"
     return None
@@ -248,11 +254,16 @@ def _attention(settings, machine, chosen):
 
 
 def _sdpa_backend(settings, machine, chosen):
-    if chosen["attn_implementation"] != "sdpa" or settings.intra_document_masking:
-        return None, "not its attention"
-    if machine.capability and machine.capability >= (9, 0) and machine.bf16 and not settings.deterministic:
-        return "cudnn", "the faster one on Hopper and newer"
-    return None, "torch's own order is good here"
+    """Never one by force: since 2.10 torch itself puts cuDNN first on Hopper and newer, if it is newer than 9.15.0, before which lengths
+    that do not divide by 128 went wrong (ATen/native/transformers/cuda/sdp_utils.cpp, `check_prefer_cudnn_attention`; pytorch#169849)."""
+    if not machine.capability or machine.capability < (9, 0):
+        return None, "torch's own order is good here"
+    return (
+        None,
+        "cuDNN first, by torch's own order"
+        if machine.cudnn > GOOD_CUDNN
+        else "torch holds back a cuDNN as old as this one",
+    )
 
 
 def _loss(settings, machine, chosen):
