@@ -50,9 +50,15 @@ def test_it_begins_at_the_loss_of_knowing_nothing_and_learns(base):
     assert manifest["eval_bits_per_byte"] == last["eval_bits_per_byte"]
 
 
-@pytest.mark.parametrize(("strategy", "processes"), [*((s, 2) for s in STRATEGIES), ("ddp", 4)])
-def test_every_strategy_masks_the_same_and_learns_the_same(server, new, base, tmp_path, strategy, processes):
-    out = (*new, "--output_dir", tmp_path / "run")
+FUSED = ("--loss_kernel", "chunked")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "processes", "kernels"),
+    [*((s, 2, ()) for s in STRATEGIES), ("ddp", 4, ()), ("fsdp2", 2, FUSED), ("zero3", 2, FUSED)],
+)
+def test_every_strategy_masks_the_same_and_learns_the_same(server, new, base, tmp_path, strategy, processes, kernels):
+    out = (*new, *kernels, "--output_dir", tmp_path / "run")
     with server.launch(strategy, out, tmp_path / "log", processes, program=MLM) as process:
         assert process.wait(300) == 0, (tmp_path / "log").read_text()
     expected, found = metrics(base, "loss", "grad_norm"), metrics(tmp_path / "run", "loss", "grad_norm")
