@@ -11,7 +11,7 @@
 A key that the recipe gives wins over both columns, so that each choice can be turned off by itself. What was chosen is printed with its
 reason and kept in the checkpoints: a run that goes on computes as it began, where that can be had. The rules are functions of what is
 known before the first step, not of a stopwatch, so that two runs of one recipe on one kind of machine are the same run.
-`scripts/benchmark.py` measures the choices against each other; docs/performance.md says which rules rest on which measurement.
+`scripts/benchmark.py` measures the choices against each other; docs/kernels.md says which rules rest on which measurement.
 """
 
 import importlib.util
@@ -40,9 +40,10 @@ PLAIN = {
     "torch_compile": False,
     "compile_unit": "layer",
 }
-CHUNK_BYTES = (
-    512 << 20
-)  # of fp32 logits that the chunked loss has at a time: large products, and little beside a model's activations
+# models whose loss is the cross-entropy of what the head gives; others scale or cap that first
+PLAIN_HEADS = ("llama", "mistral", "qwen2", "qwen3", "neobert")
+# of fp32 logits that the chunked loss has at a time: large products, and little beside the activations
+CHUNK_BYTES = 512 << 20
 LARGE_LOGITS = 1 << 30  # bytes of fp32: below that, on a CPU, nothing is gained by computing them in parts
 GOOD_CUDNN = 91500
 FP8_SMALLEST = 1024  # a side of a matrix: below, casting costs more than the faster product gains
@@ -101,6 +102,7 @@ class Machine:
     encoder: bool
     logits_bytes: int
     vocab_size: int
+    model_type: str = "llama"
     packages: frozenset = frozenset()
     c_compiler: bool = True
     cudnn: int = 0
@@ -119,6 +121,7 @@ class Machine:
             encoder=encoder,
             logits_bytes=int(4 * tokens * config.vocab_size),
             vocab_size=config.vocab_size,
+            model_type=config.model_type,
             packages=frozenset(p for p in ("liger_kernel", "quack") if importlib.util.find_spec(p)),
             cudnn=(torch.backends.cudnn.version() or 0) if on_gpu else 0,
             c_compiler=bool(shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")),
@@ -220,6 +223,8 @@ def choose(settings, machine, kept=None):
 
 def _impossible(key, value, settings, machine):
     """Why `value` cannot be had here, or None."""
+    if key == "loss_kernel" and value != "logits" and machine.model_type not in PLAIN_HEADS:
+        return f"it is not known for a {machine.model_type}, whose logits may be scaled or capped before the loss"
     if key == "loss_kernel" and value in ("liger", "quack"):
         if not machine.capability:
             return "there is no GPU here"
@@ -267,6 +272,8 @@ def _sdpa_backend(settings, machine, chosen):
 
 
 def _loss(settings, machine, chosen):
+    if machine.model_type not in PLAIN_HEADS:
+        return "logits", f"what a {machine.model_type} does to them is not known"
     if not machine.capability:
         large = machine.logits_bytes > LARGE_LOGITS
         return ("chunked", "the logits would be large") if large else ("logits", "they are small here")

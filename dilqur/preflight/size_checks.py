@@ -80,7 +80,7 @@ def check_memory(planned, known):
     if need > card:
         fit = max(0, int((card - memory.allocated(0)) // memory.each_sample))
         lower = f"per_device_train_batch_size: {fit}" if fit else "a smaller max_length"
-        raise InputError(f"{text}: take {lower}, use_liger_kernel: true or gradient_checkpointing: true")
+        raise InputError(f"{text}: take {lower}, kernels: auto or gradient_checkpointing: true")
     return text
 
 

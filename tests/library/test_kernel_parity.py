@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dilqur import apply_kernels, fused_loss
 from dilqur.apply_kernels import to_float8
 from dilqur.batches import IGNORE
 from dilqur.errors import InputError
-from dilqur.kernels import PLAIN, KernelSettings, Machine, choose
+from dilqur.kernels import PLAIN, PLAIN_HEADS, KernelSettings, Machine, choose
 from dilqur.modeling_neobert import NeoBERTConfig, NeoBERTLMHead
 
 VOCABULARY, LENGTH = 1280, 32
@@ -158,6 +158,26 @@ def test_a_budget_keeps_less_for_the_backward_pass(compiled, monkeypatch):
         kept[budget] = sum(size for where, size in seen.items() if where not in own)
         torch._dynamo.reset()
     assert kept[0.5] < 0.95 * kept[None]
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3"])
+def test_of_other_models_the_chunked_loss_is_their_own(kind):
+    assert kind in PLAIN_HEADS
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    config = AutoConfig.for_model(kind, **sizes, num_key_value_heads=2, head_dim=16)
+    found = {}
+    for loss in ("logits", "chunked"):
+        torch.manual_seed(0)
+        model, run = AutoModelForCausalLM.from_config(config).train(), settings(loss_kernel=loss)
+        apply_kernels.apply_kernels(model, run, choose(run, dataclasses.replace(CPU, model_type=kind))[0])
+        found[loss] = loss_and_gradients(model)
+    assert_same(found["chunked"], found["logits"])
 
 
 def test_frozen_layers_get_no_gradients_and_the_embeddings_theirs(eager):

@@ -32,6 +32,7 @@ def on(machine, **changes):
         (H100, {"intra_document_masking": True}, {"torch_compile": True, "compile_unit": "layer"}),
         (H100, {"torch_compile": False}, {"torch_compile": False, "compile_unit": "layer", "loss_kernel": "quack"}),
         (H100, {"loss_kernel": "logits"}, {"loss_kernel": "logits"}),
+        (on(H100, model_type="gemma2"), {}, {"loss_kernel": "logits"}),
         (A100, {}, {"sdpa_backend": None, "loss_kernel": "liger", "torch_compile": True}),
         (on(H100, encoder=True, strategy="ddp"), {}, {"compile_unit": "model", "loss_kernel": "liger"}),
         (on(H100, encoder=True, strategy="zero2"), {}, {"compile_unit": "layer"}),
@@ -119,6 +120,11 @@ def test_what_does_not_go_together_is_refused_without_torch(keys, strategy, says
 @pytest.mark.parametrize(
     ("keys", "machine", "says"),
     [
+        (
+            {"loss_kernel": "chunked"},
+            on(CPU, model_type="gemma2"),
+            "loss_kernel: chunked: it is not known for a gemma2",
+        ),
         ({"loss_kernel": "liger"}, CPU, "loss_kernel: liger: there is no GPU here"),
         ({"sdpa_backend": "cudnn"}, CPU, "sdpa_backend: cudnn: there is no GPU here"),
         ({"sdpa_backend": "cudnn"}, on(H100, bf16=False), "sdpa_backend: cudnn: it wants bf16: true"),
