@@ -36,8 +36,8 @@ def fuse_loss(model, kernel, compiled=False):
 
     @torch.compiler.disable
     def loss_of(hidden, labels, num_items_in_batch):
-        hidden, labels = hidden.flatten(0, -2), labels.flatten()
-        return compute(*_cast(hidden, head.weight, head.bias), labels) / num_items_in_batch
+        tensors = (hidden.flatten(0, -2), head.weight, head.bias)
+        return compute(*tensors, labels.flatten(), _dtype_of_products(hidden, head.weight)) / num_items_in_batch
 
     def head_forward(hidden, labels=None, num_items_in_batch=1):
         return logits_of(hidden) if labels is None else loss_of(hidden, labels, num_items_in_batch)
@@ -57,41 +57,44 @@ def fuse_loss(model, kernel, compiled=False):
     model.forward = types.MethodType(forward, model)
 
 
-def _cast(hidden, weight, bias):
-    """Hidden states, weight and bias in the dtype of the head's product: autocast's, which does not reach into these functions, else the
-    weight's, which FSDP2 gathers in bfloat16 already."""
+def _dtype_of_products(hidden, weight):
+    """Autocast's, which does not reach into these functions, else the weight's, which FSDP2 gathers in bfloat16 already."""
     device = hidden.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
-    return hidden.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
+    return torch.get_autocast_dtype(device) if autocast else weight.dtype
 
 
 def _function(kernel, compiled):
-    """f(hidden (tokens, hidden_size), weight (vocabulary, hidden_size), bias (vocabulary,) or None, labels (tokens,)): the sum of the
-    losses over all labels that are not IGNORE, fp32 of no dimension."""
+    """f(hidden (tokens, hidden_size), weight (vocabulary, hidden_size), bias (vocabulary,) or None, labels (tokens,), dtype of the
+    products): the sum of the losses over all labels that are not IGNORE, fp32 of no dimension."""
     if kernel == "chunked":
         of_a_chunk = torch.compile(loss_and_gradient, dynamic=True) if compiled else loss_and_gradient
         return lambda *tensors: Chunked.apply(*tensors, of_a_chunk, torch.is_grad_enabled())
     if kernel == "torch":
         options = torch.nn.LinearCrossEntropyOptions(acc_policy="accurate")
 
-        def by_torch(hidden, weight, bias, labels):
+        def loss(hidden, weight, bias, labels):
             arguments = {"linear_bias": bias, "reduction": "sum", "ignore_index": IGNORE, "options": options}
-            return torch.nn.functional.linear_cross_entropy(hidden, weight, labels, **arguments).float()
+            return torch.nn.functional.linear_cross_entropy(hidden, weight, labels, **arguments)
 
-        return by_torch
-    if kernel == "liger":
+    elif kernel == "liger":
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         liger = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE, reduction="sum", accum_dtype=torch.float32)
-        return lambda hidden, weight, bias, labels: liger(weight, hidden, labels, bias)
-    from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    def by_quack(hidden, weight, bias, labels):
-        assert bias is None, "quack's loss has no bias"
-        return chunked_linear_cross_entropy(hidden, weight, labels, ignore_index=IGNORE, reduction="sum")
+        def loss(hidden, weight, bias, labels):
+            return liger(weight, hidden, labels, bias)
 
-    return by_quack
+    else:
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+        def loss(hidden, weight, bias, labels):
+            return chunked_linear_cross_entropy(hidden, weight, labels, ignore_index=IGNORE, reduction="sum")
+
+    def cast(hidden, weight, bias, labels, dtype):
+        return loss(hidden.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype), labels).float()
+
+    return cast
 
 
 def loss_and_gradient(logits, labels):
@@ -110,10 +113,13 @@ def loss_and_gradient(logits, labels):
 
 
 class Chunked(torch.autograd.Function):
-    """As many rows at a time as have CHUNK_BYTES of logits. The gradient of the weight is summed over the chunks in fp32."""
+    """As many rows at a time as have CHUNK_BYTES of logits. The gradient of the weight is summed over the chunks in fp32, and stays that
+    where the weight is."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, of_a_chunk, with_gradients):
+    def forward(ctx, hidden, weight, bias, labels, dtype, of_a_chunk, with_gradients):
+        ctx.dtypes = [x if x is None else x.dtype for x in (hidden, weight, bias)]
+        hidden, weight, bias = (x if x is None else x.to(dtype) for x in (hidden, weight, bias))
         rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
         wants = [wanted and with_gradients for wanted in ctx.needs_input_grad]
         total = hidden.new_zeros((), dtype=torch.float32)
@@ -126,17 +132,17 @@ class Chunked(torch.autograd.Function):
             total += loss
             if wants[0]:
                 torch.mm(gradient, weight, out=of_hidden[first : first + rows])
-            if wants[1] and weight.dtype == torch.float32:
+            if wants[1] and dtype == torch.float32:
                 of_weight.addmm_(gradient.T, part)
             elif wants[1]:
                 of_weight += gradient.T @ part
             if wants[2]:
                 of_bias += gradient.sum(0, dtype=torch.float32)
         ctx.save_for_backward(of_hidden, of_weight, of_bias)
-        ctx.dtypes = [x if x is None else x.dtype for x in (hidden, weight, bias)]
         return total
 
     @staticmethod
     def backward(ctx, scale):
         found = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return (*(g if g is None else (g * scale).to(dtype) for g, dtype in found), None, None, None)
+        # in place, for they are large: a second backward pass through it is an error
+        return (*(g if g is None else g.mul_(scale).to(dtype) for g, dtype in found), None, None, None, None)
