@@ -22,11 +22,13 @@ def atomic_file(path, mode="wb", **kwargs):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        part.rename(path)
+        with opened_folder(path.parent) as folder:
+            part.rename(path)
+            # by its descriptor: who waited for this file may have renamed the folder by now, as a checkpoint's publisher does
+            os.fsync(folder)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    fsync_folder(path.parent)
 
 
 @contextlib.contextmanager
@@ -74,8 +76,15 @@ def write_json(path, value):
 
 def fsync_folder(path):
     """Flush a folder's entries: without it a rename can be lost in a power cut."""
+    with opened_folder(path) as folder:
+        os.fsync(folder)
+
+
+@contextlib.contextmanager
+def opened_folder(path):
+    """The descriptor of a folder, which stays that folder's whatever it is called later."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        yield descriptor
     finally:
         os.close(descriptor)

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +32,19 @@ def test_what_cannot_be_json_leaves_nothing(tmp_path):
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {"good": 1, "bad": object()})
     assert names(tmp_path) == []
+
+
+def test_a_folder_may_get_another_name_as_soon_as_the_file_is_there(tmp_path, monkeypatch):
+    """Rank 0 publishes a checkpoint, which renames its folder, the moment it sees the last rank's file."""
+    folder, rename = tmp_path / "part", Path.rename
+
+    def rename_and_publish(path, target):
+        rename(path, target)
+        rename(folder, tmp_path / "whole")
+
+    monkeypatch.setattr(Path, "rename", rename_and_publish)
+    write_json(folder / "rank-00001.json", {})
+    assert names(tmp_path) == ["whole", "whole/rank-00001.json"]
 
 
 def test_a_folder_replaces_the_old_one_whole(tmp_path):
