@@ -1,6 +1,7 @@
 """Starts programs and training runs quickly, for tests and campaigns of hundreds: torch and the rest are imported once, and forked.
 
-A process of `accelerate launch` spends ten seconds of a core on imports before its first step, a program five. Here accelerate is asked
+A process of `accelerate launch` spends ten seconds of a core on imports before its first step, a program that trains five, one that
+reads text two. Here accelerate is asked
 what environment it would give its workers, and each worker is a fork of this process, which must have no threads: a program of its
 own, not a test runner (`Server` starts one). What runs in the workers is the same as ever: the program, the process group, FSDP2,
 DeepSpeed. That real launches work is what tests/distributed/test_strategies.py shows.
@@ -26,17 +27,30 @@ CPT = ROOT / "scripts" / "cpt.py"
 
 
 def import_everything():
-    """What a run imports; once, before the first fork."""
-    sys.path.insert(0, str(ROOT))
+    """What a run imports, and the tables over all characters that cleaning makes; once, before the first fork."""
+    sys.path.insert(1, str(ROOT))
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # another ninja, of another version, would have DeepSpeed compile its extension again
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     import torch
 
-    torch.set_num_threads(1)  # a pool of threads would not survive the fork
+    torch.set_num_threads(1)  # a pool of threads would not survive the fork; nor do those of pyarrow, which is not imported here
+    import deepspeed
+    import matplotlib.pyplot
+    import peft
+    import py3langid.langid
     import torch.distributed.fsdp
     import torch.distributed.tensor
-    import transformers.models.llama.modeling_llama  # noqa: F401
+    import torch.nn.attention.varlen
+    import transformers.models.llama.modeling_llama
+    import trl.import_utils  # noqa: F401
+
+    from dilqur.cleaning.near_duplicates import signatures
+    from dilqur.cleaning.word_hashes import word_hashes
+
+    signatures(["a"])
+    for folded in (True, False):
+        word_hashes("a", folded)
 
 
 @functools.cache
@@ -60,21 +74,21 @@ def workers_environment(strategy, world):
 
 
 class Run:
-    """`world` forked workers of one run of `program` with `flags`; their output goes to the file `log`, and what they say on standard
-    error to `errors`, if given."""
+    """`world` forked workers of one run of `program` with `flags`, in the folder `cwd`, if given; their output goes to the file `log`, and
+    what they say on standard error to `errors`, if given."""
 
-    def __init__(self, strategy, world, flags, log, program=CPT, errors=None, **environment):
+    def __init__(self, strategy, world, flags, log, program=CPT, errors=None, cwd=None, **environment):
         environment = {**workers_environment(strategy, world), **environment}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             environment["MASTER_PORT"] = str(free.getsockname()[1])
         self.log, self.codes = Path(log), {}
         files = [os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for file in (log, errors) if file]
-        self.pids = [self._fork(rank, program, flags, files, environment) for rank in range(world)]
+        self.pids = [self._fork(rank, program, flags, files, cwd, environment) for rank in range(world)]
         for file in files:
             os.close(file)
 
-    def _fork(self, rank, program, flags, files, environment):
+    def _fork(self, rank, program, flags, files, cwd, environment):
         sys.stdout.flush()
         if pid := os.fork():
             return pid
@@ -87,6 +101,9 @@ class Run:
             if "WORLD_SIZE" in environment:  # not "single"
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
             sys.argv = [str(program), *map(str, flags)]
+            sys.path[0] = str(Path(program).parent)  # as python has it; here it was this file's folder
+            if cwd:
+                os.chdir(cwd)
             runpy.run_path(str(program), run_name="__main__")
             code = 0
         except SystemExit as left:
