@@ -9,6 +9,7 @@ DeepSpeed. That real launches work is what tests/distributed/test_strategies.py 
 
 import contextlib
 import functools
+import importlib
 import json
 import os
 import runpy
@@ -24,6 +25,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 CPT = ROOT / "scripts" / "cpt.py"
+# what a tenth of a second or more of a run goes into
+FOR_THE_FORKS = (
+    "deepspeed", "matplotlib.pyplot", "peft", "py3langid.langid", "torch.distributed.fsdp", "torch.distributed.tensor",
+    "torch.nn.attention.varlen", "transformers.models.llama.modeling_llama", "trl.import_utils",
+)  # fmt: skip
 
 
 def import_everything():
@@ -34,16 +40,9 @@ def import_everything():
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     import torch
 
-    torch.set_num_threads(1)  # a pool of threads would not survive the fork; nor do those of pyarrow, which is not imported here
-    import deepspeed
-    import matplotlib.pyplot
-    import peft
-    import py3langid.langid
-    import torch.distributed.fsdp
-    import torch.distributed.tensor
-    import torch.nn.attention.varlen
-    import transformers.models.llama.modeling_llama
-    import trl.import_utils  # noqa: F401
+    torch.set_num_threads(1)  # a pool of threads would not survive the fork
+    for name in FOR_THE_FORKS:
+        importlib.import_module(name)
 
     from dilqur.cleaning.near_duplicates import signatures
     from dilqur.cleaning.word_hashes import word_hashes
@@ -75,7 +74,7 @@ def workers_environment(strategy, world):
 
 class Run:
     """`world` forked workers of one run of `program` with `flags`, in the folder `cwd`, if given; their output goes to the file `log`, and
-    what they say on standard error to `errors`, if given."""
+    what they say on standard error to `errors`, if given. A variable that is None is not set; PYTHONPATH is where another dilqur is."""
 
     def __init__(self, strategy, world, flags, log, program=CPT, errors=None, cwd=None, **environment):
         environment = {**workers_environment(strategy, world), **environment}
@@ -97,11 +96,18 @@ class Run:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(files[0], 1)
             os.dup2(files[-1], 2)
-            os.environ.update(environment)
+            for name, value in environment.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
             if "WORLD_SIZE" in environment:  # not "single"
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
             sys.argv = [str(program), *map(str, flags)]
             sys.path[0] = str(Path(program).parent)  # as python has it; here it was this file's folder
+            if "PYTHONPATH" in environment:
+                sys.path.insert(1, environment["PYTHONPATH"])
+                for name in [name for name in sys.modules if name.partition(".")[0] == "dilqur"]:
+                    del sys.modules[name]
             if cwd:
                 os.chdir(cwd)
             runpy.run_path(str(program), run_name="__main__")

@@ -38,7 +38,7 @@ ALIKE = {"cpt": "model.layers.{}.self_attn.q_proj.weight", "mlm": "model.transfo
 
 
 def make_data(folder, kind="cpt", program=None):
-    """Tokenizer, shards and a tiny model, by the programs a user would use. program(name, *flags) runs one; None: a fork of this process."""
+    """Tokenizer, shards and a tiny model, by the programs a user would use; program(name, *flags) runs one, or a fork of this process."""
     corpus = ROOT / "recipes" / "quickstart" / "corpus" / "az"
     program = program or (lambda name, *flags: run("single", 1, flags, folder / "made.log", program=ROOT / name))
     tokenizer, shards = folder / "tokenizer", folder / "shards"
