@@ -1,10 +1,9 @@
 """Starts programs and training runs quickly, for tests and campaigns of hundreds: torch and the rest are imported once, and forked.
 
 A process of `accelerate launch` spends ten seconds of a core on imports before its first step, a program that trains five, one that
-reads text two. Here accelerate is asked
-what environment it would give its workers, and each worker is a fork of this process, which must have no threads: a program of its
-own, not a test runner (`Server` starts one). What runs in the workers is the same as ever: the program, the process group, FSDP2,
-DeepSpeed. That real launches work is what tests/distributed/test_strategies.py shows.
+reads text one. Here accelerate is asked what environment it would give its workers, and each worker is a fork of this process, which
+must have no threads: a program of its own, not a test runner (`Server` starts one). What runs in the workers is the same as ever: the
+program, the process group, FSDP2, DeepSpeed. That real launches work is what tests/distributed/test_strategies.py shows.
 """
 
 import contextlib

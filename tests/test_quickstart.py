@@ -93,12 +93,10 @@ def test_the_command_lines_a_program_opens_with_run_as_pasted(program, tree, qui
         # no Slurm here: the batch file is there and parses
         command = re.sub("^sbatch (--[^ ]+ )*", "bash -n ", command)
         if file := re.match(r"python (\w+/\w+\.py)\b", command):
-            words = subprocess.run(
-                ["bash", "-c", f"printf '%s\\0' {command}"], cwd=tree, capture_output=True, text=True
-            )
-            run_program(
-                file[1], *words.stdout.split("\0")[2:-1], cwd=tree
-            )  # what bash makes of it, without the imports
+            # the words that bash makes of it, without the imports
+            asked = ["bash", "-c", f"printf '%s\\0' {command}"]
+            words = subprocess.run(asked, cwd=tree, capture_output=True, text=True, check=True).stdout.split("\0")
+            run_program(file[1], *words[2:-1], cwd=tree)
             continue
         done = subprocess.run(["bash", "-c", command], cwd=tree, env=ENVIRONMENT, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"

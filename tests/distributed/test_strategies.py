@@ -20,11 +20,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
-LAUNCHED = (
-    "ddp",
-    "fsdp2",
-    "zero3",
-)  # the files of ZeRO-1 and 2 differ from ZeRO-3's in a number; slurm/test_lab.py launches ZeRO-2
+LAUNCHED = ("ddp", "fsdp2", "zero3")  # slurm/test_lab.py launches ZeRO-2, whose file is ZeRO-1's but for a number
 BATCH, EMBEDDING_STEPS, STEPS, SAVED = 8, 6, 24, 20  # SAVED: the last checkpoint before the end, one every 4 steps
 ROUNDING = 1e-5  # relative: fp32 sums in another order, some 100 roundings of 6e-8
 
