@@ -174,6 +174,8 @@ class Server:
         return self
 
     def __exit__(self, *exception):
+        # said, not only closed: whatever the test runner has forked since holds the pipe open
+        self.process.stdin.write(json.dumps(["stop", [], {}]) + "\n")
         self.process.stdin.close()
         self.process.wait(60)
 
@@ -232,6 +234,8 @@ def serve():
     runs = {}
     for line in sys.stdin:
         what, arguments, named = json.loads(line)
+        if what == "stop":
+            break
         try:
             if what == "start":
                 started = Run(*arguments, **named)
