@@ -29,15 +29,15 @@ TINY_LLAMA = (
 )
 
 
+LONGEST = ("test_quickstart.py", "test_lab.py", "test_strategies.py", "test_second_language.py")
+
+
 def pytest_collection_modifyitems(items):
-    """Whole pipelines take longest: where test files run side by side, nobody should wait for them at the end."""
-    items.sort(key=lambda item: item.path.name not in ("test_quickstart.py", "test_second_language.py"))
+    """Where test files run side by side, nobody should wait for the longest at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 TINY_NEOBERT = "{vocab_size: 1152, hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 4, intermediate_size: 192, max_length: 64}"
-IMPORT_TORCH = (
-    "cpt", "mlm", "sft", "eval_bpb", "eval_encoder", "compare_generations", "transplant_tokenizer", "convert_checkpoint",
-)  # fmt: skip
 _servers = []
 
 
@@ -60,12 +60,11 @@ def server():
 
 def run_program(program, *arguments, code=0, cwd=ROOT, prefix=(), **environment):
     """Run `program` (a path from the root) and return the CompletedProcess; fails unless it exits with `code`.
-    prefix: what runs it, such as `env` or `setpriv` with their flags. What imports torch is forked, where nothing about its process
-    is special: five seconds less."""
-    checks = "--check" in arguments or "--help" in arguments
-    special = cwd != ROOT or prefix or set(environment) - {"OMP_NUM_THREADS"}
-    if Path(program).stem in IMPORT_TORCH and not checks and not special:
-        done = fork_server().run(ROOT / program, arguments)
+    prefix: what runs it, such as `env` or `setpriv` with their flags. It is forked from a process that has imported what takes long,
+    where nothing about it is special: one to five seconds less. Programs as processes of their own are in test_quickstart.py, and
+    how soon they answer in programs/test_every_program.py."""
+    if not prefix and not set(environment) - {"OMP_NUM_THREADS"}:
+        done = fork_server().run(ROOT / program, arguments, cwd=str(cwd))
     else:
         command = [*prefix, sys.executable, str(ROOT / program), *map(str, arguments)]
         done = subprocess.run(
@@ -91,12 +90,15 @@ def run_pipeline(tree, name):
     return done
 
 
-def train_less(tree, name, **lengths):
-    """Give recipes of `tree` another num_train_epochs or max_steps: {recipe, _ for -: its value}. Tests of a chain need it to learn, not to
-    learn well; DILQUR_WHOLE=1 leaves the recipes as they are."""
-    for recipe, value in {} if os.environ.get("DILQUR_WHOLE") else lengths.items():
-        file = tree / "recipes" / name / f"{recipe.replace('_', '-')}.yaml"
-        text, changed = re.subn(r"(?m)^(num_train_epochs|max_steps): .*", rf"\1: {value}", file.read_text())
+def train_less(tree, name, model, **lengths):
+    """Give recipes of `tree` another num_train_epochs or max_steps, {recipe, _ for -: its value}, and the model that is made in the
+    recipe `model` two layers. Tests of a chain need it to learn, not to learn well; DILQUR_WHOLE=1 leaves the recipes as they are."""
+    if os.environ.get("DILQUR_WHOLE"):
+        return
+    changes = [(recipe.replace("_", "-"), "num_train_epochs|max_steps", value) for recipe, value in lengths.items()]
+    for recipe, keys, value in [*changes, (model, "  num_hidden_layers", 2)]:
+        file = tree / "recipes" / name / f"{recipe}.yaml"
+        text, changed = re.subn(rf"(?m)^({keys}): .*", rf"\1: {value}", file.read_text())
         assert changed == 1, file
         file.write_text(text)
 

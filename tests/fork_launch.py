@@ -1,13 +1,14 @@
 """Starts programs and training runs quickly, for tests and campaigns of hundreds: torch and the rest are imported once, and forked.
 
-A process of `accelerate launch` spends ten seconds of a core on imports before its first step, a program five. Here accelerate is asked
-what environment it would give its workers, and each worker is a fork of this process, which must have no threads: a program of its
-own, not a test runner (`Server` starts one). What runs in the workers is the same as ever: the program, the process group, FSDP2,
-DeepSpeed. That real launches work is what tests/distributed/test_strategies.py shows.
+A process of `accelerate launch` spends ten seconds of a core on imports before its first step, a program that trains five, one that
+reads text one. Here accelerate is asked what environment it would give its workers, and each worker is a fork of this process, which
+must have no threads: a program of its own, not a test runner (`Server` starts one). What runs in the workers is the same as ever: the
+program, the process group, FSDP2, DeepSpeed. That real launches work is what tests/distributed/test_strategies.py shows.
 """
 
 import contextlib
 import functools
+import importlib
 import json
 import os
 import runpy
@@ -23,20 +24,31 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 CPT = ROOT / "scripts" / "cpt.py"
+# what a tenth of a second or more of a run goes into
+FOR_THE_FORKS = (
+    "deepspeed", "matplotlib.pyplot", "peft", "py3langid.langid", "torch.distributed.fsdp", "torch.distributed.tensor",
+    "torch.nn.attention.varlen", "transformers.models.llama.modeling_llama", "trl.import_utils",
+)  # fmt: skip
 
 
 def import_everything():
-    """What a run imports; once, before the first fork."""
-    sys.path.insert(0, str(ROOT))
+    """What a run imports, and the tables over all characters that cleaning makes; once, before the first fork."""
+    sys.path.insert(1, str(ROOT))
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # another ninja, of another version, would have DeepSpeed compile its extension again
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     import torch
 
     torch.set_num_threads(1)  # a pool of threads would not survive the fork
-    import torch.distributed.fsdp
-    import torch.distributed.tensor
-    import transformers.models.llama.modeling_llama  # noqa: F401
+    for name in FOR_THE_FORKS:
+        importlib.import_module(name)
+
+    from dilqur.cleaning.near_duplicates import signatures
+    from dilqur.cleaning.word_hashes import word_hashes
+
+    signatures(["a"])
+    for folded in (True, False):
+        word_hashes("a", folded)
 
 
 @functools.cache
@@ -60,21 +72,21 @@ def workers_environment(strategy, world):
 
 
 class Run:
-    """`world` forked workers of one run of `program` with `flags`; their output goes to the file `log`, and what they say on standard
-    error to `errors`, if given."""
+    """`world` forked workers of one run of `program` with `flags`, in the folder `cwd`, if given; their output goes to the file `log`, and
+    what they say on standard error to `errors`, if given. A variable that is None is not set; PYTHONPATH is where another dilqur is."""
 
-    def __init__(self, strategy, world, flags, log, program=CPT, errors=None, **environment):
+    def __init__(self, strategy, world, flags, log, program=CPT, errors=None, cwd=None, **environment):
         environment = {**workers_environment(strategy, world), **environment}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             environment["MASTER_PORT"] = str(free.getsockname()[1])
         self.log, self.codes = Path(log), {}
         files = [os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for file in (log, errors) if file]
-        self.pids = [self._fork(rank, program, flags, files, environment) for rank in range(world)]
+        self.pids = [self._fork(rank, program, flags, files, cwd, environment) for rank in range(world)]
         for file in files:
             os.close(file)
 
-    def _fork(self, rank, program, flags, files, environment):
+    def _fork(self, rank, program, flags, files, cwd, environment):
         sys.stdout.flush()
         if pid := os.fork():
             return pid
@@ -83,10 +95,20 @@ class Run:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(files[0], 1)
             os.dup2(files[-1], 2)
-            os.environ.update(environment)
+            for name, value in environment.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
             if "WORLD_SIZE" in environment:  # not "single"
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
             sys.argv = [str(program), *map(str, flags)]
+            sys.path[0] = str(Path(program).parent)  # as python has it; here it was this file's folder
+            if "PYTHONPATH" in environment:
+                sys.path.insert(1, environment["PYTHONPATH"])
+                for name in [name for name in sys.modules if name.partition(".")[0] == "dilqur"]:
+                    del sys.modules[name]
+            if cwd:
+                os.chdir(cwd)
             runpy.run_path(str(program), run_name="__main__")
             code = 0
         except SystemExit as left:
@@ -152,6 +174,8 @@ class Server:
         return self
 
     def __exit__(self, *exception):
+        # said, not only closed: whatever the test runner has forked since holds the pipe open
+        self.process.stdin.write(json.dumps(["stop", [], {}]) + "\n")
         self.process.stdin.close()
         self.process.wait(60)
 
@@ -210,6 +234,8 @@ def serve():
     runs = {}
     for line in sys.stdin:
         what, arguments, named = json.loads(line)
+        if what == "stop":
+            break
         try:
             if what == "start":
                 started = Run(*arguments, **named)

@@ -2,8 +2,10 @@
 
 import pytest
 import yaml
-from conftest import ROOT, run_pipeline, stage_result, train_less
+from conftest import ROOT, run_program, stage_result, train_less
 from test_recipes import load
+
+from dilqur.stage import read_pipeline
 
 FIRST, SECOND = ROOT / "recipes" / "quickstart", ROOT / "recipes" / "quickstart-hi"
 DOCUMENTS = 99
@@ -17,8 +19,9 @@ def output(tree):
     table.write_text("".join(row for row in rows if row.split()[0] not in ("sft", "sft-control", "compare")))
     for stage in ("sft", "sft-control", "compare"):
         (table.parent / f"{stage}.yaml").unlink()
-    train_less(tree, SECOND.name, base=3, control=2, cpt_1_embeddings=1, cpt_2_full=1)
-    return run_pipeline(tree, SECOND.name).stdout
+    train_less(tree, SECOND.name, "base", base=2, control=2, cpt_1_embeddings=1, cpt_2_full=1)
+    recipes = f"recipes/{SECOND.name}"
+    return "".join(run_program(r.program, *r.arguments(recipes), cwd=tree).stdout for r in read_pipeline(table.parent))
 
 
 def result(tree, stage):

@@ -13,7 +13,6 @@ were not loaded, a step that was not, two pieces of a file that changed places.
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -38,13 +37,10 @@ CONTROL_TOKENS = {"cpt": "llama3", "mlm": "encoder"}
 ALIKE = {"cpt": "model.layers.{}.self_attn.q_proj.weight", "mlm": "model.transformer_encoder.{}.wo.weight"}
 
 
-def make_data(folder, kind="cpt"):
-    """Tokenizer, shards and a tiny model, by the programs a user would use."""
+def make_data(folder, kind="cpt", program=None):
+    """Tokenizer, shards and a tiny model, by the programs a user would use; program(name, *flags) runs one, or a fork of this process."""
     corpus = ROOT / "recipes" / "quickstart" / "corpus" / "az"
-
-    def program(name, *flags):
-        subprocess.run([sys.executable, name, *map(str, flags)], cwd=ROOT, check=True, capture_output=True)
-
+    program = program or (lambda name, *flags: run("single", 1, flags, folder / "made.log", program=ROOT / name))
     tokenizer, shards = folder / "tokenizer", folder / "shards"
     control = ("--control_tokens", CONTROL_TOKENS[kind])
     program(

@@ -9,7 +9,7 @@ import os
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_program
 from matrix import make_data
 
 from dilqur.checkpoint_files import CheckpointReader
@@ -76,7 +76,7 @@ def cpt_gradient(first_gradient, made, tiny_model):
 @pytest.fixture(scope="module")
 def mlm_gradient(first_gradient, tmp_path_factory):
     # masks are drawn for each token by itself: no two samples have as many labels
-    model, shards = make_data(tmp_path_factory.mktemp("encoder"), "mlm")
+    model, shards = make_data(tmp_path_factory.mktemp("encoder"), "mlm", run_program)
     return functools.partial(
         first_gradient, "mlm", ("--model_name_or_path", model, "--datasets", f"{{path: {shards}}}")
     )

@@ -1,7 +1,7 @@
 """A checkpoint that cannot be written while training goes on, and one that cannot be read: nothing that was saved is lost."""
 
+import contextlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -21,28 +21,35 @@ def flags(made, tiny_model, tmp_path):
     return (*data, *shape, "--output_dir", tmp_path / "run")
 
 
+class Process:
+    """A running cpt.py, forked or by itself, that writes what it has to say on standard error to a file."""
+
+    def __init__(self, pid, poll, wait, errors):
+        self.pid, self.poll, self._wait, self._errors = pid, poll, wait, errors
+
+    def ended(self, seconds):
+        """(exit code, what it said)."""
+        return self._wait(seconds), self._errors.read_text()
+
+
 @pytest.fixture
-def start(flags, tmp_path):
-    """Starts cpt.py and returns the process; killed at the end."""
-    running = []
+def start(server, flags, tmp_path):
+    """Starts cpt.py, through `prefix` if given, and returns the Process; killed at the end."""
+    log, errors = tmp_path / "log", tmp_path / "errors"
+    with contextlib.ExitStack() as running:
 
-    def begin(*more, prefix=()):
-        command = (*prefix, sys.executable, ROOT / "scripts" / "cpt.py", *flags, *more)
-        process = subprocess.Popen(
-            [*map(str, command)],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=(tmp_path / "log").open("w"),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        running.append(process)
-        return process
+        def begin(*more, prefix=()):
+            if not prefix:
+                forked = server.launch("single", (*flags, *more), log, processes=1, errors=str(errors))
+                process = running.enter_context(forked)
+                return Process(process.pids[0], process.poll, process.wait, errors)
+            command = [*map(str, (*prefix, sys.executable, ROOT / "scripts" / "cpt.py", *flags, *more))]
+            with log.open("w") as out, errors.open("w") as err:
+                process = running.enter_context(subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=err))
+            running.callback(process.kill)
+            return Process(process.pid, process.poll, process.wait, errors)
 
-    yield begin
-    for process in running:
-        process.kill()
-        process.communicate()
+        yield begin
 
 
 def step_of(folder):
@@ -55,7 +62,7 @@ def step_of(folder):
 
 def wait_until(true, process):
     while not true():
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.ended(0)
         time.sleep(0.005)
 
 
@@ -72,8 +79,8 @@ def test_where_the_disk_fills_up_the_run_stops_in_one_line_with_a_complete_check
     process = start()
     wait_until(lambda: saved(tmp_path / "run"), process)
     limit(process, 100_000)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 2
+    code, said = process.ended(120)
+    assert code == 2
     (line,) = said.splitlines()
     standing = saved(tmp_path / "run")
     assert line.startswith("error: the checkpoint of step ")
@@ -92,8 +99,8 @@ def test_told_to_it_goes_on_and_saves_again_when_there_is_room(start, tmp_path):
     assert standing, "the one before it is still there"
     wait_until(lambda: step_of(tmp_path / "run") > failed_at + 10, process)
     limit(process, "unlimited")
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said
+    code, said = process.ended(300)
+    assert code == 0, said
     assert saved(tmp_path / "run")[-1] == f"step-{STEPS:07d}"
     assert step_of(tmp_path / "run") == STEPS
 
@@ -103,8 +110,8 @@ def test_a_folder_that_vanishes_stops_the_run_and_what_was_saved_is_there_when_i
     checkpoints, away = tmp_path / "run" / "checkpoints", tmp_path / "away"
     wait_until(lambda: saved(tmp_path / "run"), process)
     checkpoints.rename(away)  # a network file system that is gone
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 2
+    code, said = process.ended(120)
+    assert code == 2
     assert "could not be written (rank 0: [Errno 2] No such file or directory" in said
     away.rename(checkpoints)
     standing = saved(tmp_path / "run")[-1]
@@ -125,16 +132,16 @@ def test_a_folder_that_turns_read_only_costs_no_checkpoint(start, policy, tmp_pa
             failed_at = step_of(tmp_path / "run")
             wait_until(lambda: step_of(tmp_path / "run") > failed_at + 10, process)
         else:
-            _, said = process.communicate(timeout=120)
-            assert process.returncode == 2
+            code, said = process.ended(120)
+            assert code == 2
             assert "could not be written (rank 0: [Errno 13] Permission denied" in said
         standing = saved(tmp_path / "run")
         assert standing
     finally:
         checkpoints.chmod(0o755)
     if policy == "continue":
-        _, said = process.communicate(timeout=300)
-        assert process.returncode == 0, said
+        code, said = process.ended(300)
+        assert code == 0, said
         assert saved(tmp_path / "run")[-1] == f"step-{STEPS:07d}"
 
 

@@ -16,7 +16,7 @@ import sys
 
 import pytest
 import yaml
-from conftest import CORPUS, ROOT, TINY_LLAMA, WITHOUT_ROOTS_RIGHTS
+from conftest import CORPUS, ROOT, TINY_LLAMA, WITHOUT_ROOTS_RIGHTS, fork_server
 
 MODULE_ROW = "cpt scripts/cpt.py prepare_cpu"
 A_70B = {
@@ -88,11 +88,18 @@ class Site:
 
     def preflight(self):
         """[(status, stage or "", check, text)] of a run of preflight.py, and its exit code."""
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "DILQUR"))}
-        environment |= {"PYTHONPATH": str(self.root), **self.environment}
-        command = [*self.prefix, sys.executable, "scripts/preflight.py", "recipes/mini", "--json", *self.flags]
+        unset = {name: None for name in os.environ if name.startswith(("SLURM", "SBATCH", "DILQUR"))}
+        environment = {**unset, "PYTHONPATH": str(self.root), **self.environment}
+        words = ["recipes/mini", "--json", *self.flags]
         with self.until_it_ran:
-            done = subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True)
+            if self.prefix:
+                command = [*self.prefix, sys.executable, "scripts/preflight.py", *words]
+                set_here = {k: v for k, v in {**os.environ, **environment}.items() if v is not None}
+                done = subprocess.run(command, cwd=self.root, env=set_here, capture_output=True, text=True)
+            else:
+                done = fork_server().run(
+                    self.root / "scripts" / "preflight.py", words, cwd=str(self.root), **environment
+                )
         assert done.returncode in (0, 2) and done.stdout, done.stderr
         lines = json.loads(done.stdout)["checks"]
         return [(line["status"], line["stage"], line["check"], line["text"]) for line in lines], done.returncode

@@ -105,9 +105,13 @@ LONG = {"max_steps": 300, "save_steps": 20, "hang_minutes": 5}
 DDP = {"DILQUR_STRATEGY": "accelerate_configs/ddp.yaml"}
 
 
-def test_a_job_warned_before_its_end_and_one_whose_node_was_lost_end_as_if_nothing_had_been(lab, write):
-    undisturbed, folder = write("undisturbed", **LONG), write("disturbed", **LONG)
-    assert lab.wait(submit(lab, "undisturbed", 2, **DDP)) == "COMPLETED"
+def test_a_job_warned_before_its_end_and_one_whose_node_was_lost_end_as_if_nothing_had_been(
+    lab, write, server, tree, tmp_path
+):
+    folder = write("disturbed", **LONG)
+    flags = ("--config", tree / "recipes" / "disturbed" / "cpt.yaml", "--output_dir", tmp_path / "undisturbed")
+    with server.launch("ddp", flags, tmp_path / "log") as undisturbed:
+        assert undisturbed.wait(300) == 0, (tmp_path / "log").read_text()
     job = submit(lab, "disturbed", 2, **DDP)
 
     wait_for_steps(lab, job, folder, 30)
@@ -121,7 +125,7 @@ def test_a_job_warned_before_its_end_and_one_whose_node_was_lost_end_as_if_nothi
     lab.ask("boot", node)  # it is back before the job is, and as good as any other to Slurm
     assert lab.wait(job) == "COMPLETED", lab.log(job)
     assert node not in lab.run("scontrol", "show", "hostnames", lab.job(job)["NodeList"]).stdout.split()
-    assert metrics(folder) == metrics(undisturbed), "bit for bit"
+    assert metrics(folder) == metrics(tmp_path / "undisturbed"), "bit for bit"
 
 
 def test_cancelled_and_submitted_again_a_run_goes_on_and_two_jobs_at_once_do_not_meet(lab, write):

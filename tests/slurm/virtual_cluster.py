@@ -68,7 +68,7 @@ class Lab:
         end = time.monotonic() + seconds
         while (now := self.job(number)["JobState"]) not in (state, *ENDED):
             assert time.monotonic() < end, f"job {number} is {now} after {seconds} s\n{self.log(number)}"
-            time.sleep(0.2)
+            time.sleep(0.5)  # asking is five processes
         assert state in (None, now), f"job {number} is {now}, not {state}\n{self.log(number)}"
         return now
 
