@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dilqur.document_attention import attention_for, register_document_attention
 from dilqur.errors import InputError
 from dilqur.fused_loss import fuse_loss
-from dilqur.kernels import FP8_SMALLEST, SDPA_BACKENDS, share_recomputed
+from dilqur.kernels import FP8_SMALLEST, KNOWN_MODELS, SDPA_BACKENDS, share_recomputed
 
 _for_good = contextlib.ExitStack()  # what holds from now to the end of the process
 
@@ -31,6 +31,8 @@ def apply_kernels(model, settings, chosen):
         from transformers.integrations.liger import apply_liger_kernel
 
         apply_liger_kernel(model, None)
+    if settings.fp8 and not on_gpu:
+        print("fp8: no GPU here, its rounding is emulated", flush=True)
     if settings.fp8:
         to_float8(model, emulate=not on_gpu)
     layers = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
@@ -45,7 +47,8 @@ def apply_kernels(model, settings, chosen):
         fuse_loss(model, chosen["loss_kernel"], compiled=chosen["torch_compile"])
     if chosen["torch_compile"]:
         documents = settings.intra_document_masking  # how many there are differs from batch to batch
-        how = {"fullgraph": not documents, "dynamic": None if documents else False}
+        whole = not documents and model.config.model_type in KNOWN_MODELS
+        how = {"fullgraph": whole, "dynamic": None if documents else False}
         for part in [model.base_model] if chosen["compile_unit"] == "model" else layers:
             _compile_forward(part, **how)
 

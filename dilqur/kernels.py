@@ -40,8 +40,8 @@ PLAIN = {
     "torch_compile": False,
     "compile_unit": "layer",
 }
-# models whose loss is the cross-entropy of what the head gives; others scale or cap that first
-PLAIN_HEADS = ("llama", "mistral", "qwen2", "qwen3", "neobert")
+# models whose loss is the cross-entropy of what the head gives, which others scale or cap first, and whose layers are one graph
+KNOWN_MODELS = ("llama", "mistral", "qwen2", "qwen3", "neobert")
 # of fp32 logits that the chunked loss has at a time: large products, and little beside the activations
 CHUNK_BYTES = 512 << 20
 LARGE_LOGITS = 1 << 30  # bytes of fp32: below that, on a CPU, nothing is gained by computing them in parts
@@ -153,16 +153,12 @@ def check_kernels(settings, strategy):
         raise InputError("loss_kernel: quack knows no bias, and an encoder's head has one: take liger or chunked")
     if s.compile_unit and not (s.torch_compile or (s.torch_compile is None and s.kernels == "auto")):
         raise InputError("compile_unit: nothing is compiled without torch_compile: true: leave it out")
-    if s.compile_unit == "model" and (why := _no_single_graph(strategy, s.intra_document_masking)):
+    if s.compile_unit == "model" and (why := _no_single_graph(s, strategy)):
         raise InputError(f"compile_unit: model does not work {why}: take layer")
-    if s.compile_unit == "model" and share_recomputed(s) and not s.activation_memory_budget:
-        raise InputError(
-            "compile_unit: model is one graph, which gradient_checkpointing would cut: give activation_memory_budget"
-        )
     if s.gradient_checkpointing and s.activation_memory_budget is not None:
         raise InputError("gradient_checkpointing is activation_memory_budget: 0: give one of them")
     if s.fp8 and not s.bf16:
-        raise InputError("fp8: the products that stay larger are bfloat16: give bf16: true, too")
+        raise InputError("fp8: the layers that it leaves are to compute in bfloat16: give bf16: true, too")
     if s.fp8 and strategy.startswith("zero"):
         raise InputError(
             f"fp8 does not work under {strategy}: DeepSpeed's casts know nothing of it; take ddp.yaml or fsdp2.yaml"
@@ -177,11 +173,15 @@ def check_kernels(settings, strategy):
             raise InputError(f"loss_kernel: {key} is not installed: pip install {install}, or take chunked")
 
 
-def _no_single_graph(strategy, documents):
+def _no_single_graph(settings, strategy):
     """Why the whole model can be no one graph, or ""."""
     if strategy not in ("single", "ddp"):
         return f"under {strategy}, which gathers weights or hooks gradients on the way"
-    return "with intra_document_masking, whose kernel is no part of a graph on every machine" if documents else ""
+    if settings.intra_document_masking:
+        return "with intra_document_masking, whose kernel is no part of a graph on every machine"
+    if share_recomputed(settings) and not settings.activation_memory_budget:
+        return "with gradient_checkpointing, which would cut the graph (activation_memory_budget does not)"
+    return ""
 
 
 def share_recomputed(settings):
@@ -223,7 +223,7 @@ def choose(settings, machine, kept=None):
 
 def _impossible(key, value, settings, machine):
     """Why `value` cannot be had here, or None."""
-    if key == "loss_kernel" and value != "logits" and machine.model_type not in PLAIN_HEADS:
+    if key == "loss_kernel" and value != "logits" and machine.model_type not in KNOWN_MODELS:
         return f"it is not known for a {machine.model_type}, whose logits may be scaled or capped before the loss"
     if key == "loss_kernel" and value in ("liger", "quack"):
         if not machine.capability:
@@ -245,6 +245,10 @@ def _impossible(key, value, settings, machine):
         return "its backward pass has no deterministic form"
     if key == "sdpa_backend" and value == "cudnn" and machine.cudnn <= GOOD_CUDNN and settings.max_length % 128:
         return f"cuDNN {machine.cudnn} is wrong for a max_length that does not divide by 128: 9.15.1 is not"
+    if key == "torch_compile" and value and machine.strategy == "zero3":
+        return "ZeRO-3's hooks break the graph"
+    if key == "compile_unit" and value == "model" and (why := _no_single_graph(settings, machine.strategy)):
+        return f"that does not work {why}"
     if key == "torch_compile" and value and not machine.c_compiler:
         return "there is no C compiler here (cc, gcc or clang), which it needs"
     return None
@@ -263,22 +267,19 @@ def _sdpa_backend(settings, machine, chosen):
     that do not divide by 128 went wrong (ATen/native/transformers/cuda/sdp_utils.cpp, `check_prefer_cudnn_attention`; pytorch#169849)."""
     if not machine.capability or machine.capability < (9, 0):
         return None, "torch's own order is good here"
-    return (
-        None,
-        "cuDNN first, by torch's own order"
-        if machine.cudnn > GOOD_CUDNN
-        else "torch holds back a cuDNN as old as this one",
-    )
+    if machine.cudnn > GOOD_CUDNN:
+        return None, "cuDNN first, by torch's own order"
+    return None, "torch holds back a cuDNN as old as this one"
 
 
 def _loss(settings, machine, chosen):
-    if machine.model_type not in PLAIN_HEADS:
+    if machine.model_type not in KNOWN_MODELS:
         return "logits", f"what a {machine.model_type} does to them is not known"
     if not machine.capability:
         large = machine.logits_bytes > LARGE_LOGITS
         return ("chunked", "the logits would be large") if large else ("logits", "they are small here")
     if "quack" in machine.packages and _quack_fits(machine):
-        return "quack", "installed, and the fastest on Hopper"
+        return "quack", "installed, and made for Hopper"
     if "liger_kernel" in machine.packages:
         return "liger", "fused, and installed"
     return "chunked", "neither quack nor liger is installed"
@@ -287,17 +288,17 @@ def _loss(settings, machine, chosen):
 def _compile(settings, machine, chosen):
     if not machine.capability:
         return False, "no GPU"
-    if machine.strategy == "zero3":
-        return False, "ZeRO-3's hooks break the graph"
-    if not machine.c_compiler:
-        return False, "no C compiler here"
+    if machine.model_type not in KNOWN_MODELS:
+        return False, f"not tried with a {machine.model_type}"
+    if problem := _impossible("torch_compile", True, settings, machine):
+        return False, problem
     return True, "fuses what lies between the products"
 
 
 def _unit(settings, machine, chosen):
     if not chosen["torch_compile"]:
         return "layer", "nothing is compiled"
-    if machine.encoder and not _no_single_graph(machine.strategy, settings.intra_document_masking):
+    if machine.encoder and not _no_single_graph(settings, machine.strategy):
         return "model", "an encoder on whole weights is one graph"
     return "layer", "compiled once for all layers"
 

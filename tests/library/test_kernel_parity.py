@@ -14,7 +14,7 @@ from dilqur import apply_kernels, fused_loss
 from dilqur.apply_kernels import to_float8
 from dilqur.batches import IGNORE
 from dilqur.errors import InputError
-from dilqur.kernels import PLAIN, PLAIN_HEADS, KernelSettings, Machine, choose
+from dilqur.kernels import KNOWN_MODELS, PLAIN, KernelSettings, Machine, choose
 from dilqur.modeling_neobert import NeoBERTConfig, NeoBERTLMHead
 
 VOCABULARY, LENGTH = 1280, 32
@@ -161,8 +161,9 @@ def test_a_budget_keeps_less_for_the_backward_pass(compiled, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3"])
-def test_of_other_models_the_chunked_loss_is_their_own(kind):
-    assert kind in PLAIN_HEADS
+def test_of_other_models_the_chunked_loss_is_their_own_and_their_layers_one_graph(monkeypatch, kind):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=CAPTURED))
+    assert kind in KNOWN_MODELS
     sizes = {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
@@ -174,10 +175,14 @@ def test_of_other_models_the_chunked_loss_is_their_own(kind):
     found = {}
     for loss in ("logits", "chunked"):
         torch.manual_seed(0)
-        model, run = AutoModelForCausalLM.from_config(config).train(), settings(loss_kernel=loss)
+        model, run = (
+            AutoModelForCausalLM.from_config(config).train(),
+            settings(loss_kernel=loss, torch_compile=loss == "chunked"),
+        )
         apply_kernels.apply_kernels(model, run, choose(run, dataclasses.replace(CPU, model_type=kind))[0])
         found[loss] = loss_and_gradients(model)
     assert_same(found["chunked"], found["logits"])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2, "the layers, and what a chunk of the loss does"
 
 
 def test_frozen_layers_get_no_gradients_and_the_embeddings_theirs(eager):

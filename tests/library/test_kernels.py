@@ -32,7 +32,13 @@ def on(machine, **changes):
         (H100, {"intra_document_masking": True}, {"torch_compile": True, "compile_unit": "layer"}),
         (H100, {"torch_compile": False}, {"torch_compile": False, "compile_unit": "layer", "loss_kernel": "quack"}),
         (H100, {"loss_kernel": "logits"}, {"loss_kernel": "logits"}),
-        (on(H100, model_type="gemma2"), {}, {"loss_kernel": "logits"}),
+        (on(H100, model_type="gemma2"), {}, {"loss_kernel": "logits", "torch_compile": False}),
+        (
+            on(H100, encoder=True, strategy="ddp"),
+            {"gradient_checkpointing": True},
+            {"torch_compile": True, "compile_unit": "layer"},
+        ),
+        (on(H100, encoder=True, strategy="ddp"), {"activation_memory_budget": 0.5}, {"compile_unit": "model"}),
         (A100, {}, {"sdpa_backend": None, "loss_kernel": "liger", "torch_compile": True}),
         (on(H100, encoder=True, strategy="ddp"), {}, {"compile_unit": "model", "loss_kernel": "liger"}),
         (on(H100, encoder=True, strategy="zero2"), {}, {"compile_unit": "layer"}),
@@ -55,6 +61,16 @@ def test_a_resumed_run_keeps_what_it_began_with_where_that_can_be_had():
     on_cpu, why = choose(auto, CPU, kept)
     assert on_cpu["loss_kernel"] == "logits" and on_cpu["sdpa_backend"] is None
     assert why["loss_kernel"] == "they are small here; it was liger before, but there is no GPU here"
+    encoder = on(H100, encoder=True, strategy="ddp")
+    kept_whole, _ = choose(auto, encoder)
+    assert kept_whole["compile_unit"] == "model"
+    chosen, why = choose(auto, on(encoder, strategy="fsdp2"), kept_whole)  # under another strategy
+    assert (
+        chosen["compile_unit"] == "layer"
+        and "it was model before, but that does not work under fsdp2" in why["compile_unit"]
+    )
+    chosen, why = choose(auto, on(encoder, strategy="zero3"), kept_whole)
+    assert chosen["torch_compile"] is False and "ZeRO-3's hooks" in why["torch_compile"]
     assert choose(settings(kernels="auto", loss_kernel="chunked"), H100, kept)[0]["loss_kernel"] == "chunked"
     assert choose(settings(), H100, kept) == (PLAIN, {}), "plain is plain"
 
@@ -100,14 +116,14 @@ def test_the_table_at_a_runs_start_says_what_and_why():
         (
             {"compile_unit": "model", "torch_compile": True, "gradient_checkpointing": True},
             "ddp",
-            "compile_unit: model is one graph, which gradient_checkpointing would cut",
+            "compile_unit: model does not work with gradient_checkpointing, which would cut the graph",
         ),
         (
             {"gradient_checkpointing": True, "activation_memory_budget": 0.5},
             "ddp",
             "gradient_checkpointing is activation_memory",
         ),
-        ({"fp8": True}, "ddp", "fp8: the products that stay larger are bfloat16: give bf16: true"),
+        ({"fp8": True}, "ddp", "fp8: the layers that it leaves are to compute in bfloat16"),
         ({"fp8": True, "bf16": True}, "zero2", "fp8 does not work under zero2"),
     ],
 )
