@@ -6,11 +6,13 @@ import psutil
 import pytest
 from conftest import ROOT
 
+from dilqur.benchmarking.benchmark_tables import chosen
 from dilqur.benchmarking.figures import largest_batch, loss_parity, over_rounds, round_figures, utilisation
 from dilqur.benchmarking.kernel_evidence import evidence
 from dilqur.benchmarking.variants import read_variants, recipe_values, same_training
 from dilqur.benchmarking.watched_run import command_line, remembered, run_until
 from dilqur.errors import InputError
+from dilqur.kernels import PLAIN
 from dilqur.training_settings import TrainingSettings
 
 RECIPE = str(ROOT / "recipes" / "quickstart" / "control.yaml")
@@ -163,6 +165,18 @@ with open(folder / "metrics.jsonl", "w") as file:
 
 def watched(folder, stop, said, steps=20, timeout_s=60):
     return run_until([sys.executable, "-c", WRITES, str(folder), str(stop), said], None, folder, steps, timeout_s)
+
+
+def test_the_table_says_what_auto_came_to_in_each_variant_that_asked_for_it():
+    auto = {"settings": {"kernels": "auto"}, "kernels": {**PLAIN, "loss_kernel": "liger", "torch_compile": True}}
+    rows = {
+        "plain": {"settings": {"kernels": "plain"}, "kernels": PLAIN},
+        "auto": auto,
+        "it failed": {**auto, "kernels": None},
+    }
+    head, _, *body = chosen(rows).splitlines()
+    assert head.startswith("| kernels: auto chose | attn_implementation | sdpa_backend | loss_kernel |")
+    assert body == ["| auto | sdpa | none | liger | true | layer |"]
 
 
 def test_a_run_is_ended_with_all_its_processes_when_it_has_logged_enough(tmp_path):

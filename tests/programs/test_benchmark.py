@@ -23,8 +23,9 @@ def toy(run, tmp_path_factory):
 
 def test_every_variant_has_its_figures_from_steps_of_the_real_programs(toy):
     _, _, result = toy
-    assert list(result["variants"])[:3] == ["plain", "compiled", "trainer"]
-    for name in ("plain", "compiled", "trainer"):
+    measured = ["plain", "compiled", "loss by chunks", "trainer"]
+    assert list(result["variants"])[:4] == measured
+    for name in measured:
         row = result["variants"][name]
         assert row["problem"] is None and len(row["rounds"]) == 1
         figures = row["figures"]
@@ -43,7 +44,7 @@ def test_compiled_and_by_the_trainer_the_losses_are_those_of_the_first(toy):
     assert result["variants"]["plain"]["parity"] is None, "the first is what the others are compared with"
     losses = result["variants"]["plain"]["losses"]
     assert len(losses) >= 8 and len(set(losses)) == len(losses)
-    for name in ("compiled", "trainer"):  # fp32, sums in another order
+    for name in ("compiled", "loss by chunks", "trainer"):  # fp32, sums in another order
         parity = result["variants"][name]["parity"]
         assert parity["steps"] == 4 and parity["largest"] < 1e-5
 
@@ -52,6 +53,8 @@ def test_the_kernels_that_were_asked_for_are_in_the_profile(toy):
     _, _, result = toy
     compiled = result["variants"]["compiled"]["evidence"]
     assert all(compiled["expected"].values()) and "Torch-Compiled Region" in compiled["expected"]
+    chunks = result["variants"]["loss by chunks"]
+    assert chunks["kernels"]["loss_kernel"] == "chunked" and all(chunks["evidence"]["expected"].values())
     plain = result["variants"]["plain"]["evidence"]
     assert "Torch-Compiled Region" not in plain["expected"] and plain["top"][0]["share"] > 0
 
