@@ -8,7 +8,8 @@
 #     --largest                             find the largest batch of each variant, too
 #     --grids NAME,...                      only these
 #
-# Nothing is fetched: weights and tokens are random. It needs 30 GB of disk in runs/, and goes on where it was when it is started again.
+# First it checks the node, and that the kernels of a GPU compute what plain ones do. Nothing is fetched: weights and tokens are random.
+# It needs 30 GB of disk in runs/, and goes on where it was when it is started again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -50,9 +51,18 @@ if [[ -z $toy && -z $dry ]] && ! nvidia-smi -L >/dev/null 2>&1; then
 fi
 run python scripts/check_nodes.py --num_processes "$gpus"
 
-# -- the grids ----------------------------------------------------------------------------------------------------------------
+# -- do its kernels compute the same ------------------------------------------------------------------------------------------
 
 out=runs/benchmark${toy:+-toy}
+if [[ -n $toy ]] || ! python -c 'import pytest' 2>/dev/null; then
+  echo "the tests of kernels on a GPU are left out: they want a GPU, and pip install -r requirements-dev.txt"
+else
+  [[ -n $dry ]] || mkdir -p "$out"
+  run python -m pytest -q -rs --junitxml "$out/gpu-tests.xml" tests/library/test_kernel_parity.py tests/library/test_step_phases.py
+fi
+
+# -- the grids ----------------------------------------------------------------------------------------------------------------
+
 flags=()
 if [[ -n $toy ]]; then # one run of each variant
   flags+=(--toy true --parity_steps 0 --profile false)
@@ -61,6 +71,7 @@ fi
 [[ -z $largest ]] || flags+=(--largest_batch 512)
 IFS=, read -ra names <<<"$grids"
 done_=()
+[[ ! -e $out/gpu-tests.xml ]] || done_+=(gpu-tests.xml)
 for name in "${names[@]}"; do
   where=()
   if ((gpus > 1)); then
