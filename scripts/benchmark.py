@@ -37,15 +37,9 @@ from dilqur.benchmarking.kernel_evidence import evidence
 from dilqur.benchmarking.synthetic_inputs import synthetic_inputs
 from dilqur.benchmarking.variants import read_variants, recipe_values, same_training
 from dilqur.benchmarking.watched_run import command_line, environment, remembered, run_until
-from dilqur.cost_model import (
-    UnknownArchitecture,
-    encoder_flops_per_token,
-    neobert_width,
-    parameter_sizes,
-    peak_flops,
-    training_flops_per_token,
-)
+from dilqur.cost_model import UnknownArchitecture, peak_flops
 from dilqur.errors import InputError, program
+from dilqur.planning.job import Job, is_encoder
 from dilqur.preflight.node_facts import node_facts
 from dilqur.recipe import parse, to_dict
 from dilqur.stage import FilePath, Stage, StageSettings, _git, hardware, package_versions, read_config, read_pipeline
@@ -274,30 +268,19 @@ def variables(**values):
 # -- figures --------------------------------------------------------------------------------------------------------------
 
 
-def flops_of(kind, settings):
+def flops_of(settings, defaults):
     """({"half": a token's floating-point operations, a causal mask saving half of the attention, "whole": with all of it, as PaLM
-    counts}, parameters); ({}, None) of a model whose sizes are not known. An encoder's attention is whole in both."""
-    config = settings.model_config or read_config(settings.model_name_or_path)
+    counts}, parameters); ({}, None) of a model whose sizes are not known. An encoder's attention is whole in both. defaults: keys of a
+    model_config that a recipe may leave out."""
+    config = {**defaults, **(settings.model_config or read_config(settings.model_name_or_path))}
     try:
-        if kind == "mlm":
-            from_recipe = config.get("model_type", "neobert") == "neobert"
-            config = {
-                "intermediate_size": 3072,
-                "hidden_size": 768,
-                "num_hidden_layers": 28,
-                "model_type": "neobert",
-                **config,
-            }
-            width = neobert_width(config["intermediate_size"]) if from_recipe else config["intermediate_size"]
-            shape = (config["hidden_size"], width, config["num_hidden_layers"], config["vocab_size"])
-            flops = encoder_flops_per_token(*shape, settings.max_length, settings.mlm_probability)
-            return {"half": flops, "whole": flops}, sum(parameter_sizes(config).values())
-        only = settings.unfrozen_parameters
-        if only and not all("embed" in name or "lm_head" in name for name in only):
+        job = Job.of(settings, config)
+        if settings.unfrozen_parameters and not job.embeddings_only:
             return {}, None
-        half = training_flops_per_token(config, settings.max_length, embeddings_only=bool(only))
-        other_half = 6 * config["num_hidden_layers"] * config["hidden_size"] * settings.max_length
-        return {"half": half, "whole": half + other_half}, sum(parameter_sizes(config).values())
+        half = whole = job.flops_per_token()
+        if not is_encoder(config):
+            whole += 6 * config["num_hidden_layers"] * config["hidden_size"] * settings.max_length
+        return {"half": half, "whole": whole}, job.total
     except (UnknownArchitecture, KeyError):
         return {}, None
 
@@ -311,7 +294,7 @@ def summarise(benchmark, rows):
     for variant in benchmark.variants:
         row, resolved = rows[variant.name], benchmark.resolve(variant)
         figures, keys = over_rounds(row["rounds"]), to_dict(resolved)
-        flops, size = flops_of(benchmark.kind, resolved)
+        flops, size = flops_of(resolved, benchmark.module.get("MODEL_KEYS", {}))
         used = (
             utilisation(figures["tokens_per_second"]["median"], flops, settings.num_processes, peak)
             if figures
