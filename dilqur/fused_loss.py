@@ -121,6 +121,7 @@ class Chunked(torch.autograd.Function):
         ctx.dtypes = [x if x is None else x.dtype for x in (hidden, weight, bias)]
         hidden, weight, bias = (x if x is None else x.to(dtype) for x in (hidden, weight, bias))
         rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        rows = rows // 256 * 256 or rows  # whole tiles of a GPU's products
         wants = [wanted and with_gradients for wanted in ctx.needs_input_grad]
         total = hidden.new_zeros((), dtype=torch.float32)
         of_hidden = torch.empty_like(hidden) if wants[0] else None
@@ -134,6 +135,8 @@ class Chunked(torch.autograd.Function):
                 torch.mm(gradient, weight, out=of_hidden[first : first + rows])
             if wants[1] and dtype == torch.float32:
                 of_weight.addmm_(gradient.T, part)
+            elif wants[1] and weight.is_cuda:  # a product of bfloat16 added to fp32 without a copy; only GPUs have it
+                torch.addmm(of_weight, gradient.T, part, out_dtype=torch.float32, out=of_weight)
             elif wants[1]:
                 of_weight += gradient.T @ part
             if wants[2]:
