@@ -88,5 +88,6 @@ def adapter_activations(config, bytes_each, lora, padded_to, fused_dropout=True)
         ends=frozen.ends + 2 * 4 + 2,  # log Z and entropy in fp32, what is masked twice; the input of the head is in it
         loss=0,
         loss_peak=(4 + c) * hidden,  # the gradient of the head's input, summed in fp32, and as it goes on
-        working=max(3 * c, 2 * 4) * inner + 2 * c * hidden,  # fp32 gradients before and behind the dropout of down's input
+        working=max(3 * c, 2 * 4) * inner
+        + 2 * c * hidden,  # fp32 gradients before and behind the dropout of down's input
     )

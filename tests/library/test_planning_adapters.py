@@ -9,10 +9,10 @@ from test_planning import LLAMA as TINY
 from test_planning import kept_bytes
 
 from dilqur.cost_model import UnknownArchitecture
-from dilqur.lora import ONE_GPU, adapter_activations, adapter_flops_per_token, adapter_sizes
+from dilqur.lora import ONE_GPU, adapter_activations
 from dilqur.planning.hardware import GPUS
 from dilqur.planning.job import Job
-from dilqur.planning.memory import memory_of, state_of
+from dilqur.planning.memory import state_of
 from dilqur.planning.recipe_stages import PUBLISHED
 from dilqur.planning.set_up import set_up
 from dilqur.planning.strategy import names, strategy_of
@@ -23,7 +23,13 @@ ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 
 
 def settings(**keys):
-    run = {"lora_r": 8, "lora_alpha": 28, "lora_dropout": 0.05, "lora_target_modules": ALL, "gradient_checkpointing": False}
+    run = {
+        "lora_r": 8,
+        "lora_alpha": 28,
+        "lora_dropout": 0.05,
+        "lora_target_modules": ALL,
+        "gradient_checkpointing": False,
+    }
     run |= {"bf16": False, "max_length": LENGTH, "global_batch_size": ROWS, "per_device_train_batch_size": ROWS}
     run |= {"num_train_epochs": 1, "learning_rate": 1e-3, "lr_scheduler_type": "constant", "warmup_ratio": 0.0}
     return SimpleNamespace(**{**run, "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 0, "report_to": [], **keys})
@@ -98,3 +104,50 @@ def test_activations_are_those_that_torch_keeps(trained, bf16, modules, dropout,
     planned = adapter_activations(LLAMA, job.product, job.lora, padded_to, fused_dropout=False)
     foretold = planned.kept(job.recomputed)
     assert measured / (ROWS * LENGTH) == pytest.approx(foretold, rel=0.05)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("modules", [ALL, ["q_proj", "down_proj"]], ids=["all", "q and down"])
+def test_parameters_and_bytes_of_state_are_those_of_the_trainer(trained, tmp_path, bf16, modules):
+    """And the adapter's file is its fp32 weights."""
+    run = settings(bf16=bf16, lora_target_modules=modules)
+    trainer, _, gradients = trained(run, (LENGTH, LENGTH))
+    job, model = Job.of_adapter(run, LLAMA), trainer.accelerator.unwrap_model(trainer.model)
+    theirs = {n.removeprefix("base_model.model."): p for n, p in model.named_parameters()}
+    learning = {n.replace(".default", ""): p.numel() for n, p in theirs.items() if p.requires_grad}
+    assert learning == {name: size for name, size in job.sizes.items() if "lora" in name}
+    assert (job.trained, job.total) == (sum(learning.values()), sum(p.numel() for p in theirs.values()))
+    moments = sum(state[key].nbytes for state in trainer.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
+    held = {"weights": sum(p.nbytes for p in theirs.values()), "gradients": gradients, "moments": moments}
+    assert state_of(job, strategy_of("ddp", 1, 1)) == held
+    trainer.model.save_pretrained(tmp_path / "adapter")
+    found = set_up(job, GPUS["A10G"], strategy_of("ddp", 1, 1))
+    on_disk = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert on_disk == pytest.approx(found.checkpoint_bytes, rel=0.05)
+
+
+@pytest.mark.parametrize("recomputed", [False, True], ids=["plain", "recomputed"])
+def test_operations_are_those_that_torch_counts(trained, recomputed):
+    """In the matrix products of a step, the loss's second pass through the head and its sums in place among them. It does not know a CPU's
+    attention."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    run = settings(gradient_checkpointing=recomputed)
+    in_place = {torch.ops.aten.addmm_: lambda total, a, b, **_: 2 * a[0] * a[1] * b[1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        trained(run, (LENGTH, LENGTH))
+    attention = (6 + 2 * recomputed) * LLAMA["num_hidden_layers"] * LLAMA["hidden_size"] * LENGTH
+    foretold = Job.of_adapter(run, LLAMA).computed_flops_per_token() - attention
+    assert counter.get_total_flops() / (ROWS * LENGTH) == pytest.approx(foretold, rel=0.05)
+
+
+def test_only_whole_weights_and_a_llama_s_projections_are_planned():
+    job = Job.of_adapter(settings(), PUBLISHED["llama-3.2-1b"])
+    for name in names():
+        found = set_up(job.but(global_batch=16), GPUS["H200"], strategy_of(name, 1, 8))
+        assert found.misfit == (None if name == "ddp" else ONE_GPU)
+    with pytest.raises(UnknownArchitecture, match="lora_target_modules: an adapter of lm_head is not known"):
+        Job.of_adapter(settings(lora_target_modules=["q_proj", "lm_head"]), LLAMA).activations()
+    with pytest.raises(UnknownArchitecture, match="adapters of a neobert are not known"):
+        Job.of_adapter(settings(), {**LLAMA, "model_type": "neobert"}).activations()
