@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from dilqur.cost_model import UnknownArchitecture, activations, training_flops_per_token
 
 ONE_GPU = "sft trains an adapter that fits on one GPU and merges it there: launch it with ddp.yaml, or with python"
-# Logits that TRL's loss has at a time: TOKEN_CHUNK_SIZE of trl/kernels/chunked_logprob.py × _CHUNKED_LOGPROB_CHUNK_SIZE of trl/trainer/utils.py
+# Logits that TRL's loss has at a time: TOKEN_CHUNK_SIZE of trl/kernels/chunked_logprob.py × _CHUNKED_LOGPROB_CHUNK_SIZE of
+# trl/trainer/utils.py
 CHUNK_OF_LOGITS = 4096 * 32_768
 
 
@@ -82,12 +83,12 @@ def adapter_activations(config, bytes_each, lora, padded_to, fused_dropout=True)
         inputs = c * sum(shared.values())
     layer["adapters"] = inputs + c * lora.rank * len(modules)  # and B its input
     hidden, inner = config["hidden_size"], config["intermediate_size"]
+    in_down = max(3 * c, 2 * 4) * inner  # as without an adapter, or gradients before and behind the dropout of its input, fp32
     return replace(
         frozen,
         layer=layer,
         ends=frozen.ends + 2 * 4 + 2,  # log Z and entropy in fp32, what is masked twice; the input of the head is in it
         loss=0,
         loss_peak=(4 + c) * hidden,  # the gradient of the head's input, summed in fp32, and as it goes on
-        working=max(3 * c, 2 * 4) * inner
-        + 2 * c * hidden,  # fp32 gradients before and behind the dropout of down's input
+        working=in_down + 2 * c * hidden,
     )
