@@ -83,12 +83,13 @@ def adapter_activations(config, bytes_each, lora, padded_to, fused_dropout=True)
         inputs = c * sum(shared.values())
     layer["adapters"] = inputs + c * lora.rank * len(modules)  # and B its input
     hidden, inner = config["hidden_size"], config["intermediate_size"]
-    in_down = max(3 * c, 2 * 4) * inner  # as without an adapter, or gradients before and behind the dropout of its input, fp32
+    # of the feed-forward layer without adapters, or of the input of down's: fp32, before and behind the dropout
+    gradients = max(3 * c, 2 * 4) * inner
     return replace(
         frozen,
         layer=layer,
         ends=frozen.ends + 2 * 4 + 2,  # log Z and entropy in fp32, what is masked twice; the input of the head is in it
         loss=0,
         loss_peak=(4 + c) * hidden,  # the gradient of the head's input, summed in fp32, and as it goes on
-        working=in_down + 2 * c * hidden,
+        working=gradients + 2 * c * hidden,
     )
