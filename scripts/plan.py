@@ -167,6 +167,12 @@ def details(found):
     )
     if memory.host:
         print(f"           in main memory {memory.host / 1e9:.3g} for each GPU")
+    if not job.save_steps:
+        print(
+            f"checkpoint none: a run that is killed starts again from the beginning; at the end the adapter, "
+            f"{number(found.checkpoint_bytes / 1e9)} GB, and the merged model"
+        )
+        return
     best = failures.best_interval()
     now = failures.effective_share(job.save_steps * found.time.step)
     nodes = f"{found.strategy.nodes} node{'s' * (found.strategy.nodes > 1)}"
@@ -198,8 +204,9 @@ def suggestion(found, fast):
 def show(stage, planned):
     job = planned[0][1].job
     what = "all of them" if job.trained == job.total else f"{job.trained:,} of them"
-    steps = f"{job.steps:,} steps" if job.steps else "steps unknown (no shards yet)"
-    epoch = f"an epoch is {stage.epoch_tokens:,} tokens" if stage.epoch_tokens else "no shards yet"
+    missing = "no conversations yet" if job.lora else "no shards yet"
+    steps = f"{job.steps:,} steps" if job.steps else f"steps unknown ({missing})"
+    epoch = f"an epoch is {stage.epoch:,} {stage.unit}" if stage.epoch else missing
     print(
         f"\n{stage.name}: {job.total:,} parameters, {what} trained; {steps} of {job.global_batch:,} × {job.max_length:,} tokens; {epoch}"
     )
@@ -237,7 +244,7 @@ def main():
                 "trained": stage.job.trained,
                 "steps": stage.job.steps,
                 "tokens_a_step": rows[0][1].job.tokens,
-                "tokens_an_epoch": stage.epoch_tokens,
+                f"{stage.unit}_an_epoch": stage.epoch,
                 "set_ups": [found.to_dict() for machine, _, _ in rows for found in machine],
                 "launched": [chosen.to_dict() for _, chosen, _ in rows],
                 "fastest": [fast and fast.to_dict() for _, _, fast in rows],

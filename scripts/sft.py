@@ -24,6 +24,7 @@ from dilqur.documents import is_validation, read_jsonl
 from dilqur.errors import InputError, program
 from dilqur.input_files import expand
 from dilqur.llama3 import CHAT_TEMPLATE, EOS, EOT, PAD, encode_chat
+from dilqur.lora import ONE_GPU
 from dilqur.quiet import quiet_libraries
 from dilqur.recipe import parse
 from dilqur.stage import Documents, ModelPath, Stage, StageSettings, read_config
@@ -203,9 +204,7 @@ def main():
         os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
         or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
     ):
-        raise InputError(
-            "sft trains an adapter that fits on one GPU and merges it there: launch it with ddp.yaml, or with python"
-        )
+        raise InputError(ONE_GPU)
     batch, accumulation = split_batch(
         settings.global_batch_size, settings.per_device_train_batch_size, int(os.environ.get("WORLD_SIZE", 1))
     )

@@ -12,6 +12,7 @@ from dilqur.cost_model import (
     training_flops_per_token,
 )
 from dilqur.kernels import share_recomputed
+from dilqur.lora import Lora, adapter_activations, adapter_flops_per_token, adapter_sizes
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -21,7 +22,7 @@ class Job:
     """config: of the model, a dict. sizes: {parameter: elements}. patterns: names that learn, None for all. weight: bytes of a trained
     weight, product: of a number in a matrix product, reduce: of a gradient on the network. masked: share of the tokens that an encoder
     guesses. recomputed: share of the layers. steps: None where they are epochs of shards that are not there. ceiling:
-    per_device_train_batch_size."""
+    per_device_train_batch_size. lora: of an adapter, which alone learns then. save_steps: None where only the end is saved."""
 
     config: dict
     patterns: tuple | None = None
@@ -38,6 +39,7 @@ class Job:
     ceiling: int = 8
     steps: int | None = None
     save_steps: int | None = None
+    lora: Lora | None = None
 
     @classmethod
     def of(cls, settings, config, steps=None):
@@ -61,6 +63,21 @@ class Job:
             save_steps=settings.save_steps,
         )
 
+    @classmethod
+    def of_adapter(cls, settings, config, steps=None):
+        """Of scripts/sft.py's settings and the base."""
+        return cls(
+            config=config,
+            patterns=("*.lora_*",),
+            product=2 if settings.bf16 else 4,
+            recomputed=float(settings.gradient_checkpointing),
+            max_length=settings.max_length,
+            global_batch=settings.global_batch_size,
+            ceiling=settings.per_device_train_batch_size,
+            steps=steps,
+            lora=Lora(settings.lora_r, tuple(settings.lora_target_modules), settings.lora_dropout),
+        )
+
     def but(self, **changes):
         return replace(self, **changes)
 
@@ -68,7 +85,7 @@ class Job:
 
     @property
     def sizes(self):
-        return parameter_sizes(self.config)
+        return parameter_sizes(self.config) | (adapter_sizes(self.config, self.lora) if self.lora else {})
 
     @property
     def total(self):
@@ -82,6 +99,11 @@ class Job:
     def embeddings_only(self):
         """Do the layers stay as they are, so that their products need no gradient of their weights?"""
         return bool(self.patterns) and not any(self._learns(name) for name in self.sizes if _layer(name))
+
+    @property
+    def frozen_weight(self):
+        """Bytes of a weight that does not learn."""
+        return self.product if self.lora else self.weight
 
     @property
     def mixed(self):
@@ -117,6 +139,8 @@ class Job:
 
     def activations(self, residual=None):
         """residual: bytes of a number between the layers."""
+        if self.lora:
+            return adapter_activations(self.config, self.product, self.lora, self.max_length)
         fused = {"liger": self.liger, "compiled": self.compiled, "fused_loss": self.fused_loss}
         return activations(
             self.config, self.product, residual, **fused, frozen=self.embeddings_only, masked=self.masked
@@ -125,6 +149,8 @@ class Job:
     def flops_per_token(self):
         """Of the model; for what it computes, `computed_flops_per_token`."""
         config = self.config
+        if self.lora:
+            return adapter_flops_per_token(config, self.max_length, self.lora)
         if is_encoder(config):
             width = neobert_width if config["model_type"] == "neobert" else int
             names = ("hidden_size", "num_hidden_layers", "vocab_size")
@@ -134,10 +160,13 @@ class Job:
         return training_flops_per_token(config, self.max_length, self.embeddings_only)
 
     def computed_flops_per_token(self):
-        """With the layers' second forward pass under gradient checkpointing: a third of all their operations, without the head."""
-        flops = self.flops_per_token()
-        head = 6 * self.masked * self.config["vocab_size"] * self.config["hidden_size"]
-        return flops + self.recomputed * (flops - head) / (2 if self.embeddings_only else 3)
+        """With the layers' second forward pass under gradient checkpointing, a third of what they take where all of it learns, and an
+        adapter's, 2 a parameter; and with the head's second one in TRL's loss."""
+        head = 2 * self.masked * self.config["vocab_size"] * self.config["hidden_size"]
+        forward = self.but(patterns=None, lora=None).flops_per_token() / 3 - head
+        if self.lora:
+            return self.flops_per_token() + head + self.recomputed * (forward + 2 * self.trained)
+        return self.flops_per_token() + self.recomputed * forward
 
 
 def _layer(name):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from dilqur.kernels import CHUNK_BYTES
+from dilqur.lora import CHUNK_OF_LOGITS
 
 # What a process holds outside torch's allocator: the CUDA context, kernels and NCCL's buffers. torch's out-of-memory messages give it as
 # memory in use - reserved: 0.5 GiB alone on an A100, 1.4 GiB with NCCL on four
@@ -52,13 +53,15 @@ def memory_of(job, strategy, accumulation=1):
         job.fused_loss
     ):  # compiled, bfloat16 logits and their gradients; else fp32 ones, and which column is the target, besides
         terms["a chunk of logits"] = CHUNK_BYTES * (1 if job.compiled else 11 / 4)
+    if job.lora:
+        terms["a chunk of logits"] = job.product * CHUNK_OF_LOGITS
     each = job.max_length * activations.peak(job.recomputed)
     return Memory(terms, sum(state.values()) if strategy.offload else 0.0, each)
 
 
 def residual_bytes(job, strategy):
     """Of a number between the layers: under autocast, which is what bf16 is without sharded weights, fp32."""
-    return job.weight if strategy.kind in ("single", "ddp") else job.product
+    return job.frozen_weight if strategy.kind in ("single", "ddp") else job.product
 
 
 def state_of(job, strategy):
@@ -77,12 +80,16 @@ def state_of(job, strategy):
             "moments": 8 * trained / n,
         }
     each = job.weight / n
-    return {"weights": each * total, "gradients": each * trained, "moments": 2 * each * trained}
+    weights = each * trained + job.frozen_weight / n * (total - trained)
+    return {"weights": weights, "gradients": each * trained, "moments": 2 * each * trained}
 
 
 def _working(job, strategy, accumulation):
     """{what: bytes} that the strategy needs beside the state when the backward pass begins."""
     tail, layer = job.units()
+    if job.lora:  # the Trainer leaves gradient_as_bucket_view false: DDP holds the gradients a second time
+        copies = {"bf16 copies": job.product * job.trained} if job.mixed else {}
+        return copies | ({"DDP's buckets": job.weight * job.trained} if strategy.kind == "ddp" else {})
     if strategy.kind in ("single", "ddp"):
         # autocast keeps a copy of each matrix it has cast until the backward pass; an embedding that is no head is none
         embedding = next(size for name, size in job.sizes.items() if "embed" in name or name == "model.encoder.weight")

@@ -1,17 +1,20 @@
 """The training stages of a recipe folder, with the shapes of their models, before anything of it has been made or fetched."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from dilqur.cost_model import UnknownArchitecture
+from dilqur.documents import is_validation, read_jsonl
 from dilqur.errors import InputError
+from dilqur.input_files import expand
 from dilqur.llama3 import SPECIAL_TOKENS
 from dilqur.planning.hardware import GPU, gpu_meant
 from dilqur.planning.job import Job
 from dilqur.preflight.batch_file import BatchFile, read_batch_file
 from dilqur.preflight.planned import ROOT, Known, Planned, rows_of
 from dilqur.preflight.stage_checks import check_recipe
-from dilqur.stage import read_config
+from dilqur.stage import StageSettings, read_config
 from dilqur.token_shards import TokenShards
 from dilqur.tokenizer import TextTokenizer
 from dilqur.training_settings import TrainingSettings
@@ -37,15 +40,20 @@ PUBLISHED = {
 @dataclass
 class TrainingStage:
     """job: dilqur.planning.job.Job. gpu: that of the batch file, None if it says none. default_strategy: the accelerate config that
-    slurm/launch.sh takes. epoch_tokens: of its shards, None where they are not there."""
+    slurm/launch.sh takes. epoch: how many `unit`, "tokens" of its shards or an adapter's "conversations", an epoch has, None where they
+    are not there."""
 
     name: str
-    settings: TrainingSettings
+    settings: StageSettings
     job: Job
     batch_file: BatchFile
     gpu: GPU | None
     default_strategy: str
-    epoch_tokens: int | None
+    epoch: int | None
+
+    @property
+    def unit(self):
+        return "conversations" if self.job.lora else "tokens"
 
 
 def training_stages(recipe, run_dir=None, model_config=None):
@@ -61,19 +69,23 @@ def training_stages(recipe, run_dir=None, model_config=None):
         planned = Planned(row, row.arguments(folder), batch_file, 1)
         known.plans[row.name] = planned
         check_recipe(planned, known)
-        trains = isinstance(planned.settings, TrainingSettings)
-        if row.name not in chosen or not (trains or hasattr(planned.settings, "lora_r")):
+        settings = planned.settings
+        adapter = hasattr(settings, "lora_r")
+        if row.name not in chosen or not (isinstance(settings, TrainingSettings) or adapter):
             continue
         try:
-            if not trains:
-                raise InputError("it trains an adapter; preflight.py says whether its base fits")
             config = shape_of(row.name, known.plans, folder, run_dir, model_config)
-            epoch = epoch_tokens(planned.settings, folder, run_dir)
-            steps = None
-            if planned.settings.num_train_epochs and epoch:
-                samples = planned.settings.num_train_epochs * epoch / planned.settings.max_length
-                steps = max(1, round(samples / planned.settings.global_batch_size))
-            job = Job.of(planned.settings, config, steps)
+            steps, epochs, step = None, settings.num_train_epochs, settings.global_batch_size
+            if adapter:
+                epoch = epoch_conversations(planned, folder, run_dir)
+                if epoch:
+                    steps = math.ceil(epochs * math.ceil(epoch / step))  # as the Trainer does it
+                job = Job.of_adapter(settings, config, steps)
+            else:
+                epoch = epoch_tokens(settings, folder, run_dir)
+                if epochs and epoch:
+                    steps = max(1, round(epochs * epoch / settings.max_length / step))
+                job = Job.of(settings, config, steps)
             job.activations()
         except (InputError, UnknownArchitecture) as problem:
             left[row.name] = str(problem)
@@ -82,7 +94,7 @@ def training_stages(recipe, run_dir=None, model_config=None):
             left[row.name] = f"the model's config has no {missing}"
             continue
         meant, default = gpu_meant(batch_file.meant_for), planned.default_strategy
-        found.append(TrainingStage(row.name, planned.settings, job, batch_file, meant, default, epoch))
+        found.append(TrainingStage(row.name, settings, job, batch_file, meant, default, epoch))
     return found, left
 
 
@@ -139,9 +151,37 @@ def epoch_tokens(settings, folder, run_dir):
     """Tokens of the datasets, each as often as its `epochs` say; None where they are not all there."""
     tokens = 0
     for dataset in settings.datasets:
-        paths = [run_dir / dataset["path"], folder / dataset["path"], Path(dataset["path"])]
+        paths = places(dataset["path"], folder, run_dir)
         there = next((path for path in paths if (path / "manifest.json").exists()), None)
         if there is None:
             return None
         tokens += TokenShards(there).num_tokens * dataset.get("epochs", 1)
     return round(tokens)
+
+
+def epoch_conversations(planned, folder, run_dir):
+    """Conversations that sft.py would learn from, those too long for it among them; None where the files are not all there."""
+    settings, number = planned.settings, 0
+    for path in settings.input:
+        there = next((found for place in places(path, folder, run_dir) if (found := files_of(place))), None)
+        if there is None:
+            return None
+        for file in there:
+            for _, record in read_jsonl(file, on_error=lambda problem: None):
+                if not planned.module.problem_with(record):
+                    first = record["messages"][0]["content"]
+                    number += not is_validation(first, settings.validation_fraction)
+    return number
+
+
+def files_of(place):
+    """Those of a file, a folder or a pattern; none where nothing is there."""
+    try:
+        return expand([place])
+    except InputError:
+        return []
+
+
+def places(path, folder, run_dir):
+    """Where what a recipe in `folder` calls so may lie."""
+    return [run_dir / path, folder / path, Path(path)]

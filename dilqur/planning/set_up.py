@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 from dilqur.distributed import refuse_what_it_cannot
 from dilqur.errors import InputError
+from dilqur.lora import ONE_GPU
 from dilqur.planning.failures import NODE_MTBF_S, Failures
 from dilqur.planning.hardware import GPU
 from dilqur.planning.job import Job
@@ -67,8 +68,9 @@ class SetUp:
 
     @property
     def checkpoint_bytes(self):
-        """Weights and both moments of what learns, dilqur/checkpoint_files.py; fp32 master weights under ZeRO."""
-        return 3 * self.job.weight * self.job.trained
+        """Weights and both moments of what learns, dilqur/checkpoint_files.py; fp32 master weights under ZeRO. Of an adapter the
+        weights, saved at the end alone."""
+        return (1 if self.job.lora else 3) * self.job.weight * self.job.trained
 
     @property
     def failures(self):
@@ -91,7 +93,8 @@ class SetUp:
         if self.memory is None:
             return {**where, "fits": False, "why": self.misfit}
         activations = self.activations
-        failures, best = self.failures, self.failures.best_interval()
+        failures, step = self.failures, self.time.step
+        best = failures.best_interval() if self.job.save_steps else None
         per_layer = {part: self.batch * self.job.max_length * size for part, size in activations.layer.items()}
         return {
             **where,
@@ -127,9 +130,9 @@ class SetUp:
             "job_mtbf_seconds": failures.mtbf,
             "failures_in_30_days": failures.expected(30 * 86_400),
             "best_save_seconds": best,
-            "best_save_steps": max(1, round(best / self.time.step)),
-            "effective_share": failures.effective_share(best),
-            "effective_share_as_the_recipe_saves": failures.effective_share(self.job.save_steps * self.time.step),
+            "best_save_steps": best and max(1, round(best / step)),
+            "effective_share": best and failures.effective_share(best),
+            "effective_share_as_the_recipe_saves": best and failures.effective_share(self.job.save_steps * step),
         }
 
 
@@ -139,6 +142,8 @@ def set_up(job, gpu, strategy, site=None, ceiling=None):
     keys = {"dtype": "bfloat16" if job.weight == 2 else "float32"}
     try:
         refuse_what_it_cannot(SimpleNamespace(**keys), strategy.kind)
+        if job.lora and strategy.kind not in ("single", "ddp"):
+            raise InputError(ONE_GPU)
         if ceiling == "largest":
             most = memory_of(job, strategy).largest_batch(gpu.memory)
             ceiling = max(1, most)

@@ -8,13 +8,14 @@ import os
 import shutil
 import statistics
 
+from dilqur.cost_model import UnknownArchitecture
 from dilqur.errors import InputError
 from dilqur.metrics import last_records
 from dilqur.planning.job import BYTES, Job
 from dilqur.planning.memory import memory_of
 from dilqur.planning.strategy import strategy_of
 from dilqur.preflight.batch_file import clock
-from dilqur.preflight.findings import Later
+from dilqur.preflight.findings import Later, Skipped
 from dilqur.preflight.planned import existing, parameters
 from dilqur.training_settings import TrainingSettings
 
@@ -65,22 +66,28 @@ def check_memory(planned, known):
     if not card or not planned.config or not hasattr(settings, "bf16"):
         return None
     _, total = parameters(planned)
-    if not isinstance(settings, TrainingSettings):  # an adapter is small, what it adapts is not
+    adapter = hasattr(settings, "lora_r")
+    if not isinstance(settings, TrainingSettings) and not adapter:
         need, what = (2 if settings.bf16 else 4) * total, f"a model of about {total:,} parameters"
         if need > card:
             raise InputError(f"{gb(need)} a GPU for {what}; {whose} {gb(card)}: take a larger GPU, or bf16: true")
         return f"{gb(need)} a GPU for {what}, and what it computes; {whose} {gb(card)}"
-    memory, shards, batch = memory_in(planned)
+    try:
+        memory, shards, batch = memory_in(planned)
+    except UnknownArchitecture as problem:
+        raise Skipped(str(problem)) from None
     state, need = memory.state, memory.allocated(batch)
     text = f"{gb(state)} a GPU for weights, gradients and moments" + (f" sharded over {shards}" if shards > 1 else "")
     text += f", about {gb(need - state)} for what is gathered and the activations of {batch} × {settings.max_length:,} tokens"
     text += f"; {whose} {gb(card)}"
     if state > card:
-        raise InputError(f"{text}: take more GPUs under fsdp2, or freeze more")
+        more = "a larger GPU, or bf16: true" if adapter else "more GPUs under fsdp2, or freeze more"
+        raise InputError(f"{text}: take {more}")
     if need > card:
         fit = max(0, int((card - memory.allocated(0)) // memory.each_sample))
         lower = f"per_device_train_batch_size: {fit}" if fit else "a smaller max_length"
-        raise InputError(f"{text}: take {lower}, kernels: auto or gradient_checkpointing: true")
+        kernels = "" if adapter else ", kernels: auto"
+        raise InputError(f"{text}: take {lower}{kernels} or gradient_checkpointing: true")
     return text
 
 
@@ -150,7 +157,7 @@ def memory_in(planned):
     settings, file = planned.settings, planned.batch_file
     nodes = file.nodes if file.nodes * file.gpus == planned.processes else 1
     strategy = strategy_of(planned.strategy_file() or "ddp", nodes, planned.processes // nodes)
-    job = Job.of(settings, planned.config)
+    job = (Job.of_adapter if hasattr(settings, "lora_r") else Job.of)(settings, planned.config)
     batch, accumulation = job.split(planned.processes)
     return memory_of(job, strategy, accumulation), strategy.shards, batch
 

@@ -104,8 +104,9 @@ ENCODER = {
 ROWS, LENGTH, MASKED = 2, 64, 26
 
 
-def saved(model, batch, autocast):
-    """Bytes that a forward pass keeps for the backward pass, each piece of memory once, parameters and autocast's copies of them apart."""
+def kept_bytes(model, forward):
+    """(what `forward()` gives, bytes that it keeps for the backward pass): each piece of memory once, parameters and autocast's copies of
+    them apart."""
     import torch
 
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -113,15 +114,14 @@ def saved(model, batch, autocast):
     kept = {}
 
     def keep(tensor):
-        copied = autocast and tensor.dtype is torch.bfloat16 and tuple(tensor.shape) in shapes
+        copied = tensor.dtype is torch.bfloat16 and tuple(tensor.shape) in shapes
         if tensor.untyped_storage().data_ptr() not in weights and not copied:
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    products = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), products:
-        model(**batch)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = forward()
+    return out, sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,10 @@ def test_activations_are_those_that_torch_keeps(monkeypatch, kind, dtype, keys):
         compiled=compiled,
         fused_loss=compiled,
     )
-    measured = saved(model, batch, dtype == "autocast") / (ROWS * LENGTH)
+    products = torch.autocast("cpu", torch.bfloat16) if dtype == "autocast" else contextlib.nullcontext()
+    with products:
+        _, measured = kept_bytes(model, lambda: model(**batch))
+    measured /= ROWS * LENGTH
     foretold = planned.kept(share_recomputed(run)) + planned.whole / (ROWS * LENGTH)
     if compiled and dtype == "autocast":
         assert 0.75 * foretold < measured < 1.05 * foretold

@@ -31,7 +31,7 @@ def by_strategy(stage):
 def test_the_published_recipe_is_planned_without_its_model_and_data(run, plan, tmp_path):
     """On its batch file's 8 H100, under every strategy; the shape is Llama 3.2 1B's with the rows its tokenizer will have."""
     stages = plan(LLAMA)
-    assert list(stages) == ["cpt-1-embeddings", "cpt-2-full"]
+    assert list(stages) == ["cpt-1-embeddings", "cpt-2-full", "sft"]
     full = stages["cpt-2-full"]
     assert (full["parameters"], full["steps"], full["tokens_a_step"]) == (1_178_667_008, 15_000, 224 * 2048)
     assert stages["cpt-1-embeddings"]["trained"] == 100_352 * 2048
@@ -44,8 +44,33 @@ def test_the_published_recipe_is_planned_without_its_model_and_data(run, plan, t
     assert launched["checkpoint_bytes"] == 12 * full["parameters"] and launched["cost"] is None
     said = run("scripts/plan.py", LLAMA, "--run_dir", tmp_path / "run").stdout
     assert "cpt-2-full: 1,178,667,008 parameters, all of them trained; 15,000 steps" in said
-    assert "> fsdp2" in said and "fastest " in said and "sft: not planned: it trains an adapter" in said
+    assert (
+        "> fsdp2" in said and "fastest " in said and "sft: 1,223,755,776 parameters, 45,088,768 of them trained" in said
+    )
     assert not (tmp_path / "run").exists(), "it writes nothing"
+
+
+def test_an_adapter_is_planned_on_whole_weights_alone(plan):
+    """All seven projections at rank 64, on its batch file's 24 GB card; nothing is saved before the end."""
+    recipe = f"{LLAMA}/sft.yaml"
+    stage = plan(recipe)["sft"]
+    (found,) = stage["launched"]
+    assert (stage["trained"], stage["steps"], stage["conversations_an_epoch"]) == (45_088_768, None, None)
+    assert (found["gpu"], found["strategy"], found["per_device_train_batch_size"]) == ("A10G", "single", 4)
+    assert found["fits"] and found["checkpoint_bytes"] == 4 * stage["trained"] and found["best_save_seconds"] is None
+    terms = found["memory"]["terms"]
+    assert terms["weights"] == 2 * (stage["parameters"] - stage["trained"]) + 4 * stage["trained"]
+    assert terms["gradients"] + terms["moments"] == 12 * stage["trained"]
+    more = plan(recipe, "--gpus_per_node", 4)["sft"]
+    assert [f["strategy"] for f in more["set_ups"] if f["fits"]] == ["ddp"]
+    assert more["launched"][0]["bytes_sent_by_a_gpu"] == pytest.approx(2 * 3 / 4 * 4 * stage["trained"])
+
+
+def test_an_adapter_s_epochs_are_those_of_the_conversations_that_are_there(plan):
+    """The quickstart's: 149, of which the held out are no epoch's."""
+    stage = plan("recipes/quickstart/sft.yaml", "--gpu", "A10G")["sft"]
+    number = stage["conversations_an_epoch"]
+    assert 120 < number < 149 and stage["steps"] == 4 * -(-number // 8)
 
 
 def test_other_gpus_counts_and_strategies_by_flags(plan):
@@ -133,7 +158,6 @@ def test_shards_and_models_that_are_there_are_looked_at(plan, made, tiny_model, 
         ([LLAMA, "--gpu", "A100"], "--gpu A100: which one: A100-40GB, A100-80GB?"),
         ([LLAMA, "--strategy", "fsdp"], "--strategy fsdp: no such file; in accelerate_configs/ there are: ddp, fsdp2"),
         ([LLAMA, "--gpu", "h100", "--price_per_gpu_hour", "1", "2"], "--price_per_gpu_hour: 2 for 1 kinds of GPU"),
-        ([f"{LLAMA}/sft.yaml"], "sft: it trains an adapter"),
         (["recipes/none"], "recipes/none: no recipe there"),
     ],
 )

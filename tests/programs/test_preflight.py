@@ -6,7 +6,7 @@ import re
 
 import pytest
 import yaml
-from conftest import TINY_LLAMA
+from conftest import CORPUS, TINY_LLAMA
 
 from dilqur.errors import InputError
 from dilqur.preflight import machine
@@ -149,6 +149,17 @@ def test_weights_and_optimizer_are_divided_among_the_processes(recipe, checks, t
     assert status == "ok" and text.startswith("0.6 MB a GPU for weights, gradients and moments sharded over 4")
     ddp = {"PATH": path, "DILQUR_STRATEGY": "accelerate_configs/ddp.yaml"}
     assert checks(recipe(), "--num_processes", 4, **ddp)[0]["memory"][1].startswith("2.5 MB a GPU")
+
+
+def test_an_adapter_s_memory_is_the_planner_s(recipe, checks, tmp_path):
+    """4 bytes for each of 155,968 frozen parameters, 16 for each of 131,072 of the adapter at rank 64."""
+    conversations = {"datasets": None, "max_steps": None, "input": [str(CORPUS / "az_qa.jsonl")]}
+    folder = recipe(["cpt scripts/sft.py sft_1gpu"], **conversations)
+    small, large = (nvidia_smi(tmp_path / size, f"NVIDIA T4, {size}, 580.82.07, 7.5") for size in ("2", "4000"))
+    status, text = checks(folder, PATH=large)[0]["memory"]
+    assert status == "ok" and text.startswith("2.7 MB a GPU for weights, gradients and moments, about"), text
+    status, text = checks(folder, PATH=small)[0]["memory"]
+    assert status == "FAIL" and text.endswith("take a larger GPU, or bf16: true")
 
 
 def test_an_earlier_start_says_how_far_apart_checkpoints_are(recipe, checks, tmp_path):
