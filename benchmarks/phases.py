@@ -104,7 +104,7 @@ def time_steps(rounds, device):
     for phase, patterns in PHASES.items():
         model = cpt["load_model"](settings)  # the same weights: drawn from the seed
         freeze_all_but(model, patterns)
-        optimizer = make_optimizer(model.train(), settings, fused=device == "cuda")
+        optimizer = make_optimizer(model.train(), settings, on_gpu=device == "cuda")
         steps[phase] = prepare(accelerator, model, optimizer)
 
     def now():

@@ -164,13 +164,18 @@ class BareLoop:
     def __init__(self, settings, cpt):
         import torch
 
+        from dilqur.apply_kernels import apply_kernels
         from dilqur.batches import TokenSamples
+        from dilqur.kernels import Machine, choose
         from dilqur.optimizer import make_optimizer
 
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.bf16, self.max_norm = settings.bf16, settings.max_grad_norm
-        self.model = cpt["load_model"](settings).to(self.device).train()
-        self.optimizer = make_optimizer(self.model, settings, fused=self.device == "cuda")
+        self.model = cpt["load_model"](settings).train()
+        machine = Machine.here(settings, self.model.config, "single", settings.per_device_train_batch_size)
+        apply_kernels(self.model, settings, choose(settings, machine)[0])
+        self.model.to(self.device)
+        self.optimizer = make_optimizer(self.model, settings, on_gpu=self.device == "cuda")
         samples, size = TokenSamples(settings.datasets, settings.max_length, settings.seed), settings.global_batch_size
         arrays = [samples.batch(range(step * size, (step + 1) * size)) for step in range(settings.max_steps)]
         self.batches = iter([{name: torch.from_numpy(a) for name, a in batch.items()} for batch in arrays])

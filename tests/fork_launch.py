@@ -67,7 +67,8 @@ def workers_environment(strategy, world):
     arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
     deepspeed = arguments.use_deepspeed
     environment = prepare_deepspeed_cmd_env(arguments)[1] if deepspeed else prepare_multi_gpu_env(arguments)
-    changed = {k: v for k, v in environment.items() if os.environ.get(k) != v}
+    # PYTHONPATH: accelerate gives DeepSpeed's workers this process's sys.path, which a fork has anyway
+    changed = {k: v for k, v in environment.items() if os.environ.get(k) != v and k != "PYTHONPATH"}
     return {**changed, "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
 
 

@@ -8,7 +8,14 @@ from dilqur.errors import InputError
 from dilqur.optimizer import SCHEDULES, freeze_all_but, learning_rate_at, make_optimizer
 
 ADAMW = SimpleNamespace(
-    learning_rate=1e-4, adam_beta1=0.9, adam_beta2=0.95, adam_epsilon=1e-8, weight_decay=0.1, dtype="float32", seed=1
+    learning_rate=1e-4,
+    adam_beta1=0.9,
+    adam_beta2=0.95,
+    adam_epsilon=1e-8,
+    weight_decay=0.1,
+    dtype="float32",
+    seed=1,
+    optim=None,
 )
 
 
@@ -81,7 +88,7 @@ def test_matrices_decay_norms_do_not_and_frozen_weights_are_not_there(llama):
     model = llama()
     freeze_all_but(model, ["*layers.1*", "*norm*"])
     names = {parameter: name for name, parameter in model.named_parameters()}
-    decay, plain = make_optimizer(model, ADAMW, fused=False).param_groups
+    decay, plain = make_optimizer(model, ADAMW, on_gpu=False).param_groups
     assert (decay["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     assert (decay["betas"], decay["eps"], decay["lr"]) == ((0.9, 0.95), 1e-8, 1e-4)
     assert len(decay["params"]) == 7  # q, k, v, o, gate, up, down of one layer
@@ -93,7 +100,7 @@ def test_matrices_decay_norms_do_not_and_frozen_weights_are_not_there(llama):
 def test_embeddings_alone_make_one_group_and_a_tied_weight_is_in_it_once(llama):
     model = llama()
     freeze_all_but(model, ["*embed_tokens*"])
-    (group,) = make_optimizer(model, ADAMW, fused=False).param_groups
+    (group,) = make_optimizer(model, ADAMW, on_gpu=False).param_groups
     assert [p is model.lm_head.weight for p in group["params"]] == [True]
 
 
