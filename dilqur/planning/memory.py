@@ -49,9 +49,8 @@ def memory_of(job, strategy, accumulation=1):
     activations = job.activations(residual_bytes(job, strategy))
     if activations.whole:
         terms["gradient of the head"] = activations.whole
-    if (
-        job.fused_loss
-    ):  # compiled, bfloat16 logits and their gradients; else fp32 ones, and which column is the target, besides
+    # compiled, bfloat16 logits and their gradients; else fp32 ones, and which column is the target, besides
+    if job.fused_loss:
         terms["a chunk of logits"] = CHUNK_BYTES * (1 if job.compiled else 11 / 4)
     if job.lora:
         terms["a chunk of logits"] = job.product * CHUNK_OF_LOGITS
