@@ -98,18 +98,18 @@ def _function(kernel, compiled):
 
 
 def loss_and_gradient(logits, labels):
-    """Of a chunk: (sum of the losses, fp32; gradients of the logits, in their dtype). logits: (rows, vocabulary), which are overwritten.
-    labels: (rows,)."""
+    """Of a chunk: (sum of the losses, fp32; gradients of the logits, in their dtype). logits: (rows, vocabulary). labels: (rows,)."""
     valid = labels != IGNORE
     target = labels.where(valid, 0).unsqueeze(1)
-    numbers = logits.float()
-    normaliser = numbers.logsumexp(1, keepdim=True)
-    losses = (normaliser - numbers.gather(1, target)).squeeze(1)
-    gradient = numbers.sub_(normaliser).exp_()
-    # by comparison, not scatter_add: compiled, all of this is two passes over the logits
-    columns = torch.arange(logits.shape[1], device=logits.device)
-    gradient.sub_((columns == target).float()).mul_(valid.unsqueeze(1))
-    return losses.where(valid, 0).sum(), gradient.to(logits.dtype)
+    log_probabilities = torch.log_softmax(logits, 1, dtype=torch.float32)
+    losses = -log_probabilities.gather(1, target).squeeze(1)
+    gradient = log_probabilities.exp_()
+    if torch.compiler.is_compiling():  # a comparison is fused with the rest: all of this is two passes over the logits
+        columns = torch.arange(logits.shape[1], device=logits.device)
+        gradient = gradient - (columns == target).float()
+    else:
+        gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=gradient.dtype))
+    return losses.where(valid, 0).sum(), gradient.mul_(valid.unsqueeze(1)).to(logits.dtype)
 
 
 class Chunked(torch.autograd.Function):

@@ -49,9 +49,9 @@ def memory_of(job, strategy, accumulation=1):
     activations = job.activations(residual_bytes(job, strategy))
     if activations.whole:
         terms["gradient of the head"] = activations.whole
-    # compiled, bfloat16 logits and their gradients; else fp32 ones, and which column is the target, besides
+    # compiled, bfloat16 logits and their gradients; else those in fp32 between them, too
     if job.fused_loss:
-        terms["a chunk of logits"] = CHUNK_BYTES * (1 if job.compiled else 11 / 4)
+        terms["a chunk of logits"] = CHUNK_BYTES * (1 if job.compiled else 2)
     if job.lora:
         terms["a chunk of logits"] = job.product * CHUNK_OF_LOGITS
     each = job.max_length * activations.peak(job.recomputed)
