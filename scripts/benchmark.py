@@ -141,7 +141,7 @@ class Benchmark:
                 values |= {"model_name_or_path": str(made / "model"), "model_config": None, "tokenizer": None}
 
     def resolve(self, variant, **more):
-        """The settings of a variant's run, as its program would have them: every path found, everything checked."""
+        """The settings of a variant's run, as its program would have them, every path found."""
         values = {**self.values[variant.name], **more}
         # the recipe's own schedule, if it is longer than the benchmark
         values["max_steps"] = max(values.get("max_steps") or 0, values.get("warmup_steps", 0) + max(self.steps) + 1)
@@ -151,10 +151,13 @@ class Benchmark:
             raise InputError(f"{self.settings.recipe}: {str(problem).partition('() ')[2]}") from None
         settings.config, settings.output_dir = self.settings.recipe, str(self.folder / "none")
         Stage(settings, self.program)
+        return settings
+
+    def check(self, variant):
+        """Raises InputError as the variant's program would. A synthetic one's inputs are not there yet: its run says what is wrong."""
         strategy = {"DILQUR_STRATEGY": variant.strategy} if variant.strategy else {}
         with variables(WORLD_SIZE=str(self.settings.num_processes), **strategy):
-            self.module["check"](settings)
-        return settings
+            self.module["check"](self.resolve(variant))
 
     def run(self, variant, name, steps, environ=None, **more):
         """The Outcome of a run of `steps` steps, called `name`; its recipe, log and metrics stay in OUTPUT_DIR/runs."""
@@ -323,7 +326,7 @@ def main():
     benchmark = Benchmark(settings, stage.folder)
     if not benchmark.settings.synthetic:
         for variant in benchmark.variants:
-            benchmark.resolve(variant)
+            benchmark.check(variant)
     runs = len(benchmark.variants) * (benchmark.settings.rounds + bool(benchmark.steps[1]))
     if settings.check:
         return print(f"{stage.name}: ok, {len(benchmark.variants)} variants, {runs} runs")
