@@ -101,13 +101,15 @@ def loss_and_gradient(logits, labels):
     """Of a chunk: (sum of the losses, fp32; gradients of the logits, in their dtype). logits: (rows, vocabulary). labels: (rows,)."""
     valid = labels != IGNORE
     target = labels.where(valid, 0).unsqueeze(1)
-    log_probabilities = torch.log_softmax(logits, 1, dtype=torch.float32)
-    losses = -log_probabilities.gather(1, target).squeeze(1)
-    gradient = log_probabilities.exp_()
-    if torch.compiler.is_compiling():  # a comparison is fused with the rest: all of this is two passes over the logits
+    if torch.compiler.is_compiling():  # two passes over the logits, and nothing of their size but the gradient
+        normaliser = logits.float().logsumexp(1, keepdim=True)
+        losses = (normaliser - logits.gather(1, target)).squeeze(1)
         columns = torch.arange(logits.shape[1], device=logits.device)
-        gradient = gradient - (columns == target).float()
+        gradient = (logits.float() - normaliser).exp() - (columns == target).float()
     else:
+        log_probabilities = torch.log_softmax(logits, 1, dtype=torch.float32)
+        losses = -log_probabilities.gather(1, target).squeeze(1)
+        gradient = log_probabilities.exp_()
         gradient.scatter_add_(1, target, torch.full_like(target, -1, dtype=gradient.dtype))
     return losses.where(valid, 0).sum(), gradient.mul_(valid.unsqueeze(1)).to(logits.dtype)
 
