@@ -4,7 +4,7 @@
     attn_implementation   sdpa             sdpa                                                             sdpa
     sdpa_backend          torch's order    torch's order, which has cuDNN first on Hopper                   torch's order
     loss_kernel           logits           quack where it is installed and fits, else liger, else chunked   chunked, where the logits
-                                                                                                            take more than 1 GiB
+                                                                                                            are more than a chunk
     torch_compile         false            true, if there is a C compiler; not under ZeRO-3                 false
     compile_unit          layer            model, for an encoder on whole weights; else layer               layer
 
@@ -44,7 +44,6 @@ PLAIN = {
 KNOWN_MODELS = ("llama", "mistral", "qwen2", "qwen3", "neobert")
 # of fp32 logits that the chunked loss has at a time: large products, and little beside the activations
 CHUNK_BYTES = 512 << 20
-LARGE_LOGITS = 1 << 30  # bytes of fp32: below that, on a CPU, nothing is gained by computing them in parts
 GOOD_CUDNN = 91500
 FP8_SMALLEST = 1024  # a side of a matrix: below, casting costs more than the faster product gains
 
@@ -276,8 +275,8 @@ def _loss(settings, machine, chosen):
     if machine.model_type not in KNOWN_MODELS:
         return "logits", f"what a {machine.model_type} does to them is not known"
     if not machine.capability:
-        large = machine.logits_bytes > LARGE_LOGITS
-        return ("chunked", "the logits would be large") if large else ("logits", "they are small here")
+        large = machine.logits_bytes > CHUNK_BYTES
+        return ("chunked", "all logits are more than a chunk") if large else ("logits", "they are small here")
     if "quack" in machine.packages and _quack_fits(machine):
         return "quack", "installed, and made for Hopper"
     if "liger_kernel" in machine.packages:
