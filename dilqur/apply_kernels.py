@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dilqur.document_attention import attention_for, register_document_attention
 from dilqur.errors import InputError
 from dilqur.fused_loss import fuse_loss
-from dilqur.kernels import FP8_SMALLEST, KNOWN_MODELS, SDPA_BACKENDS, share_recomputed
+from dilqur.kernels import FP8_SMALLEST, KNOWN_MODELS, SDPA_BACKENDS, in_bfloat16, share_recomputed
 
 _for_good = contextlib.ExitStack()  # what holds from now to the end of the process
 
@@ -93,8 +93,8 @@ def _take_backend(name, settings, config):
     """From now on torch's attention is by this backend and no other. Set for the process and not in the model's forward pass, since
     gradient checkpointing repeats that in the backward pass."""
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    low = settings.bf16 or settings.dtype == "bfloat16"
-    dtype, device = torch.bfloat16 if low else torch.float32, "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if in_bfloat16(settings) else torch.float32
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     query = torch.zeros(1, 1, 128, size, device=device, dtype=dtype)
     backend = getattr(SDPBackend, SDPA_BACKENDS[name])
     try:

@@ -113,9 +113,7 @@ def register_document_attention():
         batch, _, length, _ = query.shape
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         # under autocast rotary embeddings leave queries and keys in fp32; the kernel is not one of those that autocast knows
-        device = query.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else value.dtype
+        dtype = dtype_of_products(value)
         query, key, value = (x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query, key, value))
         if _has_varlen_kernel(query) and not dropout:
             window = (-1, 0) if causal else (-1, -1)
@@ -126,6 +124,15 @@ def register_document_attention():
         return out.unflatten(0, (batch, length)), None
 
     ALL_ATTENTION_FUNCTIONS.register(NAME, document_sdpa)
+
+
+def dtype_of_products(tensor):
+    """For a function that autocast does not reach into: autocast's dtype where that is on for the device of `tensor`, else the tensor's."""
+    import torch
+
+    device = tensor.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else tensor.dtype
 
 
 def _has_varlen_kernel(query):

@@ -21,6 +21,7 @@ from torch.nn.functional import linear
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dilqur.batches import IGNORE
+from dilqur.document_attention import dtype_of_products
 from dilqur.kernels import CHUNK_BYTES
 
 
@@ -37,7 +38,8 @@ def fuse_loss(model, kernel, compiled=False):
     @torch.compiler.disable
     def loss_of(hidden, labels, num_items_in_batch):
         tensors = (hidden.flatten(0, -2), head.weight, head.bias)
-        return compute(*tensors, labels.flatten(), _dtype_of_products(hidden, head.weight)) / num_items_in_batch
+        # without autocast the weight's: FSDP2 gathers it in bfloat16 already
+        return compute(*tensors, labels.flatten(), dtype_of_products(head.weight)) / num_items_in_batch
 
     def head_forward(hidden, labels=None, num_items_in_batch=1):
         return logits_of(hidden) if labels is None else loss_of(hidden, labels, num_items_in_batch)
@@ -55,13 +57,6 @@ def fuse_loss(model, kernel, compiled=False):
         return CausalLMOutputWithPast(loss=self.get_output_embeddings()(hidden, shift_labels, num_items_in_batch))
 
     model.forward = types.MethodType(forward, model)
-
-
-def _dtype_of_products(hidden, weight):
-    """Autocast's, which does not reach into these functions, else the weight's, which FSDP2 gathers in bfloat16 already."""
-    device = hidden.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if autocast else weight.dtype
 
 
 def _function(kernel, compiled):

@@ -32,6 +32,8 @@ SDPA_BACKENDS = {
     "efficient": "EFFICIENT_ATTENTION",
     "math": "MATH",
 }
+# of other packages: (module, what installs it)
+PACKAGES = {"liger": ("liger_kernel", "liger-kernel==0.8.5"), "quack": ("quack", "quack-kernels==0.6.5")}
 LOSS_KERNELS = ("logits", "chunked", "torch", "liger", "quack")  # dilqur/fused_loss.py
 PLAIN = {
     "attn_implementation": "sdpa",
@@ -92,7 +94,7 @@ class KernelSettings:
 @dataclass(frozen=True)
 class Machine:
     """What the rules look at. capability: (major, minor) of the GPU, None: a CPU. bf16: are the products in bfloat16. logits_bytes: of a
-    micro-batch, in fp32. vocab_size: rows of the head. packages: those installed of "liger_kernel" and "quack". cudnn: its version,
+    micro-batch, in fp32. vocab_size: rows of the head. packages: the keys of PACKAGES that are installed. cudnn: its version,
     91501 being 9.15.1."""
 
     capability: tuple | None
@@ -116,12 +118,12 @@ class Machine:
         return cls(
             capability=torch.cuda.get_device_capability() if on_gpu else None,
             strategy=strategy,
-            bf16=settings.bf16 or settings.dtype == "bfloat16",
+            bf16=in_bfloat16(settings),
             encoder=encoder,
             logits_bytes=int(4 * tokens * config.vocab_size),
             vocab_size=config.vocab_size,
             model_type=config.model_type,
-            packages=frozenset(p for p in ("liger_kernel", "quack") if importlib.util.find_spec(p)),
+            packages=frozenset(name for name, (module, _) in PACKAGES.items() if importlib.util.find_spec(module)),
             cudnn=(torch.backends.cudnn.version() or 0) if on_gpu else 0,
             c_compiler=bool(shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")),
         )
@@ -144,7 +146,7 @@ def check_kernels(settings, strategy):
         raise InputError(
             "use_liger_kernel has a loss and layers of its own: give that, or kernels: auto or a loss_kernel"
         )
-    if s.loss_kernel == "torch" and (s.bf16 or s.dtype == "bfloat16"):
+    if s.loss_kernel == "torch" and in_bfloat16(s):
         raise InputError(
             "loss_kernel: torch gives losses rounded to bfloat16 in a run with bfloat16 products: take chunked, or liger on a GPU"
         )
@@ -164,12 +166,9 @@ def check_kernels(settings, strategy):
         )
     if s.fp8 and importlib.util.find_spec("torchao") is None:
         raise InputError("fp8: its layers are torchao's: pip install torchao==0.18.0")
-    for key, package, install in (
-        ("liger", "liger_kernel", "liger-kernel==0.8.5"),
-        ("quack", "quack", "quack-kernels==0.6.5"),
-    ):
-        if s.loss_kernel == key and importlib.util.find_spec(package) is None:
-            raise InputError(f"loss_kernel: {key} is not installed: pip install {install}, or take chunked")
+    module, install = PACKAGES.get(s.loss_kernel, (None, None))
+    if module and importlib.util.find_spec(module) is None:
+        raise InputError(f"loss_kernel: {s.loss_kernel} is not installed: pip install {install}, or take chunked")
 
 
 def _no_single_graph(settings, strategy):
@@ -181,6 +180,11 @@ def _no_single_graph(settings, strategy):
     if share_recomputed(settings) and not settings.activation_memory_budget:
         return "with gradient_checkpointing, which would cut the graph (activation_memory_budget does not)"
     return ""
+
+
+def in_bfloat16(settings):
+    """Are the matrix products?"""
+    return settings.bf16 or settings.dtype == "bfloat16"
 
 
 def share_recomputed(settings):
@@ -224,12 +228,12 @@ def _impossible(key, value, settings, machine):
     """Why `value` cannot be had here, or None."""
     if key == "loss_kernel" and value != "logits" and machine.model_type not in KNOWN_MODELS:
         return f"it is not known for a {machine.model_type}, whose logits may be scaled or capped before the loss"
-    if key == "loss_kernel" and value in ("liger", "quack"):
+    if key == "loss_kernel" and value in PACKAGES:
         if not machine.capability:
             return "there is no GPU here"
         if value == "quack" and not _quack_fits(machine):
             return "it wants a Hopper GPU or newer, bf16: true, a vocab_size that divides by 128, and no encoder"
-        if {"liger": "liger_kernel"}.get(value, value) not in machine.packages:
+        if value not in machine.packages:
             return "it is not installed here"
     if key == "loss_kernel" and value == "torch":
         import torch
@@ -279,7 +283,7 @@ def _loss(settings, machine, chosen):
         return ("chunked", "all logits are more than a chunk") if large else ("logits", "they are small here")
     if "quack" in machine.packages and _quack_fits(machine):
         return "quack", "installed, and made for Hopper"
-    if "liger_kernel" in machine.packages:
+    if "liger" in machine.packages:
         return "liger", "fused, and installed"
     return "chunked", "neither quack nor liger is installed"
 
@@ -314,12 +318,11 @@ assert RULES.keys() == PLAIN.keys() <= {f.name for f in fields(KernelSettings)}
 
 def in_words(chosen, why, settings):
     """[(name, value)] for the table at a run's start."""
-    compiled = chosen["torch_compile"] and f"by {chosen['compile_unit']}"
     shown = {
         "attn_implementation": f"attention {chosen['attn_implementation']}",
         "sdpa_backend": f"backend {chosen['sdpa_backend'] or 'as torch prefers'}",
         "loss_kernel": "Liger's layers and loss" if settings.use_liger_kernel else f"loss {chosen['loss_kernel']}",
-        "torch_compile": f"compiled {compiled}" if compiled else "not compiled",
+        "torch_compile": f"compiled by {chosen['compile_unit']}" if chosen["torch_compile"] else "not compiled",
     }
     if share := share_recomputed(settings):
         shown["recomputed"] = f"{share:.0%} of the activations recomputed"

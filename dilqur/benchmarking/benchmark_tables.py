@@ -1,5 +1,7 @@
 """The Markdown of a benchmark's result: rates, the phases of a step, and what else was seen of each variant."""
 
+from dilqur.kernels import PLAIN
+
 DASH = "–"
 
 
@@ -102,13 +104,12 @@ def parities(rows, first):
 
 def chosen(rows):
     """What `kernels: auto` came to on this machine."""
-    names = ("attn_implementation", "sdpa_backend", "loss_kernel", "torch_compile", "compile_unit")
     body = [
-        [name, *(str(row["kernels"][key]).lower() for key in names)]
+        [name, *(str(row["kernels"][key]).lower() for key in PLAIN)]
         for name, row in rows.items()
         if row["kernels"] and row["settings"]["kernels"] == "auto"
     ]
-    return table(["kernels: auto chose", *names], body)
+    return table(["kernels: auto chose", *PLAIN], body)
 
 
 def kernels(rows):

@@ -103,8 +103,12 @@ def runs(tmp_path_factory, server, made, tiny_model):
 
 def metrics(folder, *names):
     """{step: the numbers of `names`}."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {r["step"]: tuple(r[name] for name in names) for r in records}
+    return {step: tuple(record[name] for name in names) for step, record in records(folder).items()}
+
+
+def records(folder):
+    """{step: all that metrics.jsonl has of it}."""
+    return {r["step"]: r for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
 
 
 def flat(numbers):
@@ -216,15 +220,11 @@ def test_head_and_loss_in_one_learn_the_same_where_the_heads_weight_is_gathered_
     plain = runs.start("single", "evaluated", *flags, model=runs.tiny_model)
     for names in (("loss", "grad_norm"), ("eval_loss",)):
         expected, found = (
-            {s: [r[n] for n in names] for s, r in whole(f).items() if names[0] in r} for f in (plain, fused)
+            {s: [r[n] for n in names] for s, r in records(f).items() if names[0] in r} for f in (plain, fused)
         )
         assert flat(found) == pytest.approx(flat(expected), rel=ROUNDING)
     trainer = json.loads((fused / "checkpoints" / "step-0000004" / "trainer.json").read_text())
     assert trainer["kernels"]["loss_kernel"] == "chunked"
-
-
-def whole(folder):
-    return {r["step"]: r for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
 
 
 def test_in_bfloat16_alone_a_resume_under_another_strategy_goes_on_and_a_parameter_has_two_bytes(runs):

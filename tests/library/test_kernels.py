@@ -8,7 +8,7 @@ from test_kernel_parity import settings
 from dilqur.errors import InputError
 from dilqur.kernels import PLAIN, Machine, check_kernels, choose, in_words
 
-BOTH = frozenset({"liger_kernel", "quack"})
+BOTH = frozenset({"liger", "quack"})
 H100 = Machine(
     (9, 0), "fsdp2", bf16=True, encoder=False, logits_bytes=8 << 30, vocab_size=100_352, packages=BOTH, cudnn=91900
 )
@@ -24,7 +24,7 @@ def on(machine, **changes):
     ("machine", "keys", "expected"),
     [
         (H100, {}, {"sdpa_backend": None, "loss_kernel": "quack", "torch_compile": True, "compile_unit": "layer"}),
-        (on(H100, packages={"liger_kernel"}), {}, {"loss_kernel": "liger"}),
+        (on(H100, packages={"liger"}), {}, {"loss_kernel": "liger"}),
         (on(H100, packages=set()), {}, {"loss_kernel": "chunked"}),
         (on(H100, vocab_size=100_353), {}, {"loss_kernel": "liger"}),
         (on(H100, strategy="zero3"), {}, {"torch_compile": False}),
@@ -55,7 +55,7 @@ def test_what_auto_chooses(machine, keys, expected):
 
 def test_a_resumed_run_keeps_what_it_began_with_where_that_can_be_had():
     auto = settings(kernels="auto")
-    kept, _ = choose(auto, on(H100, packages={"liger_kernel"}))
+    kept, _ = choose(auto, on(H100, packages={"liger"}))
     chosen, why = choose(auto, H100, kept)  # quack has been installed meanwhile
     assert chosen == kept and why["loss_kernel"] == "as this run began"
     on_cpu, why = choose(auto, CPU, kept)
