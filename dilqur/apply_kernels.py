@@ -1,17 +1,13 @@
 """A model made to compute by the kernels that dilqur/kernels.py has chosen. Parameters keep their names, and so do checkpoints."""
 
-import contextlib
 import functools
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dilqur.document_attention import attention_for, register_document_attention
 from dilqur.errors import InputError
 from dilqur.fused_loss import fuse_loss
-from dilqur.kernels import FP8_SMALLEST, KNOWN_MODELS, SDPA_BACKENDS, in_bfloat16, share_recomputed
-
-_for_good = contextlib.ExitStack()  # what holds from now to the end of the process
+from dilqur.kernels import FP8_SMALLEST, KNOWN_MODELS, share_recomputed, triton_runs
 
 
 def apply_kernels(model, settings, chosen):
@@ -23,9 +19,7 @@ def apply_kernels(model, settings, chosen):
         model.set_attn_implementation(attention)
     except (ImportError, ValueError) as problem:
         raise InputError(f"attn_implementation: {attention}: {str(problem).splitlines()[0]}") from None
-    if chosen["sdpa_backend"]:
-        _take_backend(chosen["sdpa_backend"], settings, model.config)
-    if settings.use_liger_kernel and not on_gpu:
+    if settings.use_liger_kernel and not triton_runs():
         print("use_liger_kernel: no GPU here, going on without (its kernels are Triton's)", flush=True)
     elif settings.use_liger_kernel:
         from transformers.integrations.liger import apply_liger_kernel
@@ -87,19 +81,3 @@ def to_float8(model, emulate=False):
     convert_to_float8_training(model, module_filter_fn=large, config=Float8LinearConfig(emulate=emulate))
     if not found:
         raise InputError(f"fp8: no linear layer of this model has {FP8_SMALLEST} rows and columns: leave it out")
-
-
-def _take_backend(name, settings, config):
-    """From now on torch's attention is by this backend and no other. Set for the process and not in the model's forward pass, since
-    gradient checkpointing repeats that in the backward pass."""
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    dtype = torch.bfloat16 if in_bfloat16(settings) else torch.float32
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    query = torch.zeros(1, 1, 128, size, device=device, dtype=dtype)
-    backend = getattr(SDPBackend, SDPA_BACKENDS[name])
-    try:
-        with sdpa_kernel(backend):
-            torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
-    except RuntimeError as problem:
-        raise InputError(f"sdpa_backend: {name}: not here, for heads of {size}: {problem}") from None
-    _for_good.enter_context(sdpa_kernel(backend))

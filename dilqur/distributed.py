@@ -18,7 +18,7 @@ import os
 from datetime import timedelta
 
 from dilqur.errors import InputError
-from dilqur.owned_state import base_optimizer, flat_partitions, zero_optimizer
+from dilqur.owned_state import base_optimizer, flat_partitions, trained_parameters, zero_optimizer
 
 ZERO = ("zero1", "zero2", "zero3")
 CANNOT = {  # (key, value) of a recipe: ({strategy}, why, what to do)
@@ -143,9 +143,7 @@ def make_accelerator(
         if isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy) and not on_gpu:
             accelerator.state.fsdp_plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if bf16 else None,
-            reduce_dtype=torch.bfloat16 if low else torch.float32,
-            output_dtype=torch.float32 if bf16 else None,
+            param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.bfloat16 if low else torch.float32
         )
     return accelerator
 
@@ -259,7 +257,7 @@ def clip_and_step(accelerator, model, optimizer, max_norm):
     if (wrapper := getattr(accelerator, "deepspeed_engine_wrapped", None)) is not None:
         wrapper.engine.step()
         return float(wrapper.engine.get_global_grad_norm())
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    gradients = [p.grad for _, p in trained_parameters(model) if p.grad is not None]
     norm = _norm(gradients)
     if math.isfinite(norm):
         if max_norm and norm > max_norm:
@@ -270,16 +268,26 @@ def clip_and_step(accelerator, model, optimizer, max_norm):
 
 
 def _norm(gradients):
-    """Norms of the tensors in fp32, whatever their dtype, their squares added up in float64; shards over the ranks."""
+    """The Euclidean norm of all of them, on every rank the same; of shards over the ranks."""
     import torch
 
-    local = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]
-    norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in local])
-    square = norms.double().square().sum()
+    squares = [_square(g.to_local() if hasattr(g, "to_local") else g) for g in gradients]
+    square = torch.stack(squares).sum()
     for dimension, placement in enumerate(getattr(gradients[0], "placements", ())):
         if placement.is_shard():
             torch.distributed.all_reduce(square, group=gradients[0].device_mesh.get_group(dimension))
     return square.sqrt().item()
+
+
+def _square(gradient, run=1024):
+    """Sum of squares, float64: of runs of elements in fp32, of these in float64. In fp32 alone torch is wrong by 4 in 1,000 for 50 million
+    elements on a CPU, and otherwise on a shard than on the whole; in float64 alone it first makes a copy of twice the size."""
+    import torch
+
+    flat = gradient.reshape(-1)
+    whole = flat.numel() // run * run
+    runs = torch.linalg.vector_norm(flat[:whole].view(-1, run), dim=1, dtype=torch.float32)
+    return runs.double().square().sum() + flat[whole:].double().square().sum()
 
 
 def gather_over_ranks(accelerator, *values):

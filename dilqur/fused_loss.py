@@ -4,10 +4,7 @@ lie in memory whole.
     loss_kernel   who computes it                                          where
     logits        torch, all logits at once                                anywhere; what the others are compared with
     chunked       `Chunked`, below: some rows at a time                    anywhere
-    torch         F.linear_cross_entropy, torch 2.13 and newer             anywhere, in fp32: of bfloat16 products it gives losses rounded
-                                                                           to bfloat16, 10.73 as 10.75
     liger         Liger's fused linear cross-entropy, a Triton kernel      a GPU
-    quack         QuACK's chunked_linear_cross_entropy (quack-kernels)     a Hopper GPU or newer, bfloat16
 
 All but the first compute the gradients in the forward pass, so that no logits are kept until the backward pass. They run inside the
 head's own forward: whatever a strategy does to have the head's weight whole there, gather it or cast it, is done by then. They are no
@@ -65,29 +62,13 @@ def _function(kernel, compiled):
     if kernel == "chunked":
         of_a_chunk = torch.compile(loss_and_gradient, dynamic=True) if compiled else loss_and_gradient
         return lambda *tensors: Chunked.apply(*tensors, of_a_chunk, torch.is_grad_enabled())
-    if kernel == "torch":
-        options = torch.nn.LinearCrossEntropyOptions(acc_policy="accurate")
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-        def loss(hidden, weight, bias, labels):
-            arguments = {"linear_bias": bias, "reduction": "sum", "ignore_index": IGNORE, "options": options}
-            return torch.nn.functional.linear_cross_entropy(hidden, weight, labels, **arguments)
-
-    elif kernel == "liger":
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-        liger = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE, reduction="sum", accum_dtype=torch.float32)
-
-        def loss(hidden, weight, bias, labels):
-            return liger(weight, hidden, labels, bias)
-
-    else:
-        from quack.linear_cross_entropy import chunked_linear_cross_entropy
-
-        def loss(hidden, weight, bias, labels):
-            return chunked_linear_cross_entropy(hidden, weight, labels, ignore_index=IGNORE, reduction="sum")
+    liger = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE, reduction="sum", accum_dtype=torch.float32)
 
     def cast(hidden, weight, bias, labels, dtype):
-        return loss(hidden.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype), labels).float()
+        bias = bias if bias is None else bias.to(dtype)
+        return liger(weight.to(dtype), hidden.to(dtype), labels, bias).float()
 
     return cast
 

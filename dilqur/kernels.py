@@ -1,12 +1,10 @@
 """Which kernels compute a step: what a recipe can say of them, and what `kernels: auto` chooses. dilqur/apply_kernels.py does it.
 
-    key                   plain            auto on a GPU                                                    auto on a CPU
-    attn_implementation   sdpa             sdpa                                                             sdpa
-    sdpa_backend          torch's order    torch's order, which has cuDNN first on Hopper                   torch's order
-    loss_kernel           logits           quack where it is installed and fits, else liger, else chunked   chunked, where the logits
-                                                                                                            are more than a chunk
-    torch_compile         false            true, if there is a C compiler; not under ZeRO-3                 false
-    compile_unit          layer            model, for an encoder on whole weights; else layer               layer
+    key                   plain     auto on a GPU                                        auto on a CPU
+    attn_implementation   sdpa      sdpa                                                 sdpa
+    loss_kernel           logits    liger where it is installed, else chunked            chunked, where the logits are more than a chunk
+    torch_compile         false     true, if there is a C compiler; not under ZeRO-3     false
+    compile_unit          layer     model, for an encoder on whole weights; else layer   layer
 
 A key that the recipe gives wins over both columns, so that each choice can be turned off by itself. What was chosen is printed with its
 reason and kept in the checkpoints: a run that goes on computes as it began, where that can be had. The rules are functions of what is
@@ -26,27 +24,13 @@ from dilqur.document_attention import attention_for
 from dilqur.errors import InputError
 
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
-SDPA_BACKENDS = {
-    "cudnn": "CUDNN_ATTENTION",
-    "flash": "FLASH_ATTENTION",
-    "efficient": "EFFICIENT_ATTENTION",
-    "math": "MATH",
-}
-# of other packages: (module, what installs it)
-PACKAGES = {"liger": ("liger_kernel", "liger-kernel==0.8.5"), "quack": ("quack", "quack-kernels==0.6.5")}
-LOSS_KERNELS = ("logits", "chunked", "torch", "liger", "quack")  # dilqur/fused_loss.py
-PLAIN = {
-    "attn_implementation": "sdpa",
-    "sdpa_backend": None,
-    "loss_kernel": "logits",
-    "torch_compile": False,
-    "compile_unit": "layer",
-}
+LOSS_KERNELS = ("logits", "chunked", "liger")  # dilqur/fused_loss.py
+LIGER = "liger-kernel==0.8.5"  # what installs it
+PLAIN = {"attn_implementation": "sdpa", "loss_kernel": "logits", "torch_compile": False, "compile_unit": "layer"}
 # models whose loss is the cross-entropy of what the head gives, which others scale or cap first, and whose layers are one graph
 KNOWN_MODELS = ("llama", "mistral", "qwen2", "qwen3", "neobert")
 # of fp32 logits that the chunked loss has at a time: large products, and little beside the activations
 CHUNK_BYTES = 512 << 20
-GOOD_CUDNN = 91500
 FP8_SMALLEST = 1024  # a side of a matrix: below, casting costs more than the faster product gains
 
 
@@ -55,13 +39,10 @@ class KernelSettings:
     """The keys, for a run's settings to inherit. None: as `kernels` says."""
 
     kernels: Literal["plain", "auto"] = field(
-        default="plain", metadata={"help": "auto: chosen for this machine; the five keys after it win over it"}
+        default="plain", metadata={"help": "auto: chosen for this machine; the four keys after it win over it"}
     )
     attn_implementation: Literal[ATTENTION] | None = field(
         default=None, metadata={"help": "as in transformers; plain: sdpa"}
-    )
-    sdpa_backend: Literal[tuple(SDPA_BACKENDS)] | None = field(
-        default=None, metadata={"help": "the only one that sdpa may take; plain: what torch prefers"}
     )
     loss_kernel: Literal[LOSS_KERNELS] | None = field(
         default=None, metadata={"help": "head and loss in one, but for logits (plain)"}
@@ -93,20 +74,16 @@ class KernelSettings:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the rules look at. capability: (major, minor) of the GPU, None: a CPU. bf16: are the products in bfloat16. logits_bytes: of a
-    micro-batch, in fp32. vocab_size: rows of the head. packages: the keys of PACKAGES that are installed. cudnn: its version,
-    91501 being 9.15.1."""
+    """What the rules look at. logits_bytes: of a micro-batch, in fp32. triton: do its kernels run here. liger: is it installed."""
 
-    capability: tuple | None
+    gpu: bool
     strategy: str
-    bf16: bool
     encoder: bool
     logits_bytes: int
-    vocab_size: int
     model_type: str = "llama"
-    packages: frozenset = frozenset()
+    triton: bool = False
+    liger: bool = True
     c_compiler: bool = True
-    cudnn: int = 0
 
     @classmethod
     def here(cls, settings, config, strategy, batch_size):
@@ -116,15 +93,13 @@ class Machine:
         on_gpu, encoder = torch.cuda.is_available(), hasattr(settings, "mlm_probability")
         tokens = batch_size * settings.max_length * (settings.mlm_probability if encoder else 1)
         return cls(
-            capability=torch.cuda.get_device_capability() if on_gpu else None,
+            gpu=on_gpu,
             strategy=strategy,
-            bf16=in_bfloat16(settings),
             encoder=encoder,
             logits_bytes=int(4 * tokens * config.vocab_size),
-            vocab_size=config.vocab_size,
             model_type=config.model_type,
-            packages=frozenset(name for name, (module, _) in PACKAGES.items() if importlib.util.find_spec(module)),
-            cudnn=(torch.backends.cudnn.version() or 0) if on_gpu else 0,
+            triton=triton_runs(),
+            liger=importlib.util.find_spec("liger_kernel") is not None,
             c_compiler=bool(shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")),
         )
 
@@ -136,22 +111,19 @@ def check_kernels(settings, strategy):
     """InputError where the keys do not go together, or not with the strategy."""
     s = settings
     attention_for(s.attn_implementation or "sdpa", s.intra_document_masking)
-    if s.sdpa_backend and (s.attn_implementation or "sdpa") != "sdpa":
-        raise InputError(f"sdpa_backend: attn_implementation {s.attn_implementation} has none: leave one of them out")
-    if s.sdpa_backend and s.intra_document_masking:
-        raise InputError(
-            "sdpa_backend: with intra_document_masking torch's flash attention for unequal lengths runs: leave it out"
-        )
     if s.use_liger_kernel and (s.kernels == "auto" or s.loss_kernel):
         raise InputError(
             "use_liger_kernel has a loss and layers of its own: give that, or kernels: auto or a loss_kernel"
         )
-    if s.loss_kernel == "torch" and in_bfloat16(s):
+    if s.use_liger_kernel and hasattr(s, "mlm_probability"):
         raise InputError(
-            "loss_kernel: torch gives losses rounded to bfloat16 in a run with bfloat16 products: take chunked, or liger on a GPU"
+            "use_liger_kernel: Liger has no layers for a NeoBERT: leave it out, or give loss_kernel: liger"
         )
-    if s.loss_kernel == "quack" and hasattr(s, "mlm_probability"):
-        raise InputError("loss_kernel: quack knows no bias, and an encoder's head has one: take liger or chunked")
+    if s.use_liger_kernel and s.torch_compile:
+        raise InputError(
+            "use_liger_kernel does not go with torch_compile: its RoPE cannot be traced (torch.compiler.disable'd), and what its other "
+            "layers fuse the compiler fuses too: give loss_kernel: liger instead of it, or torch_compile: false"
+        )
     if s.compile_unit and not (s.torch_compile or (s.torch_compile is None and s.kernels == "auto")):
         raise InputError("compile_unit: nothing is compiled without torch_compile: true: leave it out")
     if s.compile_unit == "model" and (why := _no_single_graph(s, strategy)):
@@ -166,9 +138,8 @@ def check_kernels(settings, strategy):
         )
     if s.fp8 and importlib.util.find_spec("torchao") is None:
         raise InputError("fp8: its layers are torchao's: pip install torchao==0.18.0")
-    module, install = PACKAGES.get(s.loss_kernel, (None, None))
-    if module and importlib.util.find_spec(module) is None:
-        raise InputError(f"loss_kernel: {s.loss_kernel} is not installed: pip install {install}, or take chunked")
+    if s.loss_kernel == "liger" and importlib.util.find_spec("liger_kernel") is None:
+        raise InputError(f"loss_kernel: liger is not installed: pip install {LIGER}, or take chunked")
 
 
 def _no_single_graph(settings, strategy):
@@ -180,6 +151,14 @@ def _no_single_graph(settings, strategy):
     if share_recomputed(settings) and not settings.activation_memory_budget:
         return "with gradient_checkpointing, which would cut the graph (activation_memory_budget does not)"
     return ""
+
+
+def triton_runs():
+    """Do Triton's kernels run in this process: on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1), which runs them on a CPU, a
+    thousand times slower?"""
+    import torch
+
+    return torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def in_bfloat16(settings):
@@ -228,26 +207,10 @@ def _impossible(key, value, settings, machine):
     """Why `value` cannot be had here, or None."""
     if key == "loss_kernel" and value != "logits" and machine.model_type not in KNOWN_MODELS:
         return f"it is not known for a {machine.model_type}, whose logits may be scaled or capped before the loss"
-    if key == "loss_kernel" and value in PACKAGES:
-        if not machine.capability:
-            return "there is no GPU here"
-        if value == "quack" and not _quack_fits(machine):
-            return "it wants a Hopper GPU or newer, bf16: true, a vocab_size that divides by 128, and no encoder"
-        if value not in machine.packages:
-            return "it is not installed here"
-    if key == "loss_kernel" and value == "torch":
-        import torch
-
-        if not hasattr(torch.nn.functional, "linear_cross_entropy"):
-            return f"torch {torch.__version__} has no linear_cross_entropy; 2.13 has"
-    if key == "sdpa_backend" and value in ("cudnn", "efficient") and not machine.capability:
+    if key == "loss_kernel" and value == "liger" and not machine.triton:
         return "there is no GPU here"
-    if key == "sdpa_backend" and value in ("cudnn", "flash") and machine.capability and not machine.bf16:
-        return "it wants bf16: true"
-    if key == "sdpa_backend" and value == "cudnn" and settings.deterministic:
-        return "its backward pass has no deterministic form"
-    if key == "sdpa_backend" and value == "cudnn" and machine.cudnn <= GOOD_CUDNN and settings.max_length % 128:
-        return f"cuDNN {machine.cudnn} is wrong for a max_length that does not divide by 128: 9.15.1 is not"
+    if key == "loss_kernel" and value == "liger" and not machine.liger:
+        return "it is not installed here"
     if key == "torch_compile" and value and machine.strategy == "zero3":
         return "ZeRO-3's hooks break the graph"
     if key == "compile_unit" and value == "model" and (why := _no_single_graph(settings, machine.strategy)):
@@ -257,39 +220,21 @@ def _impossible(key, value, settings, machine):
     return None
 
 
-def _quack_fits(machine):
-    return machine.capability >= (9, 0) and machine.bf16 and machine.vocab_size % 128 == 0 and not machine.encoder
-
-
 def _attention(settings, machine, chosen):
-    return "sdpa", "torch's own, and no other package"
-
-
-def _sdpa_backend(settings, machine, chosen):
-    """Never one by force: since 2.10 torch itself puts cuDNN first on Hopper and newer, if it is newer than 9.15.0, before which lengths
-    that do not divide by 128 went wrong (ATen/native/transformers/cuda/sdp_utils.cpp, `check_prefer_cudnn_attention`; pytorch#169849)."""
-    if not machine.capability or machine.capability < (9, 0):
-        return None, "torch's own order is good here"
-    if machine.cudnn > GOOD_CUDNN:
-        return None, "cuDNN first, by torch's own order"
-    return None, "torch holds back a cuDNN as old as this one"
+    return "sdpa", "torch's own, by its own order of backends"
 
 
 def _loss(settings, machine, chosen):
     if machine.model_type not in KNOWN_MODELS:
         return "logits", f"what a {machine.model_type} does to them is not known"
-    if not machine.capability:
+    if not machine.gpu:
         large = machine.logits_bytes > CHUNK_BYTES
         return ("chunked", "all logits are more than a chunk") if large else ("logits", "they are small here")
-    if "quack" in machine.packages and _quack_fits(machine):
-        return "quack", "installed, and made for Hopper"
-    if "liger" in machine.packages:
-        return "liger", "fused, and installed"
-    return "chunked", "neither quack nor liger is installed"
+    return ("liger", "fused, and installed") if machine.liger else ("chunked", "liger is not installed")
 
 
 def _compile(settings, machine, chosen):
-    if not machine.capability:
+    if not machine.gpu:
         return False, "no GPU"
     if machine.model_type not in KNOWN_MODELS:
         return False, f"not tried with a {machine.model_type}"
@@ -308,7 +253,6 @@ def _unit(settings, machine, chosen):
 
 RULES = {
     "attn_implementation": _attention,
-    "sdpa_backend": _sdpa_backend,
     "loss_kernel": _loss,
     "torch_compile": _compile,
     "compile_unit": _unit,
@@ -320,7 +264,6 @@ def in_words(chosen, why, settings):
     """[(name, value)] for the table at a run's start."""
     shown = {
         "attn_implementation": f"attention {chosen['attn_implementation']}",
-        "sdpa_backend": f"backend {chosen['sdpa_backend'] or 'as torch prefers'}",
         "loss_kernel": "Liger's layers and loss" if settings.use_liger_kernel else f"loss {chosen['loss_kernel']}",
         "torch_compile": f"compiled by {chosen['compile_unit']}" if chosen["torch_compile"] else "not compiled",
     }

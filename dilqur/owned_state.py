@@ -23,12 +23,12 @@ def owned_slices(model, optimizer, for_read=False):
     fill, which under ddp is everything. Frozen parameters are not training state: they are where the model came from.
     """
     base, zero = base_optimizer(optimizer), zero_optimizer(optimizer)
-    for name, parameter in _named(model):
+    for name, parameter in trained_parameters(model):
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         if hasattr(parameter, "ds_id"):
-            start, views = _owned_zero3(parameter, base, zero)
+            start, views = _owned_zero3(parameter, base, zero, for_read)
         elif zero is not None:
-            start, views = _owned_zero12(parameter, base, zero)
+            start, views = _owned_zero12(parameter, base, zero, for_read)
         elif hasattr(parameter, "to_local"):
             start, views = _owned_fsdp2(parameter, base, for_read)
         else:
@@ -68,12 +68,13 @@ def _owned_whole(parameter, base, for_read):
     rows = parameter.shape[0] if parameter.ndim else 1
     per_row, each = parameter.numel() // max(1, rows), -(-rows // world)
     start, stop = min(rows, rank * each) * per_row, min(rows, (rank + 1) * each) * per_row
-    return start, {k: v.view(-1)[start:stop] for k, v in _state(base, parameter, parameter.detach()).items()}
+    state = _state(base, parameter, parameter.detach(), for_read)
+    return start, {k: v.view(-1)[start:stop] for k, v in state.items()}
 
 
 def _owned_fsdp2(parameter, base, for_read):
     start = first_element(parameter)
-    views = {k: v.to_local().reshape(-1) for k, v in _state(base, parameter, parameter.detach()).items()}
+    views = {k: v.to_local().reshape(-1) for k, v in _state(base, parameter, parameter.detach(), for_read).items()}
     if for_read:
         return start, views
     mesh, replica, replicas = parameter.device_mesh, 0, 1
@@ -94,16 +95,17 @@ def first_element(parameter):
     return offset[0] * math.prod(parameter.shape[1:]) if offset else 0
 
 
-def _owned_zero12(parameter, base, zero):
+def _owned_zero12(parameter, base, zero, for_read):
     mapping = getattr(parameter, "_hp_mapping", None)
     if mapping is None:  # wholly in another rank's partition
         return 0, {}
     flat, where = flat_partitions(zero)[mapping.param_group_index], mapping.hp_fragment_address
-    views = {k: v.detach().view(-1).narrow(0, where.start, where.numel) for k, v in _state(base, flat, flat).items()}
+    state = _state(base, flat, flat, for_read)
+    views = {k: v.detach().view(-1).narrow(0, where.start, where.numel) for k, v in state.items()}
     return mapping.lp_fragment_address.start, views
 
 
-def _owned_zero3(parameter, base, zero):
+def _owned_zero3(parameter, base, zero, for_read):
     import torch.distributed as dist
 
     start = min(parameter.partition_numel() * dist.get_rank(), parameter.ds_numel)
@@ -111,29 +113,41 @@ def _owned_zero3(parameter, base, zero):
     fp32, group = zero._get_fp32_opt_state_partition(parameter, release_swap_buffers=False)
     _, offset, size = zero.grad_position[zero.get_param_id(parameter)]
     flat = zero.fp32_partitioned_groups_flat[group]
-    state = _state(base, flat, flat)
+    state = _state(base, flat, flat, for_read)
     return start, {"weight": fp32[:count], **{k: state[k].narrow(0, offset, size)[:count] for k in MOMENTS}}
 
 
-def _state(base, key, weight):
-    """The weight and its moments; moments made as zeros where the optimizer has not stepped yet."""
+def _state(base, key, weight, for_read):
+    """The weight and its moments: zeros where the optimizer has not stepped yet, kept in it only if they are to be filled."""
     import torch
 
-    state = base.state[key]
-    for name in MOMENTS:
-        if name not in state:
-            state[name] = torch.zeros_like(key)
-    if "step" not in state:
-        on_device = any(g.get("fused") or g.get("capturable") for g in base.param_groups)
-        state["step"] = torch.zeros((), dtype=torch.float32, device=key.device if on_device else "cpu")
-    return {"weight": weight, **{name: state[name] for name in MOMENTS}}
+    assert any(key is p for group in base.param_groups for p in group["params"]), "not a tensor the optimizer steps"
+    state = base.state[key] if for_read else base.state.get(key, {})
+    found = {name: state.get(name, None) for name in MOMENTS}
+    found = {name: torch.zeros_like(key) if moment is None else moment for name, moment in found.items()}
+    if for_read:
+        state.update(found)
+        if "step" not in state:
+            on_device = any(g.get("fused") or g.get("capturable") for g in base.param_groups)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=key.device if on_device else "cpu")
+    return {"weight": weight, **found}
 
 
-def _named(model):
-    """(name, parameter) of the trainable ones; a tied weight once, under its first name; wrappers' prefixes taken off."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            yield name.replace("_orig_mod.", "").removeprefix("module."), parameter
+def trained_parameters(model):
+    """[(name, parameter)] of the trainable ones of a prepared model, as its strategy keeps them between steps: shards, where it shards.
+    A tied weight once, under its first name; wrappers' prefixes taken off.
+
+    Every walk over the parameters of a prepared model is by this function: a forward pass without a backward one, such as an
+    evaluation's, leaves FSDP2's last group gathered, in the dtype of the products (by design, pytorch#131965; accelerate#4015 makes
+    such a group of embeddings, head and last norm). Those tensors are temporary copies: the optimizer steps others.
+    """
+    units = [module for module in model.modules() if hasattr(module, "reshard")]
+    for unit in units:
+        unit.reshard()
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    gathered = [name for name, parameter in named if not hasattr(parameter, "to_local")] if units else []
+    assert not gathered, f"fsdp2: {gathered[0]} is gathered, and not this rank's shard"
+    return [(name.replace("_orig_mod.", "").removeprefix("module."), parameter) for name, parameter in named]
 
 
 def base_optimizer(optimizer):

@@ -49,7 +49,7 @@ class TrainingSettings(KernelSettings, StageSettings):
     # datasets, tokenizer: their fingerprints decide, not the way they are called; dataset_changes: those of steps not done yet
     may_change: ClassVar = (
         *harmless, "max_steps", "num_train_epochs", "eval_datasets", "datasets", "tokenizer", "dataset_changes", "kernels",
-        "attn_implementation", "sdpa_backend", "loss_kernel", "torch_compile", "compile_unit", "use_liger_kernel", "optim",
+        "attn_implementation", "loss_kernel", "torch_compile", "compile_unit", "use_liger_kernel", "optim",
         "gradient_checkpointing", "activation_memory_budget", "reduce_dtype", "deterministic", "load_best_model_at_end",
         "max_skipped_steps", "resume_without_optimizer",
     )  # fmt: skip

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from dilqur.cost_model import UnknownArchitecture, training_flops_per_token
 from dilqur.errors import InputError, program
+from dilqur.kernels import triton_runs
 from dilqur.loop import train
 from dilqur.quiet import quiet_libraries
 from dilqur.recipe import parse
@@ -45,12 +46,6 @@ def check(settings):
         config = read_config(settings.model_name_or_path)
         check_model(settings, samples, config, settings.model_name_or_path)
         stored_tensors(settings.model_name_or_path)  # all there, and no pickles
-
-
-def on_gpu():
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def load_model(settings):
@@ -84,6 +79,8 @@ def main():
         return print(f"{stage.name}: ok")
 
     quiet_libraries()
+    import torch
+
     from dilqur.model_folder import write_folder
     from dilqur.model_parameters import parameters_of
 
@@ -95,8 +92,9 @@ def main():
         write_folder(folder, reader, base, settings.tokenizer or base, config, parameters, dtype)
 
     loss, flops, only = causal_loss, None, settings.unfrozen_parameters
-    if settings.use_liger_kernel and on_gpu():
-        loss = functools.partial(causal_loss, skip_logits=True)  # else Liger makes them all in an evaluation
+    if settings.use_liger_kernel and triton_runs():
+        # skip_logits: else Liger makes them all in an evaluation; accum_dtype: else it adds up the head's gradient in bfloat16
+        loss = functools.partial(causal_loss, skip_logits=True, accum_dtype=torch.float32)
     with contextlib.suppress(UnknownArchitecture):
         if not only or all("embed" in name or "lm_head" in name for name in only):
             flops = training_flops_per_token(config.to_dict(), settings.max_length, embeddings_only=bool(only))

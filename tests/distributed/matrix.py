@@ -1,12 +1,16 @@
-"""The checkpoint matrix: a state saved under every strategy and number of processes goes on under every other.
+"""The checkpoint matrix: a state saved under every strategy and number of processes is the same whether or not the model was evaluated just
+before, and goes on under every other.
 
     python tests/distributed/matrix.py --output benchmarks/checkpoint_matrix.json                        225 cells in fp32
+    python tests/distributed/matrix.py --resume_cells false --bf16                                       only what is saved
     python tests/distributed/matrix.py --bf16 --output benchmarks/checkpoint_matrix_bf16.json            and in bf16
     python tests/distributed/matrix.py --program mlm --output benchmarks/checkpoint_matrix_mlm.json      of an encoder
     python tests/distributed/matrix.py --strategies ddp zero3 --worlds 1 2 --controls false              a part
 
-A run of 30 steps under each of them is stopped by nothing; its checkpoint of step 10 is then loaded under each, and the 20 losses that
-follow are compared with those of the loading one's own uninterrupted run. Controls show what the comparison would see: moments that
+A run of 30 steps under each of them is stopped by nothing. The saving cells: a second one is evaluated before every save, and leaves the best
+of its checkpoints as model/; every weight and moment of all checkpoints, and of model/, has to be the first one's, to the bit. The resume
+cells: the checkpoint of step 10 is loaded under each, and the 20 losses that follow are compared with those of the loading one's own
+uninterrupted run. Controls show what the comparison would see: moments that
 were not loaded, a step that was not, two pieces of a file that changed places.
 """
 
@@ -22,8 +26,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import fork_launch
 from fork_launch import ROOT, run
+from same_state import differing_tensors, differing_weights
 
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+ONLY_SAVING = ("fsdp2_offload", "hsdp")  # the same DTensors as fsdp2's: for the resume cells nothing new
 SAVED, STEPS = 10, 30
 # of each program: a model of 180,000 random weights, the control tokens its tokenizer has, and two of its weights of one shape
 MODELS = {
@@ -68,9 +74,27 @@ class Matrix:
         program = ROOT / "scripts" / f"{self.kind}.py"
         run(strategy, world, (*data, *shape, *rest, *flags, "--output_dir", out), log, program=program)
         records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        if name != "whole":
+        if name not in ("whole", "evaluated"):
             shutil.rmtree(out)
         return {record["step"]: record["loss"] for record in records}
+
+    def evaluated_differs(self, strategy, world, losses):
+        """What differs where the run of a place, whose losses are given, is evaluated before every save: [description of a tensor, …]."""
+        from dilqur.checkpoint import best_checkpoint
+
+        evaluation = f"--eval_steps {SAVED} --max_eval_samples 16 --load_best_model_at_end true".split()
+        held_out = ("--eval_datasets", f"{{path: {self.shards}}}")
+        assert self.train(strategy, world, "evaluated", *evaluation, *held_out) == losses
+        whole, evaluated = (self.folder / "runs" / f"{strategy}-{world}" / name for name in ("whole", "evaluated"))
+        steps = [f"step-{step:07d}" for step in range(SAVED, STEPS + 1, SAVED)]
+        pairs = [[run / "checkpoints" / step for run in (whole, evaluated)] for step in steps]
+        found = [f"{one.name}: {tensor}" for one, other in pairs for tensor in differing_tensors(one, other)]
+        best, folder = whole / "checkpoints" / best_checkpoint(evaluated / "checkpoints").name, evaluated / "expected"
+        flags = ("--checkpoint", best, "--output_dir", folder)
+        run("single", 1, flags, self.folder / "expected.log", program=ROOT / "scripts" / "convert_checkpoint.py")
+        found += [f"model: {tensor}" for tensor in differing_weights(evaluated / "model", folder)]
+        shutil.rmtree(evaluated)
+        return found
 
     def checkpoint(self, strategy, world):
         return self.folder / "runs" / f"{strategy}-{world}" / "whole" / "checkpoints" / f"step-{SAVED:07d}"
@@ -109,20 +133,28 @@ class Matrix:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--program", choices=list(MODELS), default="cpt")
-    parser.add_argument("--strategies", nargs="+", default=STRATEGIES, choices=STRATEGIES)
+    every = (*STRATEGIES, *ONLY_SAVING)
+    parser.add_argument("--strategies", nargs="+", default=every, choices=every)
     parser.add_argument("--worlds", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--resume_cells", choices=["true", "false"], default="true")
     parser.add_argument("--controls", choices=["true", "false"], default="true")
     parser.add_argument("--output", help="JSON")
     arguments = parser.parse_args()
     fork_launch.import_everything()
     from dilqur.stage import _git, hardware
 
-    began, places = time.monotonic(), [(s, w) for s in arguments.strategies for w in arguments.worlds]
+    began, everywhere = time.monotonic(), [(s, w) for s in arguments.strategies for w in arguments.worlds]
+    everywhere = [(s, w) for s, w in everywhere if s != "hsdp" or w >= 4]  # two replicas of two shards
+    places = [(s, w) for s, w in everywhere if s in STRATEGIES and arguments.resume_cells == "true"]
     with tempfile.TemporaryDirectory() as folder:
         matrix = Matrix(Path(folder), arguments.program, arguments.bf16)
-        whole = {place: matrix.train(*place, "whole") for place in places}
-        cells, controls = [], []
+        whole = {place: matrix.train(*place, "whole") for place in everywhere}
+        saving, cells, controls = [], [], []
+        for place in everywhere:
+            found = matrix.evaluated_differs(*place, whole[place])
+            saving.append({"saved_by": place, "tensors_that_differ": found})
+            print(f"saved by {place[0]} × {place[1]}, evaluated before or not: {len(found)} tensors differ", flush=True)
         for source in places:
             for target in places:
                 name = f"from-{source[0]}-{source[1]}"
@@ -145,9 +177,11 @@ def main():
     result = {
         "program": arguments.program,
         "dtype": "bf16" if arguments.bf16 else "fp32",
+        "saving_cells": len(saving),
+        "tensors_that_differ": sum(len(cell["tensors_that_differ"]) for cell in saving),
         "cells": len(cells),
-        "largest_difference": max(c["largest_difference"] for c in cells),
-        "largest_difference_same_place": max(same),
+        "largest_difference": max((c["largest_difference"] for c in cells), default=None),
+        "largest_difference_same_place": max(same, default=None),
         "uninterrupted_runs_differ_by": max(
             abs(a[s] - b[s]) for a in whole.values() for b in whole.values() for s in a
         ),
@@ -160,7 +194,7 @@ def main():
     print(json.dumps({k: v for k, v in result.items() if k not in ("machine", "versions", "commit")}))
     if arguments.output:
         Path(arguments.output).write_text(
-            json.dumps({**result, "matrix": cells, "controls": controls}, indent=1) + "\n"
+            json.dumps({**result, "saving": saving, "matrix": cells, "controls": controls}, indent=1) + "\n"
         )
 
 

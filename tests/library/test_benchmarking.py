@@ -175,8 +175,8 @@ def test_the_table_says_what_auto_came_to_in_each_variant_that_asked_for_it():
         "it failed": {**auto, "kernels": None},
     }
     head, _, *body = chosen(rows).splitlines()
-    assert head.startswith("| kernels: auto chose | attn_implementation | sdpa_backend | loss_kernel |")
-    assert body == ["| auto | sdpa | none | liger | true | layer |"]
+    assert head.startswith("| kernels: auto chose | attn_implementation | loss_kernel |")
+    assert body == ["| auto | sdpa | liger | true | layer |"]
 
 
 def test_a_run_is_ended_with_all_its_processes_when_it_has_logged_enough(tmp_path):

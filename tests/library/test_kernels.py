@@ -8,12 +8,8 @@ from test_kernel_parity import settings
 from dilqur.errors import InputError
 from dilqur.kernels import PLAIN, Machine, check_kernels, choose, in_words
 
-BOTH = frozenset({"liger", "quack"})
-H100 = Machine(
-    (9, 0), "fsdp2", bf16=True, encoder=False, logits_bytes=8 << 30, vocab_size=100_352, packages=BOTH, cudnn=91900
-)
-A100 = dataclasses.replace(H100, capability=(8, 0))
-CPU = Machine(None, "single", bf16=False, encoder=False, logits_bytes=8 << 20, vocab_size=1280)
+H100 = Machine(gpu=True, triton=True, strategy="fsdp2", encoder=False, logits_bytes=8 << 30)
+CPU = Machine(gpu=False, strategy="single", encoder=False, logits_bytes=8 << 20)
 
 
 def on(machine, **changes):
@@ -23,14 +19,12 @@ def on(machine, **changes):
 @pytest.mark.parametrize(
     ("machine", "keys", "expected"),
     [
-        (H100, {}, {"sdpa_backend": None, "loss_kernel": "quack", "torch_compile": True, "compile_unit": "layer"}),
-        (on(H100, packages={"liger"}), {}, {"loss_kernel": "liger"}),
-        (on(H100, packages=set()), {}, {"loss_kernel": "chunked"}),
-        (on(H100, vocab_size=100_353), {}, {"loss_kernel": "liger"}),
+        (H100, {}, {"loss_kernel": "liger", "torch_compile": True, "compile_unit": "layer"}),
+        (on(H100, liger=False), {}, {"loss_kernel": "chunked"}),
         (on(H100, strategy="zero3"), {}, {"torch_compile": False}),
         (on(H100, c_compiler=False), {}, {"torch_compile": False}),
         (H100, {"intra_document_masking": True}, {"torch_compile": True, "compile_unit": "layer"}),
-        (H100, {"torch_compile": False}, {"torch_compile": False, "compile_unit": "layer", "loss_kernel": "quack"}),
+        (H100, {"torch_compile": False}, {"torch_compile": False, "compile_unit": "layer", "loss_kernel": "liger"}),
         (H100, {"loss_kernel": "logits"}, {"loss_kernel": "logits"}),
         (on(H100, model_type="gemma2"), {}, {"loss_kernel": "logits", "torch_compile": False}),
         (
@@ -39,7 +33,6 @@ def on(machine, **changes):
             {"torch_compile": True, "compile_unit": "layer"},
         ),
         (on(H100, encoder=True, strategy="ddp"), {"activation_memory_budget": 0.5}, {"compile_unit": "model"}),
-        (A100, {}, {"sdpa_backend": None, "loss_kernel": "liger", "torch_compile": True}),
         (on(H100, encoder=True, strategy="ddp"), {}, {"compile_unit": "model", "loss_kernel": "liger"}),
         (on(H100, encoder=True, strategy="zero2"), {}, {"compile_unit": "layer"}),
         (CPU, {}, PLAIN),
@@ -55,11 +48,12 @@ def test_what_auto_chooses(machine, keys, expected):
 
 def test_a_resumed_run_keeps_what_it_began_with_where_that_can_be_had():
     auto = settings(kernels="auto")
-    kept, _ = choose(auto, on(H100, packages={"liger"}))
-    chosen, why = choose(auto, H100, kept)  # quack has been installed meanwhile
+    kept, _ = choose(auto, on(H100, liger=False))
+    chosen, why = choose(auto, H100, kept)  # Liger has been installed meanwhile
     assert chosen == kept and why["loss_kernel"] == "as this run began"
+    kept, _ = choose(auto, H100)
     on_cpu, why = choose(auto, CPU, kept)
-    assert on_cpu["loss_kernel"] == "logits" and on_cpu["sdpa_backend"] is None
+    assert on_cpu["loss_kernel"] == "logits"
     assert why["loss_kernel"] == "they are small here; it was liger before, but there is no GPU here"
     encoder = on(H100, encoder=True, strategy="ddp")
     kept_whole, _ = choose(auto, encoder)
@@ -77,40 +71,28 @@ def test_a_resumed_run_keeps_what_it_began_with_where_that_can_be_had():
 
 def test_the_table_at_a_runs_start_says_what_and_why():
     run = settings(kernels="auto", gradient_checkpointing=True, loss_kernel="chunked")
-    first, *reasons = in_words(*choose(run, A100), run)
-    assert first == (
-        "kernels",
-        "attention sdpa, backend as torch prefers, loss chunked, compiled by layer, 100% of the activations recomputed",
-    )
+    first, *reasons = in_words(*choose(run, H100), run)
+    assert first == ("kernels", "attention sdpa, loss chunked, compiled by layer, 100% of the activations recomputed")
     assert ("", "compiled by layer: fuses what lies between the products") in reasons
     assert not any("chunked" in text for _, text in reasons), "what the recipe says needs no reason"
-    assert in_words(PLAIN, {}, settings()) == [
-        ("kernels", "attention sdpa, backend as torch prefers, loss logits, not compiled")
-    ]
+    assert in_words(PLAIN, {}, settings()) == [("kernels", "attention sdpa, loss logits, not compiled")]
 
 
 @pytest.mark.parametrize(
     ("keys", "strategy", "says"),
     [
-        (
-            {"sdpa_backend": "flash", "attn_implementation": "eager"},
-            "single",
-            "sdpa_backend: attn_implementation eager has none",
-        ),
-        (
-            {"sdpa_backend": "flash", "intra_document_masking": True},
-            "single",
-            "sdpa_backend: with intra_document_masking",
-        ),
         ({"use_liger_kernel": True, "kernels": "auto"}, "ddp", "use_liger_kernel has a loss and layers of its own"),
         (
             {"use_liger_kernel": True, "loss_kernel": "chunked"},
             "ddp",
             "use_liger_kernel has a loss and layers of its own",
         ),
-        ({"loss_kernel": "torch", "bf16": True}, "ddp", "loss_kernel: torch gives losses rounded to bfloat16"),
-        ({"loss_kernel": "quack", "mlm_probability": 0.2}, "ddp", "loss_kernel: quack knows no bias"),
-        ({"loss_kernel": "quack"}, "ddp", "loss_kernel: quack is not installed: pip install quack-kernels=="),
+        ({"use_liger_kernel": True, "torch_compile": True}, "ddp", "use_liger_kernel does not go with torch_compile"),
+        (
+            {"use_liger_kernel": True, "mlm_probability": 0.2},
+            "ddp",
+            "use_liger_kernel: Liger has no layers for a NeoBERT",
+        ),
         ({"compile_unit": "model"}, "ddp", "compile_unit: nothing is compiled without torch_compile: true"),
         ({"compile_unit": "model", "torch_compile": True}, "fsdp2", "compile_unit: model does not work under fsdp2"),
         (
@@ -142,15 +124,8 @@ def test_what_does_not_go_together_is_refused_without_torch(keys, strategy, says
             "loss_kernel: chunked: it is not known for a gemma2",
         ),
         ({"loss_kernel": "liger"}, CPU, "loss_kernel: liger: there is no GPU here"),
-        ({"sdpa_backend": "cudnn"}, CPU, "sdpa_backend: cudnn: there is no GPU here"),
-        ({"sdpa_backend": "cudnn"}, on(H100, bf16=False), "sdpa_backend: cudnn: it wants bf16: true"),
-        (
-            {"sdpa_backend": "cudnn", "deterministic": True},
-            H100,
-            "sdpa_backend: cudnn: its backward pass has no deterministic form",
-        ),
-        ({"torch_compile": True}, on(A100, c_compiler=False), "torch_compile: true: there is no C compiler here"),
-        ({"loss_kernel": "quack"}, A100, "loss_kernel: quack: it wants a Hopper GPU or newer"),
+        ({"loss_kernel": "liger"}, on(H100, liger=False), "loss_kernel: liger: it is not installed here"),
+        ({"torch_compile": True}, on(H100, c_compiler=False), "torch_compile: true: there is no C compiler here"),
     ],
 )
 def test_what_a_recipe_names_and_this_machine_has_not_is_one_line(keys, machine, says):
