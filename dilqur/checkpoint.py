@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from dilqur.checkpoint_damage import refuse_lost_moments, refuse_rounded_weights
 from dilqur.checkpoint_files import (
     DTYPES,
     complete_checkpoints,
@@ -196,8 +197,10 @@ def best_checkpoint(folder):
 def load_checkpoint(reader, model, optimizer, with_optimizer=True):
     """Fill the weights of a prepared model; with_optimizer: both moments and Adam's step too, else they begin at zero.
 
-    Raises InputError where the parameters do not agree, or the checkpoint has no moments.
+    Raises InputError where the parameters do not agree, or the checkpoint has no moments, or some that cannot be. A collective.
     """
+    if with_optimizer:
+        refuse_rounded_weights(reader)
     jobs, names = [], set()
     for name, shape, start, state in owned_slices(model, optimizer, for_read=True):
         names.add(name)
@@ -215,5 +218,16 @@ def load_checkpoint(reader, model, optimizer, with_optimizer=True):
         for _ in pool.map(lambda job: reader.fill(*job), jobs):
             pass
     if with_optimizer:
-        set_optimizer_step(optimizer, reader.trainer.get("optimizer_steps", reader.trainer["step"]))
+        steps = reader.trainer.get("optimizer_steps", reader.trainer["step"])
+        _refuse_lost_moments(reader, {name for kind, name, _, view in jobs if kind != "weight" and view.any()})
+        set_optimizer_step(optimizer, steps)
     refresh(optimizer)
+
+
+def _refuse_lost_moments(reader, moved):
+    """On every rank; moved: the parameters whose moments this rank has read something of."""
+    everyones = [moved]
+    if dist.is_initialized():
+        everyones = [None] * dist.get_world_size()
+        dist.all_gather_object(everyones, moved)
+    refuse_lost_moments(reader, set().union(*everyones))

@@ -178,11 +178,28 @@ def strategy(accelerator):
     return {"FSDP": "fsdp2", "NO": "single"}.get(kind, "ddp")
 
 
-def prepare(accelerator, model, optimizer):
-    """`accelerator.prepare`, and an AssertionError where the strategy is not what its name says."""
+def prepare(accelerator, model, make_optimizer, weights=None):
+    """The model and its optimizer as the strategy keeps them; an AssertionError where that is not what its name says.
+
+    make_optimizer(model): a torch optimizer of its trainable parameters. weights: dilqur.initial_weights.StoredWeights, from which a model
+    on the meta device gets its weights, and ZeRO its fp32 master weights; None: the model has its own.
+    """
+    from dilqur.initial_weights import HeldWeights, fill
+
     name = strategy(accelerator)
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
-    model, optimizer = accelerator.prepare(model, optimizer)
+    empty = any(p.is_meta for p in model.parameters())
+    cast = name in ZERO and accelerator.mixed_precision == "bf16"
+    weights = HeldWeights(model) if cast and weights is None else weights
+    if name == "fsdp2":
+        model, optimizer = _prepare_fsdp2(accelerator, model, make_optimizer)
+    else:
+        optimizer = make_optimizer(model)
+        if empty:
+            _partition_empty(accelerator, model)
+        model, optimizer = accelerator.prepare(model, optimizer)
+    if empty or cast:
+        fill(accelerator.unwrap_model(model), optimizer, weights)
     parameters = list(accelerator.unwrap_model(model).parameters())
     trainable = [p for p in parameters if p.requires_grad]
     if name == "fsdp2":
@@ -204,6 +221,47 @@ def prepare(accelerator, model, optimizer):
     if name in ZERO:
         _step_only_on_finite_gradients(optimizer)
     return model, optimizer
+
+
+def _prepare_fsdp2(accelerator, model, make_optimizer):
+    """The optimizer is made of the shards: accelerate's own way, to exchange the parameters of one that is there, tells them apart by
+    where they lie in memory, and on the meta device they lie nowhere."""
+    import torch
+    from accelerate.utils import fsdp2_prepare_model
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    model = fsdp2_prepare_model(accelerator, model)
+    offloaded = isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
+
+    def materialised(tensor):
+        return torch.empty_like(tensor, device="cpu" if offloaded else accelerator.device) if tensor.is_meta else tensor
+
+    model._apply(materialised)
+    return model, accelerator.prepare_optimizer(make_optimizer(model))
+
+
+def _partition_empty(accelerator, model):
+    """Give the parameters of a model on the meta device room for this rank's partition, one after the other, as ZeRO-3 has them."""
+    import torch
+    from deepspeed.runtime.zero import Init
+
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    config, convert = accelerator.state.deepspeed_plugin.deepspeed_config, None
+    zero = {key: value for key, value in config["zero_optimization"].items() if value != "auto"}
+    config = {"train_micro_batch_size_per_gpu": config["train_micro_batch_size_per_gpu"], "zero_optimization": zero}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if not parameter.is_meta:  # a tied one comes by twice
+                continue
+            room = torch.empty(parameter.shape, dtype=dtype, device=accelerator.device)
+            torch.utils.swap_tensors(parameter, torch.nn.Parameter(room, requires_grad=parameter.requires_grad))
+            if convert:
+                convert(param_list=[parameter])
+            else:
+                Init(module=module, config_dict_or_path=config, dtype=dtype)
+                convert = parameter.convert_to_zero_parameters
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(accelerator.device)
 
 
 def _step_only_on_finite_gradients(optimizer):

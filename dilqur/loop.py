@@ -28,13 +28,14 @@ from dilqur.watchdog import Watchdog
 STOPPED_MIRROR_S = 60  # for the copy of the last checkpoint, where the job is about to end
 
 
-def train(settings, stage, model, compute_loss, write_model, flops_per_token=None, loss_and_correct=None):
+def train(settings, stage, model, compute_loss, write_model, flops_per_token=None, loss_and_correct=None, weights=None):
     """Train `model` as `settings` say, in `stage`'s folder; leave `model/` and a manifest there, or a checkpoint and REQUEUE.
 
     compute_loss(model, batch, tokens): the summed loss of `batch` divided by `tokens`, a 0-d tensor. write_model(reader, folder):
     write the model with the trained weights of a CheckpointReader into an empty folder, on rank 0. flops_per_token: of a step, for
     the MFU. loss_and_correct(model, batch): of an evaluation, the summed loss and how many labels were foretold, two 0-d tensors;
-    None: the loss alone. Raises InputError as `check_training`, and where a checkpoint cannot be read or written.
+    None: the loss alone. weights: where those of a model on the meta device lie, as dilqur/initial_weights.py has them. Raises
+    InputError as `check_training`, and where a checkpoint cannot be read or written.
     """
     import torch
     from accelerate.utils import send_to_device
@@ -93,13 +94,12 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
     apply_kernels(model, settings, kernels)
     if main:
         write_json(stage.folder / "kernels.json", {"chosen": kernels, "why": why})
-    optimizer = make_optimizer(model, settings, on_gpu)
     model.train()
     sizes = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
-    model, optimizer = prepare(accelerator, model, optimizer)
+    model, optimizer = prepare(accelerator, model, lambda model: make_optimizer(model, settings, on_gpu), weights)
     plain = accelerator.unwrap_model(model)
 
     # -- set-up: where it stands ------------------------------------------------------------------------------------------

@@ -15,25 +15,41 @@ import math
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def owned_slices(model, optimizer, for_read=False):
+def owned_slices(model, optimizer, for_read=False, moments=True):
     """Yield (name, shape, start, {"weight": view, "exp_avg": view, "exp_avg_sq": view}) for every trainable parameter.
 
     The views are 1-D, alias the live training state (the fp32 master weights; bfloat16 where training is pure bf16), and
     cover the elements [start, start + len) of the flattened parameter that this rank owns. for_read: what this rank has to
-    fill, which under ddp is everything. Frozen parameters are not training state: they are where the model came from.
+    fill, which under ddp is everything. moments: False: the weights alone. Frozen parameters are not training state: they are where
+    the model came from.
     """
     base, zero = base_optimizer(optimizer), zero_optimizer(optimizer)
+    stepped = {id(p) for group in base.param_groups for p in group["params"]}
+    kinds = MOMENTS if moments else ()
     for name, parameter in trained_parameters(model):
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        assert zero is not None or id(parameter) in stepped, f"{name} is not what the optimizer steps"
         if hasattr(parameter, "ds_id"):
-            start, views = _owned_zero3(parameter, base, zero, for_read)
+            start, views = _owned_zero3(parameter, base, zero, for_read, kinds)
         elif zero is not None:
-            start, views = _owned_zero12(parameter, base, zero, for_read)
+            start, views = _owned_zero12(parameter, base, zero, for_read, kinds)
         elif hasattr(parameter, "to_local"):
-            start, views = _owned_fsdp2(parameter, base, for_read)
+            start, views = _owned_fsdp2(parameter, base, for_read, kinds)
         else:
-            start, views = _owned_whole(parameter, base, for_read)
+            start, views = _owned_whole(parameter, base, for_read, kinds)
         yield name, shape, start, views
+
+
+def frozen_shards(model):
+    """Yield (name, start, view) of what this rank keeps of the frozen parameters, under the strategies that shard those too."""
+    for name, parameter in _between_steps(model):
+        if parameter.requires_grad:
+            continue
+        if hasattr(parameter, "ds_id"):
+            start = min(parameter.partition_numel() * _rank(), parameter.ds_numel)
+            yield name, start, parameter.ds_tensor.view(-1)[: parameter.ds_numel - start]
+        elif hasattr(parameter, "to_local"):
+            yield name, first_element(parameter), parameter.detach().to_local().reshape(-1)
 
 
 def refresh(optimizer):
@@ -61,20 +77,22 @@ def set_optimizer_step(optimizer, step):
             state["step"] = torch.full_like(state["step"], step) if torch.is_tensor(state["step"]) else step
 
 
-def _owned_whole(parameter, base, for_read):
+def _owned_whole(parameter, base, for_read, kinds):
     import torch.distributed as dist
 
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() and not for_read else (0, 1)
+    rank, world = (_rank(), dist.get_world_size()) if dist.is_initialized() and not for_read else (0, 1)
     rows = parameter.shape[0] if parameter.ndim else 1
     per_row, each = parameter.numel() // max(1, rows), -(-rows // world)
     start, stop = min(rows, rank * each) * per_row, min(rows, (rank + 1) * each) * per_row
-    state = _state(base, parameter, parameter.detach(), for_read)
+    state = _state(base, parameter, parameter.detach(), for_read, kinds)
     return start, {k: v.view(-1)[start:stop] for k, v in state.items()}
 
 
-def _owned_fsdp2(parameter, base, for_read):
+def _owned_fsdp2(parameter, base, for_read, kinds):
     start = first_element(parameter)
-    views = {k: v.to_local().reshape(-1) for k, v in _state(base, parameter, parameter.detach(), for_read).items()}
+    views = {
+        k: v.to_local().reshape(-1) for k, v in _state(base, parameter, parameter.detach(), for_read, kinds).items()
+    }
     if for_read:
         return start, views
     mesh, replica, replicas = parameter.device_mesh, 0, 1
@@ -95,37 +113,33 @@ def first_element(parameter):
     return offset[0] * math.prod(parameter.shape[1:]) if offset else 0
 
 
-def _owned_zero12(parameter, base, zero, for_read):
+def _owned_zero12(parameter, base, zero, for_read, kinds):
     mapping = getattr(parameter, "_hp_mapping", None)
     if mapping is None:  # wholly in another rank's partition
         return 0, {}
     flat, where = flat_partitions(zero)[mapping.param_group_index], mapping.hp_fragment_address
-    state = _state(base, flat, flat, for_read)
+    state = _state(base, flat, flat, for_read, kinds)
     views = {k: v.detach().view(-1).narrow(0, where.start, where.numel) for k, v in state.items()}
     return mapping.lp_fragment_address.start, views
 
 
-def _owned_zero3(parameter, base, zero, for_read):
-    import torch.distributed as dist
-
-    start = min(parameter.partition_numel() * dist.get_rank(), parameter.ds_numel)
+def _owned_zero3(parameter, base, zero, for_read, kinds):
+    start = min(parameter.partition_numel() * _rank(), parameter.ds_numel)
     count = min(parameter.partition_numel(), parameter.ds_numel - start)
     fp32, group = zero._get_fp32_opt_state_partition(parameter, release_swap_buffers=False)
     _, offset, size = zero.grad_position[zero.get_param_id(parameter)]
     flat = zero.fp32_partitioned_groups_flat[group]
-    state = _state(base, flat, flat, for_read)
-    return start, {"weight": fp32[:count], **{k: state[k].narrow(0, offset, size)[:count] for k in MOMENTS}}
+    state = _state(base, flat, flat, for_read, kinds)
+    return start, {"weight": fp32[:count], **{k: state[k].narrow(0, offset, size)[:count] for k in kinds}}
 
 
-def _state(base, key, weight, for_read):
-    """The weight and its moments: zeros where the optimizer has not stepped yet, kept in it only if they are to be filled."""
+def _state(base, key, weight, for_read, kinds):
+    """The weight and its moments `kinds`: zeros where the optimizer has not stepped yet, which it keeps only if they are to be filled."""
     import torch
 
-    assert any(key is p for group in base.param_groups for p in group["params"]), "not a tensor the optimizer steps"
-    state = base.state[key] if for_read else base.state.get(key, {})
-    found = {name: state.get(name, None) for name in MOMENTS}
-    found = {name: torch.zeros_like(key) if moment is None else moment for name, moment in found.items()}
-    if for_read:
+    state = base.state[key] if for_read and kinds else base.state.get(key, {})
+    found = {kind: state[kind] if kind in state else torch.zeros_like(key) for kind in kinds}
+    if for_read and kinds:
         state.update(found)
         if "step" not in state:
             on_device = any(g.get("fused") or g.get("capturable") for g in base.param_groups)
@@ -135,19 +149,26 @@ def _state(base, key, weight, for_read):
 
 def trained_parameters(model):
     """[(name, parameter)] of the trainable ones of a prepared model, as its strategy keeps them between steps: shards, where it shards.
-    A tied weight once, under its first name; wrappers' prefixes taken off.
+    A tied weight once, under its first name; wrappers' prefixes taken off."""
+    return [(name, parameter) for name, parameter in _between_steps(model) if parameter.requires_grad]
 
-    Every walk over the parameters of a prepared model is by this function: a forward pass without a backward one, such as an
+
+def _between_steps(model):
+    """Every walk over the parameters of a prepared model is by this function: a forward pass without a backward one, such as an
     evaluation's, leaves FSDP2's last group gathered, in the dtype of the products (by design, pytorch#131965; accelerate#4015 makes
-    such a group of embeddings, head and last norm). Those tensors are temporary copies: the optimizer steps others.
-    """
+    such a group of embeddings, head and last norm). Those tensors are temporary copies: the optimizer steps others."""
     units = [module for module in model.modules() if hasattr(module, "reshard")]
     for unit in units:
         unit.reshard()
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    gathered = [name for name, parameter in named if not hasattr(parameter, "to_local")] if units else []
-    assert not gathered, f"fsdp2: {gathered[0]} is gathered, and not this rank's shard"
-    return [(name.replace("_orig_mod.", "").removeprefix("module."), parameter) for name, parameter in named]
+    for name, parameter in model.named_parameters():
+        assert not units or hasattr(parameter, "to_local"), f"fsdp2: {name} is gathered, and not this rank's shard"
+        yield name.replace("_orig_mod.", "").removeprefix("module."), parameter
+
+
+def _rank():
+    import torch.distributed as dist
+
+    return dist.get_rank()
 
 
 def base_optimizer(optimizer):

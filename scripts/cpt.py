@@ -14,6 +14,7 @@ import functools
 from dataclasses import dataclass, field
 
 from dilqur.cost_model import UnknownArchitecture, training_flops_per_token
+from dilqur.distributed import planned_strategy
 from dilqur.errors import InputError, program
 from dilqur.kernels import triton_runs
 from dilqur.loop import train
@@ -49,15 +50,23 @@ def check(settings):
 
 
 def load_model(settings):
-    """The model in `dtype`: from its folder, or new with weights drawn from `seed`."""
+    """(the model in `dtype`, where its weights lie or None): from its folder, where the strategy shards without its weights, which each
+    rank then reads its own of; or new with weights drawn from `seed`."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 
-    dtype = getattr(torch, settings.dtype)
-    if settings.model_name_or_path:
-        return AutoModelForCausalLM.from_pretrained(settings.model_name_or_path, dtype=dtype)
-    set_seed(settings.seed)
-    return LlamaForCausalLM(LlamaConfig(**settings.model_config)).to(dtype)
+    from dilqur.initial_weights import StoredWeights, empty_model
+
+    dtype, folder, model = getattr(torch, settings.dtype), settings.model_name_or_path, None
+    if not folder:
+        set_seed(settings.seed)
+        return LlamaForCausalLM(LlamaConfig(**settings.model_config)).to(dtype), None
+    if planned_strategy() in ("fsdp2", "zero3"):
+        model, weights = empty_model(folder, dtype)
+    if model is None:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        weights = StoredWeights.of(model, folder)
+    return model, weights
 
 
 def causal_loss(model, batch, tokens, **more):
@@ -84,7 +93,7 @@ def main():
     from dilqur.model_folder import write_folder
     from dilqur.model_parameters import parameters_of
 
-    model = load_model(settings)
+    model, weights = load_model(settings)
     parameters, config = parameters_of(model), model.config
     base, dtype = settings.model_name_or_path, next(model.parameters()).dtype
 
@@ -98,7 +107,7 @@ def main():
     with contextlib.suppress(UnknownArchitecture):
         if not only or all("embed" in name or "lm_head" in name for name in only):
             flops = training_flops_per_token(config.to_dict(), settings.max_length, embeddings_only=bool(only))
-    train(settings, stage, model, loss, write_model, flops)
+    train(settings, stage, model, loss, write_model, flops, weights=weights)
     return None
 
 

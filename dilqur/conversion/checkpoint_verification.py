@@ -6,8 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from dilqur.checkpoint_damage import refuse_lost_moments, refuse_rounded_weights
 from dilqur.checkpoint_files import KINDS, CheckpointReader, step_of
 from dilqur.errors import InputError
+from dilqur.owned_state import MOMENTS
 
 READERS = 4  # threads, each with one piece in memory
 
@@ -28,14 +30,22 @@ def verify_checkpoint(folder):
     if step_of(reader.folder) not in (None, reader.trainer["step"]):
         raise InputError(f"{reader.folder}: its trainer.json is of step {reader.trainer['step']}")
 
+    moved = set()
+
     def read(job):
         kind, name, start, length = job
-        reader.fill(kind, name, start, torch.empty(length, dtype=reader.dtypes[kind, name]))
+        piece = torch.empty(length, dtype=reader.dtypes[kind, name])
+        reader.fill(kind, name, start, piece)
+        if kind in MOMENTS and piece.any():
+            moved.add(name)
 
     jobs = [(kind, name, start, length) for (kind, name), pieces in held.items() for start, length, _ in pieces]
     with ThreadPoolExecutor(READERS) as pool:
         for _ in pool.map(read, jobs):
             pass
+    refuse_rounded_weights(reader)
+    if MOMENTS[0] in kinds:
+        refuse_lost_moments(reader, moved)
     return {
         "checkpoint": str(reader.folder),
         "step": reader.trainer["step"],

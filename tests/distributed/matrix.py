@@ -7,9 +7,9 @@ before, and goes on under every other.
     python tests/distributed/matrix.py --program mlm --output benchmarks/checkpoint_matrix_mlm.json      of an encoder
     python tests/distributed/matrix.py --strategies ddp zero3 --worlds 1 2 --controls false              a part
 
-A run of 30 steps under each of them is stopped by nothing. The saving cells: a second one is evaluated before every save, and leaves the best
-of its checkpoints as model/; every weight and moment of all checkpoints, and of model/, has to be the first one's, to the bit. The resume
-cells: the checkpoint of step 10 is loaded under each, and the 20 losses that follow are compared with those of the loading one's own
+A run of 30 steps under each of them is stopped by nothing. The saving cells: a second one is evaluated before every save, and leaves the
+best of its checkpoints as model/; every weight and moment of all checkpoints, and of model/, has to be the first one's, to the bit. The
+resume cells: the checkpoint of step 10 is loaded under each, and the 20 losses that follow are compared with those of the loading one's own
 uninterrupted run. Controls show what the comparison would see: moments that
 were not loaded, a step that was not, two pieces of a file that changed places.
 """

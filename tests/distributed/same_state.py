@@ -1,6 +1,6 @@
 """Two checkpoints, or two model folders, compared tensor by tensor, to the bit: what must be equal has no tolerance.
 
-    python tests/distributed/same_state.py RUN/checkpoints/step-0000004 OTHER/checkpoints/step-0000004
+python tests/distributed/same_state.py RUN/checkpoints/step-0000004 OTHER/checkpoints/step-0000004
 """
 
 import sys

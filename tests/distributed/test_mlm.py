@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 from conftest import ROOT, TINY_NEOBERT
-from test_strategies import ROUNDING, STRATEGIES, flat, metrics
+from same_state import differing_tensors, differing_weights
+from test_strategies import ROUNDING, STRATEGIES, evaluated_before_saving, flat, metrics
 
 LENGTH, BATCH, STEPS, VOCABULARY = 64, 8, 12, 1152
 MLM = ROOT / "scripts" / "mlm.py"
@@ -76,6 +77,16 @@ def test_stopped_and_gone_on_with_under_another_strategy_it_masks_as_if_nothing_
     expected, found = metrics(base, "loss", "grad_norm"), metrics(tmp_path / "run", "loss", "grad_norm")
     assert flat(found) == pytest.approx(flat(expected), rel=ROUNDING)
     assert [found[step] for step in range(1, 6)] == [expected[step] for step in range(1, 6)]
+
+
+def test_what_is_saved_right_after_an_evaluation_is_what_is_saved_without_one(server, new, made_encoder, tmp_path):
+    for name, held_out in (("plain", ()), ("evaluated", evaluated_before_saving(made_encoder / "shards"))):
+        out = (*new, *held_out, "--bf16", "true", "--max_steps", 8, "--output_dir", tmp_path / name)
+        with server.launch("fsdp2", out, tmp_path / "log", program=MLM) as process:
+            assert process.wait(300) == 0, (tmp_path / "log").read_text()
+    for step in ("step-0000004", "step-0000008"):
+        assert differing_tensors(*(tmp_path / name / "checkpoints" / step for name in ("plain", "evaluated"))) == []
+    assert differing_weights(tmp_path / "plain" / "model", tmp_path / "evaluated" / "model") == []
 
 
 # -- what comes out ---------------------------------------------------------------------------------------------------

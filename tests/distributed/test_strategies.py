@@ -18,6 +18,9 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
+from same_state import differing_tensors, differing_weights
+
+from dilqur.checkpoint import best_checkpoint
 
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 LAUNCHED = ("ddp", "fsdp2", "zero3")  # slurm/test_lab.py launches ZeRO-2, whose file is ZeRO-1's but for a number
@@ -200,6 +203,24 @@ def test_a_checkpoint_of_one_strategy_goes_on_under_another_and_on_another_numbe
     assert flat(found) == pytest.approx(flat({step: expected[step] for step in found}), rel=ROUNDING)
 
 
+def evaluated_before_saving(shards, every=4):
+    return ("--eval_datasets", f"{{path: {shards}}}", "--max_eval_samples", 16, "--eval_steps", every)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp2_offload", "hsdp"])
+def test_what_is_saved_right_after_an_evaluation_is_what_is_saved_without_one(runs, strategy):
+    """A forward pass without a backward one leaves FSDP2's last group gathered, in bfloat16; all strategies: matrix.py."""
+    flags = ("--max_steps", 8, "--bf16", "true")
+    plain = runs.start(strategy, "bf16-not-evaluated", *flags, model=runs.tiny_model)
+    best = (*evaluated_before_saving(runs.shards), "--load_best_model_at_end", "true")
+    evaluated = runs.start(strategy, "bf16-evaluated", *flags, *best, model=runs.tiny_model)
+    assert metrics(evaluated, "loss", "grad_norm") == metrics(plain, "loss", "grad_norm")
+    for step in ("step-0000004", "step-0000008"):
+        assert differing_tensors(*(run / "checkpoints" / step for run in (plain, evaluated))) == []
+    assert best_checkpoint(evaluated / "checkpoints").name == "step-0000008"
+    assert differing_weights(plain / "model", evaluated / "model") == []
+
+
 # -- what a recipe can ask of them ------------------------------------------------------------------------------------
 
 
@@ -214,8 +235,7 @@ def test_compiled_layer_by_layer_it_learns_the_same(runs, strategy):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_head_and_loss_in_one_learn_the_same_where_the_heads_weight_is_gathered_for_them(runs, strategy):
     """The tied head, whose weight the embeddings have too; evaluated on the way, without gradients."""
-    held_out = ("--eval_datasets", f"{{path: {runs.shards}}}", "--max_eval_samples", 16, "--eval_steps", 2)
-    flags = ("--max_steps", 4, *held_out)
+    flags = ("--max_steps", 4, *evaluated_before_saving(runs.shards, every=2))
     fused = runs.start(strategy, "chunked", *flags, "--loss_kernel", "chunked", model=runs.tiny_model)
     plain = runs.start("single", "evaluated", *flags, model=runs.tiny_model)
     for names in (("loss", "grad_norm"), ("eval_loss",)):

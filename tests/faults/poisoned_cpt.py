@@ -18,7 +18,7 @@ steps = {int(step) for step in poison["steps"].split(",")}
 train = dilqur.loop.train
 
 
-def poisoned_train(settings, stage, model, compute_loss, write_model, flops_per_token=None):
+def poisoned_train(settings, stage, model, compute_loss, *rest, **named):
     calls = 0
 
     def loss(model, batch, tokens):
@@ -37,7 +37,7 @@ def poisoned_train(settings, stage, model, compute_loss, write_model, flops_per_
             time.sleep(3600)
         return value + float(poison["value"]) if hit else value
 
-    train(settings, stage, model, loss, write_model, flops_per_token)
+    train(settings, stage, model, loss, *rest, **named)
 
 
 dilqur.loop.train = poisoned_train

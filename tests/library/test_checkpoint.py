@@ -11,6 +11,7 @@ import torch
 
 from dilqur.checkpoint import CheckpointWriter, SaveFailed, load_checkpoint
 from dilqur.checkpoint_files import CheckpointReader, complete_checkpoints
+from dilqur.conversion.checkpoint_verification import verify_checkpoint
 from dilqur.distributed import make_accelerator
 from dilqur.errors import InputError
 
@@ -222,6 +223,37 @@ def test_a_flipped_bit_anywhere_is_refused_by_name(saved, training, name):
         file.write_bytes(broken)
         with pytest.raises(InputError, match=name):
             read_all(saved[0], training)
+
+
+def test_moments_that_an_earlier_version_lost_after_an_evaluation_are_refused(tmp_path, accelerator, training):
+    model, optimizer, step = training()
+    step(0)
+    for name in ("exp_avg", "exp_avg_sq"):
+        optimizer.optimizer.state[model[1].weight][name].zero_()
+    folder = save(tmp_path, accelerator, model, optimizer, 1)
+    other, other_optimizer, _ = training(seed=1)
+    for refused in (
+        lambda: load_checkpoint(CheckpointReader(folder), other, other_optimizer),
+        lambda: verify_checkpoint(folder),
+    ):
+        with pytest.raises(InputError, match=r"step-0000001: damaged: the moments of 1\.weight are zero after 1 steps"):
+            refused()
+    load_checkpoint(CheckpointReader(folder), other, other_optimizer, with_optimizer=False)
+    assert torch.equal(other[1].weight, model[1].weight)
+    begun = save(tmp_path / "begun", accelerator, *training()[:2], 0)
+    load_checkpoint(CheckpointReader(begun), other, other_optimizer)  # nobody has stepped: zeros are right
+
+
+def test_weights_that_an_earlier_version_rounded_are_refused(tmp_path, accelerator):
+    layer = torch.nn.Linear(4, 4, bias=False).bfloat16()
+    optimizer = torch.optim.AdamW(layer.parameters())
+    for dtype in ("bfloat16", "float32"):
+        writer = CheckpointWriter(tmp_path / dtype, accelerator)
+        writer.save(layer, optimizer, 0, {"recipe": {"dtype": dtype}})
+        writer.wait()
+    load_checkpoint(CheckpointReader(tmp_path / "bfloat16" / "step-0000000"), layer, optimizer)
+    with pytest.raises(InputError, match="step-0000000: damaged: weight is rounded to bfloat16: an earlier version"):
+        load_checkpoint(CheckpointReader(tmp_path / "float32" / "step-0000000"), layer, optimizer)
 
 
 def test_a_file_of_another_checkpoint_is_refused_by_name(saved, accelerator, training):
