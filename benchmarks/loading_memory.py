@@ -4,9 +4,9 @@
     python benchmarks/loading_memory.py --layers 2 --processes 2
 
 The model folder, fp32 safetensors in the shape of Llama 3.2 1B with 100,352 tokens, is made for it (5 GB in --folder). A rank is a process
-of `accelerate launch`, which loads as scripts/cpt.py does and tells its VmHWM, libraries and all, before and after. On a CPU what a GPU would
-hold lies in the same memory: the shard, which the bound allows, and beside it ZeRO-3's bfloat16 copy and its two buffers for gradients,
-which are shown and taken off. Writes benchmarks/loading_memory.json.
+of `accelerate launch`, which loads as scripts/cpt.py does and tells its VmHWM, libraries and all, before and after. On a CPU what a GPU
+would hold lies in the same memory: the shard, which the bound allows, and ZeRO-3's bfloat16 copy and two buffers for gradients, which are
+shown and taken off. Writes benchmarks/loading_memory.json.
 """
 
 import argparse
@@ -101,7 +101,7 @@ def load(folder):
     after, copies = peak(), []
     if zero := zero_optimizer(optimizer):
         copies = [zero.grad_partitions_flat_buffer, *zero.fp16_partitioned_groups_flat]
-        copies += [flat.grad for flat in zero.fp32_partitioned_groups_flat]
+        copies += zero.fp32_partitioned_groups_flat  # of whose size there is a buffer of gradients, for a moment
     held = [before, after, sum(tensor.nbytes for tensor in copies)]
     (folder / f"rank-{accelerator.process_index}.json").write_text(json.dumps(held))
 

@@ -314,8 +314,8 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
         # all that matters here is done; a stopped run pushes it again when it goes on
         if mirror and not mirror.wait(STOPPED_MIRROR_S if stopped else None):
             print(f"warning: mirror_to {settings.mirror_to}: {mirror.problem or 'not all is copied yet'}", flush=True)
-    if settings.report_to:
-        accelerator.end_training()
     accelerator.wait_for_everyone()
+    if settings.report_to:
+        accelerator.end_training()  # which leaves the process group
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -165,8 +165,8 @@ def details(found):
     print(
         f"           in the activations {how}: {gigabytes(parts)}; the loss {tokens * activations.loss_peak / 1e9:.3g}"
     )
-    if memory.host:
-        print(f"           in main memory {memory.host / 1e9:.3g} for each GPU")
+    host = found.host_memory
+    print(f"           main memory of a node {sum(host.values()) / 1e9:.3g}: {gigabytes(host)}")
     if not job.save_steps:
         print(
             f"checkpoint none: a run that is killed starts again from the beginning; at the end the adapter, "

@@ -23,7 +23,7 @@ from dilqur.preflight.findings import Findings
 from dilqur.preflight.machine import check_driver, check_gpus, check_packages
 from dilqur.preflight.planned import ROOT, Known, Planned, rows_of
 from dilqur.preflight.site import check_image, check_site
-from dilqur.preflight.size_checks import check_files, check_memory, check_space, check_time
+from dilqur.preflight.size_checks import check_files, check_main_memory, check_memory, check_space, check_time
 from dilqur.preflight.stage_checks import (
     check_batch,
     check_conversations,
@@ -61,6 +61,7 @@ CHECKS = (
     check_space,
     check_files,
     check_memory,
+    check_main_memory,
     check_time,
 )
 

@@ -217,6 +217,9 @@ def main():
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
     from trl import SFTTrainer
 
+    from dilqur.apply_kernels import attend_without_cudnn
+
+    attend_without_cudnn()
     main_process = os.environ.get("RANK", "0") == "0"
     if main_process:
         stage.open()

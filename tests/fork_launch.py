@@ -42,6 +42,9 @@ def import_everything():
     torch.set_num_threads(1)  # a pool of threads would not survive the fork
     for name in FOR_THE_FORKS:
         importlib.import_module(name)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.path.append(str(Path(__file__).parent / "gpu_emulated"))
+        importlib.import_module("triton_interpreter").install()
 
     from dilqur.cleaning.near_duplicates import signatures
     from dilqur.cleaning.word_hashes import word_hashes
@@ -164,10 +167,14 @@ def run(strategy, world, flags, log, **more):
 
 
 class Server:
-    """This file as a process of its own, which forks the runs that a test asks for. A context manager."""
+    """This file as a process of its own, which forks the runs that a test asks for. A context manager. variables: of its environment,
+    from the start: TRITON_INTERPRET=1 has Triton's kernels run in its interpreter."""
+
+    def __init__(self, **variables):
+        self.variables = variables
 
     def __enter__(self):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **self.variables}
         command = [sys.executable, __file__]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment

@@ -23,6 +23,7 @@ from transformers import (
     set_seed,
 )
 
+from dilqur.apply_kernels import attend_without_cudnn
 from dilqur.batches import IGNORE
 from dilqur.encoder_tasks.loading import load_model, refused
 from dilqur.errors import InputError
@@ -62,6 +63,7 @@ class Encoder:
         """What the fine-tuned model predicts for each list of Examples in `others`: lists of labels, or of tuples of them."""
         kind = AutoModelForTokenClassification if self.words else AutoModelForSequenceClassification
         set_seed(seed)
+        attend_without_cudnn()
         # fp32, whatever the folder has: at 1e-5 most of AdamW's steps are smaller than what bfloat16 can tell apart
         model = load_model(kind, self.path, self.config, torch.float32, self.random)
         collator = DataCollatorForTokenClassification if self.words else DataCollatorWithPadding

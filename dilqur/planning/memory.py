@@ -17,11 +17,10 @@ BUCKET, LIVE = 5e8, 1e9
 
 @dataclass(frozen=True)
 class Memory:
-    """terms: {what: bytes} however large the micro-batch is; state: the first of them, weights, gradients and moments alone. host:
-    bytes of main memory for each GPU. each_sample: bytes of activations for each sequence."""
+    """terms: {what: bytes} however large the micro-batch is; state: the first of them, weights, gradients and moments alone.
+    each_sample: bytes of activations for each sequence."""
 
     terms: dict
-    host: float
     each_sample: float
 
     @property
@@ -55,7 +54,7 @@ def memory_of(job, strategy, accumulation=1):
     if job.lora:
         terms["a chunk of logits"] = job.product * CHUNK_OF_LOGITS
     each = job.max_length * activations.peak(job.recomputed)
-    return Memory(terms, sum(state.values()) if strategy.offload else 0.0, each)
+    return Memory(terms, each)
 
 
 def residual_bytes(job, strategy):

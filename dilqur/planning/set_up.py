@@ -8,6 +8,7 @@ from dilqur.errors import InputError
 from dilqur.lora import ONE_GPU
 from dilqur.planning.failures import NODE_MTBF_S, Failures
 from dilqur.planning.hardware import GPU
+from dilqur.planning.host_memory import host_memory
 from dilqur.planning.job import Job
 from dilqur.planning.memory import Memory, memory_of, residual_bytes
 from dilqur.planning.step_time import StepTime, step_time
@@ -73,6 +74,11 @@ class SetUp:
         return (1 if self.job.lora else 3) * self.job.weight * self.job.trained
 
     @property
+    def host_memory(self):
+        """{what: bytes} of a node's main memory."""
+        return host_memory(self.job, self.strategy)
+
+    @property
     def failures(self):
         """A save stalls training while a GPU's share of it goes to main memory, and counts once it is written."""
         share = self.checkpoint_bytes / self.strategy.gpus / (1 if self.strategy.offload else self.gpu.host_link)
@@ -111,8 +117,8 @@ class SetUp:
                 "activations": self.batch * self.memory.each_sample,
                 "activations_of_a_layer": per_layer,
                 "loss": self.batch * self.job.max_length * activations.loss_peak,
-                "main_memory": self.memory.host,
             },
+            "main_memory_of_a_node": {"total": sum(self.host_memory.values()), "terms": self.host_memory},
             "step_seconds": self.time.step,
             "compute_seconds": self.time.compute,
             "network_seconds": self.time.network,

@@ -11,6 +11,7 @@ import statistics
 from dilqur.cost_model import UnknownArchitecture
 from dilqur.errors import InputError
 from dilqur.metrics import last_records
+from dilqur.planning.host_memory import host_memory
 from dilqur.planning.job import BYTES, Job
 from dilqur.planning.memory import memory_of
 from dilqur.planning.strategy import strategy_of
@@ -91,6 +92,23 @@ def check_memory(planned, known):
     return text
 
 
+def check_main_memory(planned, known):
+    """A node holds the processes, the model while it is loaded, and the copy of the state that a checkpoint is written from."""
+    if not planned.config or not hasattr(planned.settings, "bf16") or not isinstance(planned.settings, TrainingSettings):
+        return None
+    try:
+        job, strategy = job_in(planned)
+        terms = host_memory(job, strategy)
+    except UnknownArchitecture as problem:
+        raise Skipped(str(problem)) from None
+    need = sum(terms.values())
+    text = f"{gb(need)} of main memory a node: " + ", ".join(f"{gb(size)} {what}" for what, size in terms.items())
+    here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if not known.on_a_cluster and need > here:
+        raise InputError(f"{text}; this one has {gb(here)}: take more nodes with fewer GPUs each, or fsdp2")
+    return text
+
+
 def check_time(planned, known):
     """The job's time against the steps between two checkpoints and the length of a step, where an earlier start has made some."""
     settings, batch_file = planned.settings, planned.batch_file
@@ -154,12 +172,17 @@ def card_of(planned, known):
 
 def memory_in(planned):
     """(Memory of a GPU, GPUs among which weights and optimizer are divided, sequences of a micro-batch)."""
+    job, strategy = job_in(planned)
+    batch, accumulation = job.split(planned.processes)
+    return memory_of(job, strategy, accumulation), strategy.shards, batch
+
+
+def job_in(planned):
+    """(Job, Strategy) of a stage as it would be launched."""
     settings, file = planned.settings, planned.batch_file
     nodes = file.nodes if file.nodes * file.gpus == planned.processes else 1
     strategy = strategy_of(planned.strategy_file() or "ddp", nodes, planned.processes // nodes)
-    job = (Job.of_adapter if hasattr(settings, "lora_r") else Job.of)(settings, planned.config)
-    batch, accumulation = job.split(planned.processes)
-    return memory_of(job, strategy, accumulation), strategy.shards, batch
+    return (Job.of_adapter if hasattr(settings, "lora_r") else Job.of)(settings, planned.config), strategy
 
 
 def seconds_of_steps(folder):

@@ -162,7 +162,7 @@ def test_activations_are_those_that_torch_keeps(monkeypatch, kind, dtype, keys):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=CAPTURED))
     torch._dynamo.reset()
     run = settings(**keys)
-    chosen, _ = choose(run, Machine(None, "single", False, kind == "encoder", 0, 512))
+    chosen, _ = choose(run, Machine(gpu=False, strategy="single", encoder=kind == "encoder", logits_bytes=0))
     apply_kernels(model, run, chosen)
     compiled = chosen["torch_compile"]
     config = {**ENCODER, "model_type": "neobert"} if kind == "encoder" else LLAMA

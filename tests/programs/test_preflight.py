@@ -52,7 +52,7 @@ def test_a_good_recipe_passes_without_torch(run, recipe, tmp_path):
     done = run("scripts/preflight.py", recipe(), "--run_dir", tmp_path / "run", PYTHONPROFILEIMPORTTIME="1")
     assert not any(line.endswith("| torch") for line in done.stderr.splitlines()), "torch takes seconds"
     words = [line.split()[:3] for line in done.stdout.splitlines()]
-    passed = ["recipe", "inputs", "shards", "model", "fit", "batch", "output", "space", "files"]
+    passed = ["recipe", "inputs", "shards", "model", "fit", "batch", "output", "space", "files", "main_memory"]
     of_cpt = [w for w in words if w[1] == "cpt"]
     assert of_cpt == [*(["ok", "cpt", name] for name in passed), ["later", "cpt", "time"]]
     assert ["ok", "prepare_cpu.sbatch", "file"] in words
