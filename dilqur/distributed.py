@@ -9,6 +9,20 @@
     zero2      zero2.yaml                       gradients partitioned too
     zero3      zero3.yaml                       weights partitioned too
 
+What is in which dtype where a recipe says `bf16: true` and `dtype: float32` (without it all is fp32; with `dtype: bfloat16` the weights and
+the optimizer are bfloat16 too, and only the sums named here are fp32):
+
+    strategy      weights       matrix products     between layers   a unit's output   gradients    on the network   optimizer
+    single, ddp   fp32          bf16, by autocast   fp32             bf16; loss fp32   fp32         reduce_dtype     fp32
+    fsdp2         fp32 shards   bf16, gathered so   bf16             bf16              fp32 shard   reduce_dtype     fp32
+    zero1 to 3    bf16 copies   bf16                bf16             bf16              fp32         reduce_dtype     fp32, the masters
+
+reduce_dtype is fp32 unless the recipe says otherwise. Losses are computed in fp32 of whatever the logits are in, and the gradient of the
+head's weight is added up in fp32 by each kernel that has the loss in chunks (dilqur/fused_loss.py, and Liger's by `accum_dtype`). FSDP2's
+units must not cast their outputs: the last norm would hand Liger's loss fp32 beside a head gathered in bf16, which it cannot multiply.
+ZeRO's fp32 masters begin as the model's fp32 weights, to the bit, and not as the bfloat16 copies that DeepSpeed makes them of. The norm of
+the gradients is summed in float64: `_square`, and DeepSpeed's own.
+
 Who owns what of the training state is dilqur/owned_state.py's. Everything also runs on a CPU over gloo, the same code and the
 same accelerate files, to debug on a laptop.
 """

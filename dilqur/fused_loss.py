@@ -119,6 +119,7 @@ class Chunked(torch.autograd.Function):
                 of_weight += gradient.T @ part
             if wants[2]:
                 of_bias += gradient.sum(0, dtype=torch.float32)
+            del gradient  # or it lies beside the next chunk's logits
         ctx.save_for_backward(of_hidden, of_weight, of_bias)
         return total
 

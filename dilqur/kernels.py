@@ -211,6 +211,8 @@ def _impossible(key, value, settings, machine):
         return "there is no GPU here"
     if key == "loss_kernel" and value == "liger" and not machine.liger:
         return "it is not installed here"
+    if key == "attn_implementation" and value == "flex_attention" and not machine.gpu:
+        return "torch has no backward pass of it on a CPU"
     if key == "torch_compile" and value and machine.strategy == "zero3":
         return "ZeRO-3's hooks break the graph"
     if key == "compile_unit" and value == "model" and (why := _no_single_graph(settings, machine.strategy)):

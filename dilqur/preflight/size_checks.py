@@ -94,7 +94,11 @@ def check_memory(planned, known):
 
 def check_main_memory(planned, known):
     """A node holds the processes, the model while it is loaded, and the copy of the state that a checkpoint is written from."""
-    if not planned.config or not hasattr(planned.settings, "bf16") or not isinstance(planned.settings, TrainingSettings):
+    if (
+        not planned.config
+        or not hasattr(planned.settings, "bf16")
+        or not isinstance(planned.settings, TrainingSettings)
+    ):
         return None
     try:
         job, strategy = job_in(planned)

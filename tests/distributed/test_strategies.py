@@ -203,6 +203,17 @@ def test_a_checkpoint_of_one_strategy_goes_on_under_another_and_on_another_numbe
     assert flat(found) == pytest.approx(flat({step: expected[step] for step in found}), rel=ROUNDING)
 
 
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+def test_zeros_master_weights_begin_as_the_models_in_fp32(runs, strategy):
+    """DeepSpeed makes them of bfloat16 copies, 2e-4 off."""
+    folder = runs.start(
+        strategy, "begun", "--max_steps", 1, "--bf16", "true", "--learning_rate", "1e-12", model=runs.tiny_model
+    )
+    before, after = (load_file(f / "model.safetensors") for f in (runs.tiny_model, folder / "model"))
+    off = {name: (after[name] - before[name]).abs().max().item() for name in before}
+    assert max(off.values()) < 1e-9 and not any(torch.equal(w, w.bfloat16().float()) for w in before.values())
+
+
 def evaluated_before_saving(shards, every=4):
     return ("--eval_datasets", f"{{path: {shards}}}", "--max_eval_samples", 16, "--eval_steps", every)
 

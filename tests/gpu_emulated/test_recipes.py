@@ -10,7 +10,8 @@ from collections import namedtuple
 
 import pytest
 import yaml
-from conftest import ROOT
+from combinations import all_recipes, training_stages
+from conftest import ROOT, run_program
 from fork_launch import Server
 
 from dilqur.checkpoint_files import CheckpointReader
@@ -38,6 +39,7 @@ LLAMAS = [
 ]
 PLAIN = {"cpt": ("--use_liger_kernel", "false"), "mlm": ("--torch_compile", "false")}
 ENCODERS = [Case("neobert-az", stage, "ddp") for stage in ("mlm-1-1024", "mlm-2-4096")]
+ASSISTANTS = ("llama3.2-1b-az", "llama3.1-8b-az")
 DEFAULT = [
     *(Case(*stage, "fsdp2") for stage in LLAMAS),
     *(Case("llama3.2-1b-az", "cpt-2-full", strategy) for strategy in ("ddp", "zero2")),
@@ -112,9 +114,9 @@ def make_llama(folder, tokenizer, tied):
         "num_key_value_heads": 2,
     }
     rope = {**LLAMA3_ROPE, "original_max_position_embeddings": 8192}
-    ids = {"bos_token_id": 1024, "eos_token_id": 1025, "pad_token_id": 1028}
+    ids = {"bos_token_id": 300, "eos_token_id": 301, "pad_token_id": 304}
     config = LlamaConfig(
-        vocab_size=1280, **shape, **ids, rope_parameters=rope, max_position_embeddings=131072, tie_word_embeddings=tied
+        vocab_size=556, **shape, **ids, rope_parameters=rope, max_position_embeddings=131072, tie_word_embeddings=tied
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     for file in tokenizer.glob("*.json"):
@@ -123,8 +125,20 @@ def make_llama(folder, tokenizer, tied):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, server, made, made_encoder):
-    return Runs(tmp_path_factory.mktemp("recipes"), server, made, made_encoder)
+def small(tmp_path_factory):
+    """`made` with 300 tokens: one of Liger's kernels runs once for each row of the head."""
+    folder, corpus = tmp_path_factory.mktemp("small"), ROOT / "recipes" / "quickstart" / "corpus" / "az"
+    tokenizer = folder / "tokenizer"
+    run_program("data_tools/train_tokenizer.py", "--input", corpus, "--vocab_size", 300, "--output_dir", tokenizer)
+    for name in ("shards", "held_out"):
+        packed = ("--tokenizer", tokenizer, "--output_dir", folder / name)
+        run_program("data_tools/pack_mmap.py", "--input", corpus, *packed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, server, small, made_encoder):
+    return Runs(tmp_path_factory.mktemp("recipes"), server, small, made_encoder)
 
 
 def numbers(folder, name):
@@ -151,7 +165,7 @@ def test_a_shipped_recipe_runs_and_learns_as_with_plain_kernels(runs, case):
         assert all(reader.tensor(kind, name).any() for name in reader.shapes for kind in MOMENTS), "all of it"
 
 
-@pytest.mark.parametrize("recipe", ["llama3.2-1b-az", "llama3.1-8b-az"])
+@pytest.mark.parametrize("recipe", ASSISTANTS)
 def test_a_shipped_assistant_recipe_runs_and_learns_as_without_recomputing(runs, recipe):
     """On one GPU, as slurm/sft_1gpu.sbatch has it; fewer conversations, and shorter ones."""
     losses = {}
@@ -169,3 +183,18 @@ def test_a_shipped_assistant_recipe_runs_and_learns_as_without_recomputing(runs,
         records = map(json.loads, (run_dir / "sft" / "metrics.jsonl").read_text().splitlines())
         losses[name] = [r[key] for r in records for key in ("loss", "eval_loss") if key in r]
     assert len(losses["plain"]) > 1 and losses["shipped"] == pytest.approx(losses["plain"], abs=CLOSE)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", CROSS, ids=lambda case: "-".join(map(str, case)))
+def test_every_strategy_runs_the_llama_recipes(runs, case):
+    test_a_shipped_recipe_runs_and_learns_as_with_plain_kernels(runs, case)
+
+
+def test_every_recipe_trains_by_a_combination_of_keys_that_is_run_here_or_in_the_quickstarts():
+    run = {training_stages(ROOT / "recipes" / case.recipe)[case.stage] for case in [*DEFAULT, *ENCODERS]}
+    run |= {training_stages(ROOT / "recipes" / name)["sft"] for name in ASSISTANTS}
+    for quickstart in ("quickstart", "quickstart-encoder"):  # tests/test_quickstart.py
+        run |= set(training_stages(ROOT / "recipes" / quickstart).values())
+    stages = {f"{r.name}/{stage}": found for r in all_recipes() for stage, found in training_stages(r).items()}
+    assert not {name: found for name, found in stages.items() if found not in run}
