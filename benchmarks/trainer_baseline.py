@@ -3,9 +3,11 @@
     python benchmarks/trainer_baseline.py --config RUN.yaml --output_dir DIR      (scripts/benchmark.py writes RUN.yaml and starts this)
 
 What is ours in it: the samples, in their order, as a torch Dataset, and the learning rates, both so that its losses can be laid beside
-ours. Everything else is the Trainer's and accelerate's: the data loader, autocast, Liger (`use_liger_kernel`), FSDP, accumulation,
-clip, fused AdamW, scheduler. It writes metrics.jsonl with the time at which each step ended; on a GPU it waits for it only at the steps
-in SYNCHRONIZE_AT, "10 30", so that it is timed as it runs by itself. LOG_LOSSES=1: the loss of every step, for which it waits each time.
+ours; and two settings of precision, those of dilqur/distributed.py and scripts/cpt.py: FSDP2 reduces gradients in fp32 and does not round
+the loss (by accelerate's default both are in bfloat16), and Liger adds up the head's gradient in fp32. Everything else is the Trainer's
+and accelerate's: the data loader, autocast, Liger (`use_liger_kernel`), FSDP, accumulation, clip, fused AdamW, scheduler. It writes
+metrics.jsonl with the time at which each step ended; on a GPU it waits for it only at the steps in SYNCHRONIZE_AT, "10 30", so that it is
+timed as it runs by itself. LOG_LOSSES=1: the loss of every step, for which it waits each time.
 """
 
 import json
@@ -14,6 +16,7 @@ import runpy
 import time
 from pathlib import Path
 
+from dilqur.distributed import planned_strategy
 from dilqur.errors import InputError, program
 from dilqur.quiet import quiet_libraries
 from dilqur.recipe import parse
@@ -35,16 +38,24 @@ def main():
         raise InputError(
             f"packing: {settings.packing}: the Trainer's row reads concat alone: leave it out of this variant"
         )
+    if settings.reduce_dtype != "float32" and planned_strategy() == "ddp":
+        raise InputError(
+            f"reduce_dtype: {settings.reduce_dtype}: under DDP the Trainer reduces in fp32: leave it out of this variant"
+        )
     if not settings.model_name_or_path:
         raise InputError("model_name_or_path missing: the Trainer continues a model")
     if settings.check:
         return print("trainer: ok")
     quiet_libraries()
     import torch
+    from accelerate.utils import InitProcessGroupKwargs
+    from torch.distributed.fsdp import MixedPrecisionPolicy
     from torch.utils.data import SequentialSampler
-    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, training_args
 
     from dilqur.batches import split_batch
+    from dilqur.distributed import _allow_cpu
+    from dilqur.kernels import triton_runs
     from dilqur.optimizer import learning_rate_at
     from dilqur.profiling import profiler
     from dilqur.training_settings import check_training
@@ -56,7 +67,12 @@ def main():
     on_gpu, main_process = torch.cuda.is_available(), os.environ.get("RANK", "0") == "0"
     synchronize_at = {int(step) for step in os.environ.get("SYNCHRONIZE_AT", "").split()}
     log_losses = os.environ.get("LOG_LOSSES") == "1"
-    if settings.use_liger_kernel and not on_gpu:
+    use_cpu = False
+    if not on_gpu:
+        use_cpu = bool(_allow_cpu(InitProcessGroupKwargs()))  # false under FSDP, which it would turn off
+        training_args.is_torch_bf16_gpu_available = lambda: True  # else bf16 wants a GPU, or use_cpu
+    liger = settings.use_liger_kernel and triton_runs()
+    if settings.use_liger_kernel and not liger:
         print("use_liger_kernel: no GPU here, going on without (its kernels are Triton's)", flush=True)
 
     class Samples(torch.utils.data.Dataset):
@@ -79,6 +95,10 @@ def main():
 
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, rate)
             return self.lr_scheduler
+
+        def compute_loss(self, model, inputs, *arguments, **more):
+            precision = {"accum_dtype": torch.float32} if liger else {}
+            return super().compute_loss(model, {**inputs, **precision}, *arguments, **more)
 
     class Metrics(TrainerCallback):
         """A line a step, as of ours; the loss in it is known only after the step was logged."""
@@ -132,11 +152,11 @@ def main():
         max_grad_norm=settings.max_grad_norm or 0.0,
         optim="adamw_torch_fused" if on_gpu else "adamw_torch",
         bf16=settings.bf16,
-        use_cpu=not on_gpu,
+        use_cpu=use_cpu,
         gradient_checkpointing=settings.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         torch_compile=bool(settings.torch_compile),
-        use_liger_kernel=settings.use_liger_kernel and on_gpu,
+        use_liger_kernel=liger,
         dataloader_num_workers=settings.dataloader_num_workers,
         remove_unused_columns=False,
         logging_steps=1 if log_losses else 10,
@@ -150,6 +170,10 @@ def main():
     )
     model.config.use_cache = False
     trainer = InOrder(model=model, args=arguments, train_dataset=Samples(), callbacks=[Metrics()])
+    if (plugin := getattr(trainer.accelerator.state, "fsdp_plugin", None)) is not None:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if settings.bf16 else None, reduce_dtype=getattr(torch, settings.reduce_dtype)
+        )
     trainer.train()
     return None
 

@@ -10,8 +10,9 @@ A variant is `NAME: {KEY: VALUE}` over the recipe, with any key of its program a
 compared with. Each run is processes of its own: the recipe's program, started as slurm/launch.sh does, on `num_processes` GPUs of this
 node, and killed when metrics.jsonl has the last step that is wanted: a save is not measured. Out of memory is a result.
 
-OUTPUT_DIR/benchmark.json has every round, with machine, driver, versions and commit; benchmark.md the tables. A benchmark that was cut
-short goes on where it was when it is started again. docs/benchmarking.md says how each figure is measured.
+OUTPUT_DIR/benchmark.json has every round, with machine, driver, versions and commit; benchmark.md the tables. With max_minutes, or when it
+is interrupted, they have what was measured until then; a benchmark that was cut short goes on where it was when it is started again.
+--check says about how long it will take. docs/benchmarking.md says how each figure is measured.
 """
 
 import json
@@ -24,22 +25,26 @@ import sys
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import yaml
 from pydantic import Field
 
 from dilqur.atomic import atomic_file, write_json
-from dilqur.benchmarking.benchmark_tables import markdown
-from dilqur.benchmarking.figures import largest_batch, loss_parity, over_rounds, round_figures, utilisation
+from dilqur.benchmarking.benchmark_tables import NOT_OF_A_SLICE, markdown
+from dilqur.benchmarking.duration import PARAMETERS_S, variant_seconds
+from dilqur.benchmarking.figures import largest_batch, round_figures
 from dilqur.benchmarking.kernel_evidence import evidence
+from dilqur.benchmarking.summary import summarise
 from dilqur.benchmarking.synthetic_inputs import synthetic_inputs
-from dilqur.benchmarking.variants import read_variants, recipe_values, same_training
+from dilqur.benchmarking.time_limit import NoTime, TimeLimit
+from dilqur.benchmarking.variants import read_variants, recipe_values
 from dilqur.benchmarking.watched_run import command_line, environment, remembered, run_until
-from dilqur.cost_model import UnknownArchitecture, peak_flops
+from dilqur.cost_model import UnknownArchitecture
 from dilqur.errors import InputError, program
-from dilqur.planning.job import Job, is_encoder
+from dilqur.planning.job import Job
 from dilqur.preflight.node_facts import node_facts
 from dilqur.recipe import parse, to_dict
 from dilqur.stage import FilePath, Stage, StageSettings, _git, hardware, package_versions, read_config, read_pipeline
@@ -56,10 +61,13 @@ TOY_MODELS = {
 }  # fmt: skip
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
+Minutes = Annotated[float, Field(gt=0)] | None
+TRIES = 8  # of a search for the largest batch
 
 
 @dataclass(kw_only=True)
 class BenchmarkSettings(StageSettings):
+    harmless: ClassVar = ("timeout_minutes", "max_minutes", "cut_minutes")  # of a finished one
     recipe: FilePath = field(metadata={"help": "of scripts/cpt.py or scripts/mlm.py: what is measured"})
     keys: dict = field(default_factory=dict, metadata={"help": "{KEY: VALUE} over the recipe, for all variants"})
     variants: list[dict] = field(
@@ -85,6 +93,10 @@ class BenchmarkSettings(StageSettings):
         default=None, metadata={"help": "find the largest batch a device holds, up to this; none: do not"}
     )
     timeout_minutes: Positive = field(default=30, metadata={"help": "that a run may take"})
+    max_minutes: Minutes = field(
+        default=None, metadata={"help": "after which no run begins: what comes last is left out; none: all are made"}
+    )
+    cut_minutes: Minutes = field(default=None, metadata={"help": "after which the run in progress is cut"})
 
 
 # -- what is run --------------------------------------------------------------------------------------------------------
@@ -100,6 +112,8 @@ class Benchmark:
             settings.warmup_steps, settings.timed_steps = 1, 3
             settings.parity_steps = min(settings.parity_steps, 4)
         self.settings, self.folder = settings, Path(folder)
+        seconds = [m and 60 * m for m in (settings.max_minutes, settings.cut_minutes)]
+        self.time_limit = TimeLimit(*seconds)
         self.variants = read_variants(settings.variants, settings.strategies, settings.num_processes)
         self.kind = program_of(settings.recipe)
         self.program = ROOT / "scripts" / f"{self.kind}.py"
@@ -174,16 +188,17 @@ class Benchmark:
         gpus = [gpu["index"] for gpu in self.machine["gpus"]]
         found = {**environment(self.settings.num_processes, gpus, self.folder / "cache"), **(environ or {})}
 
-        def measure():
+        def watch(seconds):
             shutil.rmtree(out, ignore_errors=True)
-            outcome = run_until(command, found, out, steps, 60 * self.settings.timeout_minutes)
+            outcome = run_until(command, found, out, steps, seconds)
             for large in ("checkpoints", "model", "packing"):
                 shutil.rmtree(out / large, ignore_errors=True)
             return outcome
 
         identity = {"keys": keys, "command": command, "steps": steps, "environ": environ}
         identity |= {"host": self.machine["host"], "git": _git()}
-        outcome = remembered(out.with_name(f"{name}.json"), identity, measure)
+        limited = partial(self.time_limit.run, watch, 60 * self.settings.timeout_minutes)
+        outcome = remembered(out.with_name(f"{name}.json"), identity, limited)
         print(f"{name}: {outcome.problem or f'{steps} steps'}, {outcome.seconds:.0f} s", flush=True)
         return outcome
 
@@ -195,29 +210,68 @@ class Benchmark:
         return timed, max(s.parity_steps, PROFILED_STEPS if s.profile else 0)
 
     def measure(self):
-        """{variant: what came out of all its runs}."""
+        """{variant: what came out of all its runs}. left_out: [(what, why)] of those that were not made."""
         s, (timed, looked) = self.settings, self.steps
-        empty = {"problem": None, "kernels": None, "losses": None, "losses_problem": None, "evidence": None}
-        rows = {v.name: {"rounds": [], **empty} for v in self.variants}
+        empty = {
+            "problem": None,
+            "kernels": None,
+            "losses": None,
+            "losses_problem": None,
+            "evidence": None,
+            "largest_batch": None,
+        }
+        rows = {v.name: {"rounds": [], "left_out": [], **empty} for v in self.variants}
         ends = f"{s.warmup_steps} {timed}"
         for number in range(1, s.rounds + 1):
             for variant in self.variants:
                 row = rows[variant.name]
                 if row["problem"]:
                     continue  # it will not be better next time
-                outcome = self.run(variant, f"{variant.folder}-round-{number}", timed, {"SYNCHRONIZE_AT": ends})
-                row["problem"] = outcome.problem
-                if not outcome.problem:
-                    figures = round_figures(outcome.records, s.warmup_steps, timed)
-                    row["kernels"] = self.kernels_of(f"{variant.folder}-round-{number}").get("chosen")
-                    row["rounds"].append({**figures, "resident_gb": outcome.resident_gb, "seconds": outcome.seconds})
+                with in_time(row, f"round {number}"):
+                    outcome = self.run(variant, f"{variant.folder}-round-{number}", timed, {"SYNCHRONIZE_AT": ends})
+                    row["problem"] = outcome.problem
+                    if not outcome.problem:
+                        figures = round_figures(outcome.records, s.warmup_steps, timed)
+                        row["kernels"] = self.kernels_of(f"{variant.folder}-round-{number}").get("chosen")
+                        row["rounds"].append(
+                            {**figures, "resident_gb": outcome.resident_gb, "seconds": outcome.seconds}
+                        )
         for variant in self.variants:
             row = rows[variant.name]
             if looked and not row["problem"]:
-                row |= self.look_at(variant, looked)
-            runs = row["problem"] in (None, "out of memory")
-            row["largest_batch"] = self.largest(variant) if s.largest_batch and runs else None
+                with in_time(row, "losses and kernels"):
+                    row |= self.look_at(variant, looked)
+            if s.largest_batch and row["problem"] in (None, "out of memory"):
+                with in_time(row, "largest batch"):
+                    row["largest_batch"] = self.largest(variant)
         return rows
+
+    def seconds(self, gpu):
+        """That all runs that are not made yet will take, about. gpu: its name, None: on CPUs."""
+        s, (timed, looked), total, models = self.settings, self.steps, 0.0, {}
+        for variant in self.variants:
+            names = [(f"round-{n}", timed) for n in range(1, s.rounds + 1)] + [("losses", looked)] * bool(looked)
+            runs = [n for name, n in names if not (self.folder / "runs" / f"{variant.folder}-{name}.json").exists()]
+            job = self.job(variant)
+            total += variant_seconds(job, runs, s.num_processes, gpu, TRIES * bool(s.largest_batch))
+            if job and s.synthetic and self.kind == "cpt":
+                models[json.dumps(job.config, sort_keys=True)] = job.total / PARAMETERS_S
+        return total + sum(models.values()) * (not (self.folder.parent / "synthetic").exists())
+
+    def job(self, variant):
+        """As the planner sees a variant; None of a model whose sizes it does not know. A synthetic one's inputs are not there yet."""
+        values = self.values[variant.name]
+        try:
+            if self.settings.synthetic:
+                settings = self.module[CLASSES[self.kind]](**{**values, "datasets": []})
+                config = {**self.module.get("MODEL_KEYS", {}), **values["model_config"]}
+            else:
+                settings = self.resolve(variant)
+                config = settings.model_config or read_config(settings.model_name_or_path)
+            job = Job.of(settings, config)
+            return job if job.computed_flops_per_token() else None
+        except (UnknownArchitecture, KeyError, TypeError):
+            return None
 
     def look_at(self, variant, steps):
         """Losses of all steps, and the kernels, from a run that is not timed."""
@@ -258,6 +312,15 @@ def program_of(recipe):
 
 
 @contextmanager
+def in_time(row, what):
+    """Where there is no time for it, `row` says so."""
+    try:
+        yield
+    except NoTime as why:
+        row["left_out"].append((what, str(why)))
+
+
+@contextmanager
 def variables(**values):
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
@@ -266,56 +329,6 @@ def variables(**values):
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-# -- figures --------------------------------------------------------------------------------------------------------------
-
-
-def flops_of(settings, defaults):
-    """({"half": a token's floating-point operations, a causal mask saving half of the attention, "whole": with all of it, as PaLM
-    counts}, parameters); ({}, None) of a model whose sizes are not known. An encoder's attention is whole in both. defaults: keys of a
-    model_config that a recipe may leave out."""
-    config = {**defaults, **(settings.model_config or read_config(settings.model_name_or_path))}
-    try:
-        job = Job.of(settings, config)
-        if settings.unfrozen_parameters and not job.embeddings_only:
-            return {}, None
-        half = whole = job.flops_per_token()
-        if not is_encoder(config):
-            whole += 6 * config["num_hidden_layers"] * config["hidden_size"] * settings.max_length
-        return {"half": half, "whole": whole}, job.total
-    except (UnknownArchitecture, KeyError):
-        return {}, None
-
-
-def summarise(benchmark, rows):
-    """The rows as benchmark.json has them: medians, utilisation and comparisons added, the losses' records left out."""
-    settings, machine = benchmark.settings, benchmark.machine
-    peak = peak_flops(machine["gpus"][0]["name"]) if machine["gpus"] else None
-    first = benchmark.variants[0].name
-    out = {}
-    for variant in benchmark.variants:
-        row, resolved = rows[variant.name], benchmark.resolve(variant)
-        figures, keys = over_rounds(row["rounds"]), to_dict(resolved)
-        flops, size = flops_of(resolved, benchmark.module.get("MODEL_KEYS", {}))
-        used = (
-            utilisation(figures["tokens_per_second"]["median"], flops, settings.num_processes, peak)
-            if figures
-            else None
-        )
-        parity, note = None, None
-        if variant.name != first and settings.parity_steps and row["losses"] and rows[first]["losses"]:
-            same = same_training(benchmark.values[first], benchmark.values[variant.name])
-            parity = loss_parity(rows[first]["losses"], row["losses"], settings.parity_steps) if same else None
-            note = None if parity else "a loss is missing" if same else "another training"
-        out[variant.name] = {
-            "settings": keys, "kernels": row["kernels"], "strategy": variant.strategy,
-            "trainer": variant.trainer, "problem": row["problem"] or row["losses_problem"],
-            "batch": keys["per_device_train_batch_size"], "flops_per_token": flops, "parameters": size, "figures": figures,
-            "utilisation": used, "rounds": row["rounds"], "parity": parity, "parity_note": note,
-            "losses": [r["loss"] for r in row["losses"] or []], "evidence": row["evidence"], "largest_batch": row["largest_batch"],
-        }  # fmt: skip
-    return out
 
 
 @program
@@ -328,13 +341,24 @@ def main():
         for variant in benchmark.variants:
             benchmark.check(variant)
     runs = len(benchmark.variants) * (benchmark.settings.rounds + bool(benchmark.steps[1]))
-    if settings.check:
-        return print(f"{stage.name}: ok, {len(benchmark.variants)} variants, {runs} runs")
-    stage.open()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # else the run in progress would go on
     facts = node_facts()
+    gpu = facts["gpus"][0] if facts["gpus"] else None
+    if settings.check:
+        minutes = benchmark.seconds(gpu and gpu["name"]) / 60
+        return print(f"{stage.name}: ok, {len(benchmark.variants)} variants, {runs} runs, about {minutes:.1f} min")
+    if gpu and gpu["mig"]:
+        print(f"{gpu['name']}: {NOT_OF_A_SLICE}")
+        if settings.num_processes > 1:
+            raise InputError("num_processes: CUDA shows a process one MIG slice, and NCCL joins none: take one process")
+    stage.open()
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # else a program that it has started would go on
     benchmark.machine = {**hardware(), "gpus": facts["gpus"], "driver": facts["driver"]}
     benchmark.make_inputs()
+    limit = benchmark.time_limit
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, limit.stop)
 
     rows, used = summarise(benchmark, benchmark.measure()), benchmark.settings
     result = {
@@ -356,10 +380,13 @@ def main():
     text = markdown(result)
     with atomic_file(stage.folder / "benchmark.md", "w", encoding="utf-8") as file:
         file.write(text)
+    print(f"\n{text}\n{stage.folder}/benchmark.json")
+    if any(row["left_out"] for row in rows.values()):
+        print(f"{stage.name}: not all was measured; started again it goes on", flush=True)
+        sys.exit(128 + limit.signal if limit.signal else 0)
     shutil.rmtree(stage.folder / "cache", ignore_errors=True)
     speeds = {name: (row["figures"] or {}).get("tokens_per_second", {}).get("median") for name, row in rows.items()}
     stage.finish({"tokens_per_second": speeds, "problems": {name: row["problem"] for name, row in rows.items()}})
-    print(f"\n{text}\n{stage.folder}/benchmark.json")
     return None
 
 

@@ -3,6 +3,7 @@
 from dilqur.kernels import PLAIN
 
 DASH = "–"
+NOT_OF_A_SLICE = "MFU is not known of it, since no data sheet gives a slice's peak, nor are power and temperature; all else is measured."
 
 
 def markdown(result):
@@ -10,12 +11,16 @@ def markdown(result):
     rows = result["variants"]
     first = next(iter(rows))
     parts = [headline(result), rates(rows, first, result["on_gpu"]), phases(rows)]
+    if any(gpu.get("mig") for gpu in result["machine"]["gpus"]):
+        parts.insert(1, f"A MIG slice: {NOT_OF_A_SLICE}")
     if any(row["parity"] or row["parity_note"] for row in rows.values()):
         parts.append(parities(rows, first))
     if any(row["settings"].get("kernels") == "auto" for row in rows.values()):
         parts.append(chosen(rows))
     if any(row["evidence"] for row in rows.values()):
         parts.append(kernels(rows))
+    if left_out := [f"- {name}: {missing(row['left_out'])}" for name, row in rows.items() if row.get("left_out")]:
+        parts.append("Left out:\n\n" + "\n".join(left_out))
     if problems := [f"- {name}: {row['problem']}" for name, row in rows.items() if row["problem"]]:
         parts.append("Did not run:\n\n" + "\n".join(problems))
     return "\n\n".join(parts) + "\n"
@@ -51,6 +56,12 @@ def table(heads, rows):
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
+def missing(left_out):
+    """ "round 2, round 3 (no time)" of [(what, why)]."""
+    by_reason = {why: [what for what, reason in left_out if reason == why] for _, why in left_out}
+    return "; ".join(f"{', '.join(whats)} ({why})" for why, whats in by_reason.items())
+
+
 def rates(rows, first, on_gpu):
     def cells(name, row):
         figures, reference = row["figures"], rows[first]["figures"]
@@ -68,7 +79,8 @@ def rates(rows, first, on_gpu):
         rate, valid = span(figures, "tokens_per_second"), span(figures, "valid_tokens_per_second")
         return [name, f"{row['batch']}", rate, valid, ratio, *shown, memory, largest]
 
-    unit = "MFU" if on_gpu else "TFLOP/s"
+    known = any(used["mfu"] for row in rows.values() for used in (row["utilisation"] or {}).values())
+    unit = "MFU" if known else "TFLOP/s"
     memory = "peak memory, GiB" if on_gpu else "resident, GiB"
     heads = [
         "variant",

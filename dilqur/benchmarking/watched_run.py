@@ -41,13 +41,16 @@ def command_line(program, recipe, folder, num_processes=1, strategy=None):
 
 
 def environment(num_processes, gpus, cache):
-    """Variables as slurm/launch.sh sets them. gpus: indices of those that nvidia-smi shows; the run sees as many as it has processes."""
+    """Variables as slurm/launch.sh sets them, where they are not set already. gpus: what CUDA_VISIBLE_DEVICES would call each that there
+    is; the run sees as many as it has processes."""
     root = str(Path(__file__).resolve().parents[2])
     threads = max(1, len(os.sched_getaffinity(0)) // num_processes)
     usual = {
         "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1", "TRITON_CACHE_DIR": f"{cache}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor",
     }  # fmt: skip
+    if "PYTORCH_ALLOC_CONF" not in os.environ:  # another name of it, over which this one would win
+        usual["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     out = {**usual, **os.environ, "PYTHONUNBUFFERED": "1"}
     out["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     if gpus:

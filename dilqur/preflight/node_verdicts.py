@@ -15,6 +15,7 @@ CLOCK_S = 1.0
 # step waits for the slowest. A CPU node may be shared with others.
 SLOWER = {"gpu": 0.15, "cpu": 0.5}
 SLOWER_LINK = 0.5  # a link at half its lanes or one rail of two is down to half; others' traffic takes less than that
+MPS = "nvidia-cuda-mps-server"  # its clients are holders by their own names
 HELD = 1 << 30  # a driver, a display or a monitor take a few hundred MB of a GPU
 AVOID = "leave it out (DILQUR_EXCLUDE in slurm/site.env, sbatch --exclude) and tell the cluster's staff"
 
@@ -36,6 +37,10 @@ def check_gpus(hosts, facts, devices):
     shown = [len(fact["gpus"]) for fact in facts]
     if len(set(shown)) > 1:
         raise InputError(f"nvidia-smi shows different numbers of GPUs: {per_host(hosts, shown)}: {AVOID}")
+    if processes[0] > 1 and any(fact["gpus"] and fact["gpus"][0]["mig"] for fact in facts):
+        raise InputError(
+            "CUDA shows a process one MIG slice, and NCCL joins none: take one process, or a GPU that is not divided"
+        )
     kinds = Counter(name for names in devices.values() for name in names)
     if len(kinds) > 1:
         which = ", ".join(f"{number} × {name or 'none'}" for name, number in kinds.items())
@@ -47,22 +52,44 @@ def check_gpus(hosts, facts, devices):
 
 
 def check_holders(hosts, facts):
-    """Nobody holds memory of the GPUs."""
+    """Nobody holds memory of the GPUs that are used: of each node, the first `processes` of those it may use. An MPS server may."""
     if not any(fact["gpus"] for fact in facts):
         return None
+    notes = []
     for host, fact in zip(hosts, facts, strict=True):
-        if fact["holders"]:
-            held = ", ".join(f"{h['name']} (pid {h['pid']}, {h['used'] / 1e9:,.1f} GB)" for h in fact["holders"])
+        gpus = {gpu["uuid"]: gpu for gpu in fact["gpus"][: fact["processes"]]}
+        servers = {h["gpu"]: h for h in fact["holders"] if h["name"] == MPS}
+        holders = [h for h in fact["holders"] if h["name"] != MPS]
+        if mine := [h for h in holders if h["gpu"] in gpus]:
+            held = ", ".join(f"{h['name']} (pid {h['pid']}, {h['used'] / 1e9:,.1f} GB)" for h in mine)
             raise InputError(
-                f"{host}: GPU memory is held by {held}: left over from an earlier job? end it (kill PID there), or {AVOID}"
+                f"{host}: GPU memory is held by {held}: left over from an earlier job? end it (kill PID there), "
+                f"{_free(fact, holders)}or {AVOID}"
             )
-        for gpu in fact["gpus"]:
-            if gpu["used"] > HELD:
+        for uuid, gpu in gpus.items():
+            if gpu["used"] > HELD and uuid not in servers:
                 raise InputError(
                     f"{host}: {gpu['used'] / 1e9:,.1f} GB of GPU {gpu['index']} are in use, and by no process that can be seen from "
-                    f"here: {AVOID}"
+                    f"here: {_free(fact, holders)}{AVOID}"
                 )
-    return "no process holds memory of a GPU"
+            if uuid in servers:
+                notes.append(
+                    f"{host}: an MPS server (pid {servers[uuid]['pid']}) shares GPU {gpu['index']}, of which {gpu['used'] / 1e9:,.1f} GB "
+                    "are in use: other programs that it serves slow this one"
+                )
+            if gpu["mig"]:
+                notes.append(
+                    f"{host}: {gpu['name']} is a slice: MFU, power and temperature, and who holds memory, are not known of it"
+                )
+    return "; ".join(["no process holds memory of a GPU", *notes])
+
+
+def _free(fact, holders):
+    """Which other GPUs of the node could be taken, if there are enough."""
+    held = {h["gpu"] for h in holders}
+    free = [gpu["index"] for gpu in fact["gpus"] if gpu["uuid"] not in held and gpu["used"] <= HELD]
+    enough = len(free) >= fact["processes"]
+    return f"take free ones (CUDA_VISIBLE_DEVICES={','.join(free[: fact['processes']])}), " if enough else ""
 
 
 def check_versions(hosts, facts):

@@ -1,18 +1,26 @@
-"""What a benchmark makes of recipes and of metrics.jsonl: variants, figures, the largest batch, evidence, and how a run ends."""
+"""What a benchmark makes of recipes and of metrics.jsonl: variants, figures, the largest batch, evidence, how a run ends, and the time."""
 
+import json
+import signal
 import sys
+import time
 
 import psutil
 import pytest
 from conftest import ROOT
 
-from dilqur.benchmarking.benchmark_tables import chosen
+from dilqur.benchmarking import time_limit
+from dilqur.benchmarking.benchmark_tables import chosen, missing
+from dilqur.benchmarking.duration import rate_of, run_seconds, variant_seconds
 from dilqur.benchmarking.figures import largest_batch, loss_parity, over_rounds, round_figures, utilisation
 from dilqur.benchmarking.kernel_evidence import evidence
+from dilqur.benchmarking.time_limit import NoTime, TimeLimit
 from dilqur.benchmarking.variants import read_variants, recipe_values, same_training
-from dilqur.benchmarking.watched_run import command_line, remembered, run_until
+from dilqur.benchmarking.watched_run import Outcome, command_line, environment, remembered, run_until
+from dilqur.benchmarking.what_failed import failed_tests, rows_without_figures
 from dilqur.errors import InputError
 from dilqur.kernels import PLAIN
+from dilqur.planning.job import Job
 from dilqur.training_settings import TrainingSettings
 
 RECIPE = str(ROOT / "recipes" / "quickstart" / "control.yaml")
@@ -223,3 +231,99 @@ def test_one_process_needs_no_launcher():
     assert alone == [sys.executable, "scripts/cpt.py", "--config", "r.yaml", "--output_dir", "out"]
     several = command_line("scripts/cpt.py", "r.yaml", "out", 8, DDP)
     assert several[several.index("--num_processes") + 1] == "8" and DDP in several
+
+
+def test_a_run_has_the_environment_of_the_launcher_and_a_sites_own_values_win(monkeypatch):
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    found = environment(1, ["0", "1"], "cache")
+    assert found["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True" and found["CUDA_VISIBLE_DEVICES"] == "0"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-a,MIG-b")
+    assert environment(1, ["MIG-a", "MIG-b"], "cache")["CUDA_VISIBLE_DEVICES"] == "MIG-a"
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    assert environment(1, [], "cache")["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:64"
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in environment(1, [], "cache"), "over the other name torch takes this one"
+
+
+# -- the time -----------------------------------------------------------------------------------------------------------
+
+
+def test_no_run_begins_when_time_is_up_and_the_one_in_progress_is_cut(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(time_limit.time, "monotonic", lambda: now)
+
+    def measure(seconds):  # a run of 40 s
+        nonlocal now
+        now += min(40, seconds)
+        return Outcome(None if seconds >= 40 else "no step 30", [], min(40, seconds), 0.0)
+
+    limit = TimeLimit(begin_s=60, cut_s=70)
+    assert limit.run(measure, 1800).problem is None
+    with pytest.raises(NoTime, match="cut after 30 s, when time was up"):
+        limit.run(measure, 1800)  # it begins at 40 s
+    with pytest.raises(NoTime, match="no time"):
+        limit.run(measure, 1800)
+    assert TimeLimit(begin_s=60).run(measure, 1800).problem is None
+    assert TimeLimit(cut_s=60).run(measure, 30).problem == "no step 30", "by its own limit"
+
+
+def test_a_signal_ends_the_run_in_progress_and_no_other_begins():
+    limit = TimeLimit()
+    before = signal.signal(signal.SIGALRM, limit.stop)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(NoTime, match="interrupted"):
+            limit.run(time.sleep, 20)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    with pytest.raises(NoTime, match="interrupted"):
+        limit.run(time.sleep, 20)
+    limit.stop(signal.SIGTERM)  # while tables are written: they are written
+    assert limit.signal == signal.SIGTERM
+
+
+def test_what_there_was_no_time_for_is_said_by_reason():
+    rows = [("round 2", "cut after 3 s, when time was up"), ("round 3", "no time"), ("losses and kernels", "no time")]
+    assert missing(rows) == "round 2 (cut after 3 s, when time was up); round 3, losses and kernels (no time)"
+
+
+def test_how_long_a_run_takes_is_its_start_and_its_steps_at_the_planners_rate():
+    config = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+              "num_key_value_heads": 8, "vocab_size": 100352, "tie_word_embeddings": True}  # fmt: skip
+    job = Job(config, max_length=2048, global_batch=8)
+    step = 8 * 2048 * job.flops_per_token() / rate_of("NVIDIA H100 80GB HBM3")
+    assert 0.1 < step < 0.4, "the published rate is 78,319 tokens/s: 0.21 s for 16,384"
+    start = run_seconds(None, 30, 1, "NVIDIA H100 80GB HBM3")
+    assert run_seconds(job, 30, 1, "NVIDIA H100 80GB HBM3") == pytest.approx(start + 30 * step)
+    assert run_seconds(job, 30, 1, "another GPU") > run_seconds(job, 30, 1, "NVIDIA H100 80GB HBM3")
+    three = variant_seconds(job, [30] * 3, 1, "NVIDIA H100 80GB HBM3")
+    assert three == pytest.approx(3 * (start + 30 * step)) and variant_seconds(job, [], 1, None) == 0
+    assert variant_seconds(job.but(compiled=True), [30] * 3, 1, "NVIDIA H100 80GB HBM3") > three
+
+
+def test_what_failed_and_what_was_left_out_are_lines(tmp_path):
+    report = tmp_path / "gpu-tests.xml"
+    report.write_text(
+        '<testsuites><testsuite><testcase classname="tests.test_a" name="test_good"/><testcase classname="tests.test_a" '
+        'name="test_bad[1]"><failure message="AssertionError: 1 == 2&#10;more">text</failure></testcase>'
+        '<testcase classname="" name="tests.test_b"><error message="collection failure">text</error></testcase></testsuite></testsuites>'
+    )
+    first = "failed: test tests.test_a::test_bad[1]: AssertionError: 1 == 2"
+    assert failed_tests(report) == [first, "failed: test tests.test_b: collection failure"]
+    row = {"problem": None, "left_out": [], "rounds": [{}]}
+    rows = {
+        "good": row,
+        "too large": {**row, "problem": "out of memory", "rounds": []},
+        "bad": {**row, "problem": "error: no"},
+        "late": {**row, "left_out": [["round 1", "no time"]], "rounds": []},
+        "once": {**row, "left_out": [["round 2", "no time"]]},
+    }
+    (tmp_path / "llama-1b-1").mkdir()
+    result = tmp_path / "llama-1b-1" / "benchmark.json"
+    result.write_text(json.dumps({"variants": rows}))
+    assert rows_without_figures(result) == [
+        "failed: row llama-1b-1: bad: error: no",
+        "left out: row llama-1b-1: late: no time",
+    ]

@@ -124,7 +124,11 @@ def test_what_does_not_go_together_is_refused_without_torch(keys, strategy, says
             "loss_kernel: chunked: it is not known for a gemma2",
         ),
         ({"loss_kernel": "liger"}, CPU, "loss_kernel: liger: there is no GPU here"),
-        ({"attn_implementation": "flex_attention"}, CPU, "attn_implementation: flex_attention: torch has no backward pass"),
+        (
+            {"attn_implementation": "flex_attention"},
+            CPU,
+            "attn_implementation: flex_attention: torch has no backward pass",
+        ),
         ({"loss_kernel": "liger"}, on(H100, liger=False), "loss_kernel: liger: it is not installed here"),
         ({"torch_compile": True}, on(H100, c_compiler=False), "torch_compile: true: there is no C compiler here"),
     ],

@@ -1,18 +1,23 @@
-"""What the numbers of all nodes say: each mistake, as numbers, gets its line; good numbers get none."""
+"""What the numbers of all nodes say: each mistake, as numbers, gets its line; good numbers get none. And what nvidia-smi says of a node."""
 
 import pytest
 
 from dilqur.errors import InputError
 from dilqur.preflight import node_verdicts as verdict
 from dilqur.preflight.findings import Skipped
+from dilqur.preflight.node_facts import node_facts
 
 HOSTS = ["n1", "n2", "n3"]
 
 
 def node(used=4 << 20, holders=(), driver="580.82.07", given=1, gpus=1, torch="2.13.0", processes=1):
-    shown = [{"index": str(i), "uuid": f"GPU-{i}", "name": "H100", "used": used} for i in range(gpus)]
+    shown = [{"index": str(i), "uuid": f"GPU-{i}", "name": "H100", "used": used, "mig": False} for i in range(gpus)]
     facts = {"given": given, "gpus": shown, "holders": list(holders), "driver": driver, "processes": processes}
     return {**facts, "versions": {"Python": "3.11.7", "torch": torch}}
+
+
+def holder(name="python", gpu="GPU-0", used=60_000 << 20):
+    return {"pid": 42, "name": name, "used": used, "gpu": gpu}
 
 
 def look(problem=None, seen=None, ahead=0.0):
@@ -56,7 +61,7 @@ MISTAKES = {
         verdict.check_gpus, (HOSTS, [node()] * 3, h100("H100", "A100", "H100")), "not all alike (2 × H100, 1 × A100): ask for one kind"
     ),
     "a process of an earlier job": (
-        verdict.check_holders, (HOSTS, with_second(holders=[{"pid": 42, "name": "python", "used": 60_000 << 20}])),
+        verdict.check_holders, (HOSTS, with_second(holders=[holder()])),
         "n2: GPU memory is held by python (pid 42, 62.9 GB)",
     ),
     "memory that nobody seems to hold": (
@@ -126,3 +131,104 @@ def test_of_two_nodes_nobody_can_say_which_is_slow():
 def test_bus_bandwidth_as_in_nccl_tests():
     """Its example: the time of an all-reduce does not tell a link's rate, 2 (n - 1) / n of its bytes do."""
     assert verdict.bus_bandwidth(2, 1e9, 1.0) == 1e9 and verdict.bus_bandwidth(8, 1e9, 1.0) == 1.75e9
+
+
+# -- a node that is shared --------------------------------------------------------------------------------------------
+
+WHOLE = """GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-afddd1b4-4464-96c8-a712-aaeb0acf1170)
+GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-6faf0136-7870-5767-10be-a0827a158829)
+GPU 2: NVIDIA H100 80GB HBM3 (UUID: GPU-20d20fc3-bcc7-e715-32d6-ffd646ea062f)
+"""
+DIVIDED = """GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-838f60d9-651f-9166-ea42-f9da674a6947)
+  MIG 3g.20gb     Device  0: (UUID: MIG-ffda444c-c706-57c6-98c9-67c441a0b109)
+  MIG 1g.5gb      Device  1: (UUID: MIG-fe9bc608-60f5-5479-8cc4-1827021d27a9)
+GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-c92e2d5d-4a69-f1cd-4df0-305f8606705a)
+"""
+HELD_BY = "GPU-afddd1b4-4464-96c8-a712-aaeb0acf1170, 4242, /usr/bin/python3, 69900"
+SERVED_BY = "GPU-6faf0136-7870-5767-10be-a0827a158829, 3892, nvidia-cuda-mps-server, 28"
+
+
+@pytest.fixture
+def smi(tmp_path, monkeypatch):
+    """Make nvidia-smi say this, and CUDA_VISIBLE_DEVICES too; returns node_facts with one process."""
+
+    def say(listing, apps=(), used=("4", "4", "4"), visible=None):
+        gpus = [line.split(": ") for line in listing.splitlines() if line.startswith("GPU")]
+        rows = [
+            f"{who[4:]}, {uuid.rstrip(')')}, {name.partition(' (')[0]}, {mib}, 580.82.07"
+            for (who, name, uuid), mib in zip(gpus, used, strict=False)
+        ]
+        answers = {"--query-gpu*": rows, "--query-compute-apps*": apps, "-L": listing.splitlines()}
+        cases = "".join(f"{what}) cat <<'EOF'\n" + "\n".join(said) + "\nEOF\n;;\n" for what, said in answers.items())
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\ncase $1 in\n{cases}esac\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        return {**node_facts(), "processes": 1}
+
+    return say
+
+
+@pytest.mark.parametrize(
+    ("visible", "indices"),
+    [
+        (None, ["0", "1", "2"]),
+        ("2,1", ["2", "1"]),
+        ("GPU-20d20fc3-bcc7-e715-32d6-ffd646ea062f", ["2"]),
+        ("GPU-6faf", ["1"]),
+        ("1,9,2", ["1"]),
+        ("-1", []),
+        ("", []),
+    ],
+)
+def test_the_gpus_of_a_job_are_those_that_cuda_visible_devices_names_in_its_order(smi, visible, indices):
+    facts = smi(WHOLE, visible=visible)
+    assert [gpu["index"] for gpu in facts["gpus"]] == indices
+    assert facts["driver"] == ("580.82.07" if indices else None)
+
+
+def test_of_a_shared_node_only_the_gpus_that_are_used_have_to_be_free(smi):
+    busy = {"apps": [HELD_BY], "used": ("70000", "4", "4")}
+    assert verdict.check_holders(["n1"], [smi(WHOLE, **busy, visible="1")]) == "no process holds memory of a GPU"
+    with pytest.raises(InputError, match=r"held by python3 \(pid 4242.* take free ones \(CUDA_VISIBLE_DEVICES=1\), or"):
+        verdict.check_holders(["n1"], [smi(WHOLE, **busy)])
+    with pytest.raises(InputError) as found:
+        verdict.check_holders(["n1"], [smi(WHOLE, **busy, visible="0")])
+    assert "take free ones" not in str(found.value), "it may use no other"
+    with pytest.raises(InputError, match=r"70.* GB of GPU 0 are in use, and by no process .*CUDA_VISIBLE_DEVICES=1"):
+        verdict.check_holders(["n1"], [smi(WHOLE, used=("67000", "4", "4"))])
+
+
+def test_an_mps_server_is_a_note_and_its_clients_are_holders(smi):
+    said = verdict.check_holders(["n1"], [smi(WHOLE, apps=[SERVED_BY], used=("4", "9000", "4"), visible="1")])
+    assert "n1: an MPS server (pid 3892) shares GPU 1, of which 9.4 GB are in use" in said
+    client = SERVED_BY.replace("nvidia-cuda-mps-server, 28", "/home/u/python, 8900")
+    with pytest.raises(InputError, match="held by python"):
+        verdict.check_holders(["n1"], [smi(WHOLE, apps=[SERVED_BY, client], visible="1")])
+
+
+@pytest.mark.parametrize(
+    ("visible", "names"),
+    [
+        (None, ["NVIDIA A100-SXM4-40GB MIG 3g.20gb", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA A100-SXM4-40GB"]),
+        ("MIG-fe9bc608-60f5-5479-8cc4-1827021d27a9", ["NVIDIA A100-SXM4-40GB MIG 1g.5gb"]),
+        ("MIG-GPU-838f60d9-651f-9166-ea42-f9da674a6947/1/0", ["NVIDIA A100-SXM4-40GB MIG"]),
+        ("MIG-00000000-of-a-container", ["NVIDIA A100-SXM4-40GB MIG"]),
+        ("0", ["NVIDIA A100-SXM4-40GB MIG 3g.20gb"]),
+        ("1", ["NVIDIA A100-SXM4-40GB"]),
+    ],
+)
+def test_a_mig_slice_is_a_gpu_of_which_not_all_is_known(smi, visible, names):
+    facts = smi(DIVIDED, used=("[Insufficient Permissions]", "4"), visible=visible)
+    assert [gpu["name"] for gpu in facts["gpus"]] == names
+    assert [gpu["mig"] for gpu in facts["gpus"]] == ["MIG" in name for name in names]
+    said = verdict.check_holders(["n1"], [facts])
+    assert ("is a slice: MFU, power and temperature" in said) is ("MIG" in names[0])
+    if visible and facts["gpus"][0]["mig"]:
+        index = facts["gpus"][0]["index"]
+        assert index == (visible if visible != "0" else "MIG-ffda444c-c706-57c6-98c9-67c441a0b109")
+        devices = {"n1": [names[0]] * 2}
+        with pytest.raises(InputError, match="CUDA shows a process one MIG slice"):
+            verdict.check_gpus(["n1"], [{**facts, "processes": 2}], devices)

@@ -1,11 +1,13 @@
 """benchmark.py: the real programs measured side by side, at toy size on a CPU. How fast anything is, is not asserted."""
 
 import json
-import os
-import subprocess
+import re
 
 import pytest
-from conftest import ENVIRONMENT, ROOT
+import torch
+from conftest import ROOT
+
+from dilqur.benchmarking.benchmark_tables import markdown
 
 GRIDS = sorted((ROOT / "benchmarks" / "grids").glob("*.yaml"))
 
@@ -75,6 +77,14 @@ def test_the_json_says_on_what_it_was_measured_and_the_table_is_in_a_file(toy):
     assert "checkpoints" not in left and "model" not in left
 
 
+def test_of_a_mig_slice_there_is_no_mfu_and_the_tables_say_so(toy):
+    slice_of = {"name": "NVIDIA H100 80GB HBM3 MIG 3g.40gb", "mig": True}
+    result = toy[2] | {"machine": toy[2]["machine"] | {"gpus": [slice_of], "driver": "580.82.07"}, "on_gpu": True}
+    table = markdown(result)
+    assert "A MIG slice: MFU is not known of it" in table and "on NVIDIA H100 80GB HBM3 MIG 3g.40gb" in table
+    assert "| TFLOP/s |" in table and "| MFU |" not in table
+
+
 def test_a_benchmark_that_was_cut_short_goes_on_where_it_was(toy, run):
     folder, _, before = toy
     (folder / "manifest.json").unlink()
@@ -82,6 +92,45 @@ def test_a_benchmark_that_was_cut_short_goes_on_where_it_was(toy, run):
     run("scripts/benchmark.py", "--config", folder.with_name("grid.yaml"), "--output_dir", folder)
     after = json.loads((folder / "benchmark.json").read_text())
     assert after["variants"]["plain"]["rounds"] == before["variants"]["plain"]["rounds"], "not measured again"
+
+
+def test_without_time_rows_are_left_out_and_the_benchmark_is_not_finished(toy, run):
+    folder = toy[0].with_name("late")
+    grid = ("--config", toy[0].with_name("grid.yaml"), "--output_dir", folder)
+    assert re.search(
+        r"grid: ok, 5 variants, 10 runs, about \d+\.\d min", run("scripts/benchmark.py", *grid, "--check").stdout
+    )
+    said = run("scripts/benchmark.py", *grid, "--max_minutes", "0.0001").stdout
+    rows = json.loads((folder / "benchmark.json").read_text())["variants"]
+    assert all(row["left_out"] == [["round 1", "no time"], ["losses and kernels", "no time"]] for row in rows.values())
+    assert "- compiled: round 1, losses and kernels (no time)" in said and not (folder / "manifest.json").exists()
+
+
+def test_the_trainer_under_fsdp2_computes_in_our_precision(server, made, tiny_model, tmp_path):
+    """Losses that are not rounded to bfloat16, as ours are not: the first to all digits, then apart by roundings that add up."""
+    flags = [
+        "--model_name_or_path",
+        tiny_model,
+        "--datasets",
+        f"{{path: {made}/shards}}",
+        "--max_length",
+        64,
+        "--bf16",
+        "true",
+    ]
+    flags += ["--global_batch_size", 8, "--per_device_train_batch_size", 4, "--learning_rate", "1e-4", "--max_steps", 4]
+    losses = {}
+    for name, program in (("trainer", "benchmarks/trainer_baseline.py"), ("ours", "scripts/cpt.py")):
+        log, more = tmp_path / f"{name}.log", {"program": ROOT / program, "LOG_LOSSES": "1"}
+        with server.launch("fsdp2", [*flags, "--output_dir", tmp_path / name], log, **more) as started:
+            assert started.wait(300) == 0, log.read_text()[-3000:]
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses[name] = torch.tensor([json.loads(line)["loss"] for line in lines], dtype=torch.float32)
+    assert len(losses["trainer"]) == 4 and losses["trainer"][0].item() == pytest.approx(
+        losses["ours"][0].item(), rel=1e-6
+    )
+    assert (losses["trainer"] - losses["ours"]).abs().max() < 2e-3
+    assert (losses["trainer"] != losses["trainer"].bfloat16().float()).all(), "not rounded to bfloat16"
 
 
 def test_a_recipe_with_its_own_inputs_under_a_strategy_and_the_largest_batch(run, made, tiny_model, tmp_path):
@@ -129,17 +178,3 @@ def test_a_mistake_gets_one_line(more, said, run, tmp_path):
     done = run("scripts/benchmark.py", *grid, *more, "--check", code=2)
     assert said in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
-
-
-def run_gpu(*flags):
-    command = [ROOT / "benchmarks" / "run_gpu.sh", *flags]
-    return subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, cwd="/")
-
-
-def test_run_gpu_prints_its_commands_and_refuses_where_there_is_no_gpu():
-    done = run_gpu("--dry-run", "--gpus", "8", "--largest")
-    assert done.returncode == 0 and done.stderr == ""
-    commands = [line for line in done.stdout.splitlines() if line.startswith("+ ")]
-    assert "check_nodes.py --num_processes 8" in commands[0]
-    assert all("--largest_batch" in c and "ddp.yaml" in c for c in commands if "benchmark.py" in c)
-    assert run_gpu("--gpus", "many").returncode == 2 and run_gpu("--gpu").returncode == 2
