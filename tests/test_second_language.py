@@ -61,12 +61,14 @@ def test_it_is_configuration_and_text_alone():
     }
 
 
+@pytest.mark.long
 def test_cleaning_drops_none_of_its_documents(tree, output):
     cleaned = result(tree, "clean")
     assert cleaned["dropped"] == {} and cleaned["kept_train"] + cleaned["kept_validation"] == DOCUMENTS
     assert cleaned["kept_validation"] >= DOCUMENTS / 20, "enough are held out to measure by"
 
 
+@pytest.mark.long
 def test_its_tokenizer_needs_a_sixth_of_the_tokens(tree, output):
     measured = result(tree, "fertility")
     base, own = (measured["tokenizers"][name] for name in ("tokenizer-base", "tokenizer"))
@@ -75,6 +77,7 @@ def test_its_tokenizer_needs_a_sixth_of_the_tokens(tree, output):
     assert own["bytes_per_token"] > 6
 
 
+@pytest.mark.long
 def test_the_model_reads_better_than_its_control_on_the_same_bytes(tree, output):
     bpb = {name: figures["bits_per_byte"] for name, figures in result(tree, "bpb")["models"].items()}
     assert bpb["cpt-2-full"] < bpb["cpt-1-embeddings"] < bpb["transplant"] < bpb["base"], "each stage helped"
@@ -85,6 +88,7 @@ def test_the_model_reads_better_than_its_control_on_the_same_bytes(tree, output)
     assert f"{bpb['cpt-2-full']:.3f} cpt-2-full" in output and f"{bpb['control']:.3f} control" in output
 
 
+@pytest.mark.long
 def test_every_sample_word_is_whole_in_the_report(tree, output):
     words = yaml.safe_load((SECOND / "fertility.yaml").read_text())["sample_words"]
     page = (tree / "runs" / SECOND.name / "report" / "report.html").read_text(encoding="utf-8")

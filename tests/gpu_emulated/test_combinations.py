@@ -1,19 +1,21 @@
 """Keys together: every variant of the GPU grids, and every pair of keys that choose code, run by cpt.py and mlm.py, evaluated and saved.
 
 Each runs with a GPU's kernels (Triton's interpreter) and learns as its plain twin does, or is refused in one line. `kernels: auto` is
-what it chooses on a GPU. One process; tests/gpu_emulated/test_recipes.py has the strategies.
+what it chooses on a GPU. One process; tests/gpu_emulated/test_shipped_recipes.py has the strategies.
 """
 
 import itertools
 import json
+from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from conftest import ROOT
 from fork_launch import Server
-from test_recipes import CLOSE, SHRUNK, TINY_ENCODER, make_llama, numbers, small  # noqa: F401
+from test_shipped_recipes import CLOSE, SHRUNK, TINY_ENCODER, make_llama, numbers, small  # noqa: F401
 
-from dilqur.kernels import Machine, choose
+from dilqur.kernels import KernelSettings, Machine, choose
 
 pytestmark = pytest.mark.long
 pytest.importorskip("triton", reason="Triton is not installed here")
@@ -105,9 +107,8 @@ def auto(keys, kind):
     """The keys with `kernels: auto` made what it is on a GPU."""
     if keys.get("kernels") != "auto":
         return keys
-    from test_kernel_parity import settings
-
-    run = settings(**{k: v for k, v in keys.items() if k != "mask_count"})
+    plain = {f.name: f.default for f in fields(KernelSettings)}
+    run = SimpleNamespace(**{**plain, "intra_document_masking": False, **keys})
     machine = Machine(
         **{**GPU.__dict__, "encoder": kind == "mlm", "model_type": "neobert" if kind == "mlm" else "llama"}
     )
