@@ -1,7 +1,7 @@
 # make quickstart   raw text to a model that speaks the language, on a laptop (runs/quickstart/report/report.html)
 # make quickstart-encoder   the same for an encoder from scratch (runs/quickstart-encoder/report/report.html)
 # make test         the tests, in less than half an hour of two cores
-# make test-all     those and the long ones: kernels' combinations, strategies' matrices; or a part of them, as in make test-matrix
+# make test-all     those and the long ones, in parts: make test-long (kernels' combinations, a second language), make test-matrix (checkpoints)
 # make lint         ruff and shellcheck
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -9,7 +9,7 @@ VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 SHELL_SCRIPTS := $(wildcard slurm/*.sh slurm/*.sbatch apptainer/*.sh .ci/run tests/slurm/lab tests/slurm/*.sh benchmarks/*.sh)
 
-.PHONY: quickstart quickstart-encoder test test-all test-emulated test-matrix lint clean
+.PHONY: quickstart quickstart-encoder test test-all test-long test-matrix lint clean
 
 quickstart: $(VENV)/installed
 	slurm/pipeline.sh quickstart --local
@@ -20,10 +20,10 @@ quickstart-encoder: $(VENV)/installed
 test: $(VENV)/installed-dev
 	pytest -m "not long" -n $$(($$(nproc) + 1)) --dist loadfile --no-loadscope-reorder # one more than cores: a third of the time is waiting
 
-test-all: test test-emulated test-matrix
+test-all: test test-long test-matrix
 
-test-emulated: $(VENV)/installed-dev
-	pytest -m long -n $$(nproc) --dist loadfile tests/gpu_emulated
+test-long: $(VENV)/installed-dev
+	pytest -m long -n $$(nproc) --dist loadfile
 
 test-matrix: $(VENV)/installed-dev
 	for program in cpt mlm; do \

@@ -11,7 +11,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 # Named otherwise than their distribution
-MODULES = {"liger-kernel": "liger_kernel", "PyYAML": "yaml", "zstandard": "zstandard"}
+MODULES = {"liger-kernel": "liger_kernel", "nvidia-ml-py": "pynvml", "PyYAML": "yaml", "zstandard": "zstandard"}
 
 
 def main(path):

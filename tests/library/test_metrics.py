@@ -1,11 +1,12 @@
 """metrics.jsonl: a line a step, whole after a kill, and after a resume that of a run without the interruption."""
 
 import json
+import types
 
 import numpy as np
 import pytest
 
-from dilqur.metrics import Metrics
+from dilqur.metrics import Metrics, gpu_health
 
 
 def record(folder, first, last, **values):
@@ -76,3 +77,29 @@ def test_logging_steps_thins_the_log_not_the_file_and_the_last_step_is_always_sa
         metrics.log(step, loss=1.0, **({"eval_loss": 2.0} if step == 5 else {}))
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["4/10", "5/10", "8/10", "10/10"]
     assert len(lines(tmp_path)) == 10
+
+
+def test_what_nvml_says_of_a_gpu_is_in_the_metrics(monkeypatch):
+    """With the pinned pynvml and an NVML that answers: its own functions where a driver would be called."""
+    import pynvml
+    import torch
+
+    properties = types.SimpleNamespace(uuid="1234-abcd")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    answers = {
+        "nvmlInit": None,
+        "nvmlDeviceGetHandleByUUID": "the GPU",
+        "nvmlDeviceGetUtilizationRates": types.SimpleNamespace(gpu=97),
+        "nvmlDeviceGetPowerUsage": 650_500,
+        "nvmlDeviceGetTemperature": 61,
+        "nvmlDeviceGetCurrentClocksThrottleReasons": pynvml.nvmlClocksThrottleReasonHwSlowdown,
+    }
+    asked = {}
+    for name, answer in answers.items():
+        assert callable(getattr(pynvml, name))
+        monkeypatch.setattr(
+            pynvml, name, lambda *arguments, name=name, answer=answer: asked.update({name: arguments}) or answer
+        )
+    expected = {"gpu_utilization": 97, "gpu_power_w": 650.5, "gpu_temperature_c": 61, "gpu_throttled": 1}
+    assert gpu_health() == expected and asked["nvmlDeviceGetHandleByUUID"] == ("GPU-1234-abcd",)
