@@ -49,12 +49,11 @@ def main():
     quiet_libraries()
     import torch
     from accelerate.utils import InitProcessGroupKwargs
-    from torch.distributed.fsdp import MixedPrecisionPolicy
     from torch.utils.data import SequentialSampler
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, training_args
 
     from dilqur.batches import split_batch
-    from dilqur.distributed import _allow_cpu
+    from dilqur.distributed import allow_cpu, fsdp2_precision
     from dilqur.kernels import triton_runs
     from dilqur.optimizer import learning_rate_at
     from dilqur.profiling import profiler
@@ -69,7 +68,7 @@ def main():
     log_losses = os.environ.get("LOG_LOSSES") == "1"
     use_cpu = False
     if not on_gpu:
-        use_cpu = bool(_allow_cpu(InitProcessGroupKwargs()))  # false under FSDP, which it would turn off
+        use_cpu = bool(allow_cpu(InitProcessGroupKwargs()))  # false under FSDP, which it would turn off
         training_args.is_torch_bf16_gpu_available = lambda: True  # else bf16 wants a GPU, or use_cpu
     liger = settings.use_liger_kernel and triton_runs()
     if settings.use_liger_kernel and not liger:
@@ -171,9 +170,7 @@ def main():
     model.config.use_cache = False
     trainer = InOrder(model=model, args=arguments, train_dataset=Samples(), callbacks=[Metrics()])
     if (plugin := getattr(trainer.accelerator.state, "fsdp_plugin", None)) is not None:
-        plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if settings.bf16 else None, reduce_dtype=getattr(torch, settings.reduce_dtype)
-        )
+        plugin.mixed_precision_policy = fsdp2_precision(settings.bf16, settings.reduce_dtype)
     trainer.train()
     return None
 

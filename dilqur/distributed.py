@@ -129,7 +129,7 @@ def make_accelerator(
         comm_hook=DDPCommunicationHookType.BF16 if low and on_gpu else DDPCommunicationHookType.NO,  # it wants NCCL
         gradient_as_bucket_view=True,
     )
-    arguments = {} if on_gpu else _allow_cpu(process_group)
+    arguments = {} if on_gpu else allow_cpu(process_group)
     accelerator = Accelerator(
         mixed_precision="bf16" if bf16 else "no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -152,14 +152,20 @@ def make_accelerator(
         if bf16:  # else micro-batch gradients are added up in bf16
             plugin.deepspeed_config["data_types"] = {"grad_accum_dtype": "fp32"}
     elif strategy(accelerator) == "fsdp2":
-        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+        from torch.distributed.fsdp import CPUOffloadPolicy
 
         if isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy) and not on_gpu:
             accelerator.state.fsdp_plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)
-        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.bfloat16 if low else torch.float32
-        )
+        accelerator.state.fsdp_plugin.mixed_precision_policy = fsdp2_precision(bf16, reduce_dtype)
     return accelerator
+
+
+def fsdp2_precision(bf16, reduce_dtype="float32"):
+    """FSDP2's row of the table above, a MixedPrecisionPolicy."""
+    import torch
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    return MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, getattr(torch, reduce_dtype), output_dtype=None)
 
 
 def _reduces_each_micro_batch(fp32):
@@ -168,7 +174,7 @@ def _reduces_each_micro_batch(fp32):
     return fp32 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
-def _allow_cpu(process_group):
+def allow_cpu(process_group):
     """accelerate turns FSDP and DeepSpeed on for GPUs only: say that gloo on a CPU is such a world. Arguments for Accelerator."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -18,7 +18,8 @@ from dilqur.checkpoint_files import CheckpointReader
 from dilqur.owned_state import MOMENTS
 
 pytest.importorskip("triton", reason="Triton is not installed here")
-CLOSE = 2e-3  # nats: between bfloat16 products of two kernels, after two steps
+CLOSE = 2e-3  # nats: between bfloat16 products of two kernels
+CLOSE_NORM = 5e-3  # of the gradient, relative: bfloat16 has 3 digits
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -26,7 +27,7 @@ LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
 }
-# sizes and nothing else: two micro-batches a step on two processes, evaluation and save after each of two steps
+# sizes and nothing else, but the rate of a first step for the peak: two steps of two micro-batches on two processes, evaluated and saved
 SHRUNK = {
     "max_length": 8, "global_batch_size": 4, "per_device_train_batch_size": 1, "max_steps": 2, "warmup_steps": 1,
     "eval_steps": 1, "save_steps": 1, "max_eval_samples": 2, "dataloader_num_workers": 1,
@@ -48,7 +49,8 @@ CROSS = [
     Case(*stage, strategy, 4 if strategy == "hsdp" else 2)
     for strategy in ("ddp", "zero2", "zero3", "hsdp", "fsdp2_offload")
     for stage in LLAMAS
-]  # fmt: skip
+    if (*stage, strategy, 2) not in DEFAULT
+]
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +84,13 @@ class Runs:
         if first:
             (run_dir / first).symlink_to(self.run(case._replace(stage=first), True, flags or PLAIN[kind]))
         recipe, log = ROOT / "recipes" / case.recipe / f"{case.stage}.yaml", run_dir / "log"
-        sizes = [word for key, value in SHRUNK.items() for word in (f"--{key}", value)]
-        if "model_config" in yaml.safe_load(recipe.read_text()):
+        keys = yaml.safe_load(recipe.read_text())
+        first_rate = (
+            keys["learning_rate"] / keys["warmup_steps"]
+        )  # at the peak Adam makes whole steps of rounding errors
+        shrunk = {**SHRUNK, "learning_rate": first_rate}
+        sizes = [word for key, value in shrunk.items() for word in (f"--{key}", value)]
+        if "model_config" in keys:
             sizes += "--model_config", TINY_ENCODER
         words = ("--config", recipe, "--run_dir", run_dir, *sizes, *(flags if plain else ()))
         program = ROOT / "scripts" / f"{kind}.py"
@@ -150,10 +157,10 @@ def numbers(folder, name):
 def test_a_shipped_recipe_runs_and_learns_as_with_plain_kernels(runs, case):
     kind = "mlm" if case in ENCODERS else "cpt"
     shipped, plain = runs.run(case, False), runs.run(case, True, PLAIN[kind])
-    for name in ("loss", "eval_loss"):
+    for name, close in (("loss", {"abs": CLOSE}), ("eval_loss", {"abs": CLOSE}), ("grad_norm", {"rel": CLOSE_NORM})):
         found, expected = numbers(shipped, name), numbers(plain, name)
         assert list(found) == list(expected) == [1, 2]
-        assert list(found.values()) == pytest.approx(list(expected.values()), abs=CLOSE), name
+        assert list(found.values()) == pytest.approx(list(expected.values()), **close), name
     log = (shipped.parent / "log").read_text()
     assert (
         "Liger's layers and loss" if kind == "cpt" else "compiled by layer"

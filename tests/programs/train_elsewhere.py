@@ -24,7 +24,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from dilqur.distributed import _allow_cpu
+from dilqur.distributed import allow_cpu
 
 BEFORE, AFTER, BATCH = 3, 3, 8  # steps until it is saved, steps that follow, samples a step
 LEARNING_RATE, BETAS, DECAY = 1e-2, (0.9, 0.98), 0.1
@@ -87,7 +87,7 @@ def write_beside(folder, accelerator, model, optimizer):
 def with_accelerate(model_folder, ids, folder):
     """A loop of one's own, saved by `save_state` (saved/) and, under DeepSpeed, by the engine (engine/)."""
     process_group = InitProcessGroupKwargs()
-    accelerator = Accelerator(kwargs_handlers=[process_group], **_allow_cpu(process_group))
+    accelerator = Accelerator(kwargs_handlers=[process_group], **allow_cpu(process_group))
     rank, world = accelerator.process_index, accelerator.num_processes
     if plugin := accelerator.state.deepspeed_plugin:
         plugin.deepspeed_config.update(
@@ -114,7 +114,7 @@ def with_accelerate(model_folder, ids, folder):
 
 def with_trainer(model_folder, ids, folder):
     """The Trainer's own checkpoint-N/; under FSDP also its state in one piece (full/), by accelerate's `save_state`."""
-    alone = _allow_cpu(InitProcessGroupKwargs()).get("cpu", False)
+    alone = allow_cpu(InitProcessGroupKwargs()).get("cpu", False)
     from torch.utils.data import SequentialSampler
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
