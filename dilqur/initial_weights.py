@@ -9,6 +9,7 @@ Under bf16 ZeRO DeepSpeed makes its fp32 master weights of bfloat16 copies: here
 
 import torch
 
+from dilqur.errors import InputError
 from dilqur.model_parameters import load_config, parameters_of
 from dilqur.owned_state import frozen_shards, owned_slices, refresh
 from dilqur.safetensors_folder import PART, stored_tensors
@@ -61,10 +62,10 @@ class StoredWeights:
 
 
 def read_all(file, room):
-    """Fill `room`, a memoryview of bytes, from an unbuffered file. Raises OSError where it ends before."""
+    """Fill `room`, a memoryview of bytes, from an unbuffered file. Raises InputError where it ends before."""
     while room:
         if not (count := file.readinto(room)):
-            raise OSError(f"{file.name}: ended before it should: it was replaced or cut while it was read")
+            raise InputError(f"{file.name}: replaced or cut while it was read; fetch or convert the model again")
         room = room[count:]
 
 

@@ -32,7 +32,7 @@ export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} TRANSFORMERS_OFFLINE=${TRANSFORMERS_O
 export WANDB_MODE=${WANDB_MODE:-offline}
 # Threads that wait spin by default, and starve each other where a core has two of them: on a CPU, or in the loaders of a GPU job.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
-# Without it the allocator keeps blocks of sizes that are not asked for again, a tenth of a GPU's memory and more.
+# As the published systems set it: blocks that grow, instead of blocks of sizes that are not asked for again.
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-${PYTORCH_ALLOC_CONF:-expandable_segments:True}}
 # On node-local disk, and each job its own: kernels compiled on a network file system get torn.
 cache=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/dilqur-${USER:-$(id -un)}-${SLURM_JOB_ID:-local}

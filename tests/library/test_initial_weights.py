@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from dilqur.errors import InputError
 from dilqur.initial_weights import StoredWeights, empty_model
 from dilqur.safetensors_folder import stored_tensors
 
@@ -69,6 +70,6 @@ def test_a_file_that_is_cut_while_it_is_read_is_an_error(tmp_path):
     _, weights = empty_model(folder, torch.float32)
     (file,) = folder.glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-400])
-    with pytest.raises(OSError, match=r"model\.safetensors: ended before it should"):
+    with pytest.raises(InputError, match=r"model\.safetensors: replaced or cut while it was read"):
         for name, stored in weights.stored.items():
             weights.fill(name, 0, torch.empty(torch.Size(stored.shape).numel()))
