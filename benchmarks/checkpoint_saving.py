@@ -91,8 +91,7 @@ def measure(folder, rounds, output):
     from dilqur.owned_state import MOMENTS, owned_slices
 
     accelerator = make_accelerator(bf16=False, batch=1, accumulation=1, max_grad_norm=1.0)
-    model, optimizer = llama(STATE)
-    model, optimizer = prepare(accelerator, model, optimizer)
+    model, optimizer = prepare(accelerator, llama(STATE), adamw)
     for *_, state in owned_slices(model, optimizer, for_read=True):
         for moment in MOMENTS:
             state[moment].uniform_(0, 1e-3)
@@ -158,8 +157,13 @@ def llama(config):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**config, **HEADS))
-    return model, torch.optim.AdamW(model.parameters(), lr=1e-4)
+    return LlamaForCausalLM(LlamaConfig(**config, **HEADS))
+
+
+def adamw(model):
+    import torch
+
+    return torch.optim.AdamW(model.parameters(), lr=1e-4)
 
 
 class Step:
@@ -168,8 +172,8 @@ class Step:
     def __init__(self, accelerator):
         import torch
 
-        self.model, self.optimizer = llama(SMALL)
-        self.model, self.everyone = self.model.to(accelerator.device), accelerator.num_processes > 1
+        self.model, self.everyone = llama(SMALL).to(accelerator.device), accelerator.num_processes > 1
+        self.optimizer = adamw(self.model)
         ids = torch.arange(64, device=accelerator.device)[None]
         self.batch = {"input_ids": ids, "labels": ids}
 

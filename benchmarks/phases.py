@@ -102,10 +102,10 @@ def time_steps(rounds, device):
     accelerator = make_accelerator(device == "cuda", samples, 1, settings.max_grad_norm)
     steps = {}
     for phase, patterns in PHASES.items():
-        model = cpt["load_model"](settings)  # the same weights: drawn from the seed
+        model, _ = cpt["load_model"](settings)  # the same weights: drawn from the seed
         freeze_all_but(model, patterns)
-        optimizer = make_optimizer(model.train(), settings, on_gpu=device == "cuda")
-        steps[phase] = prepare(accelerator, model, optimizer)
+        on_gpu = device == "cuda"
+        steps[phase] = prepare(accelerator, model.train(), lambda m, on_gpu=on_gpu: make_optimizer(m, settings, on_gpu))
 
     def now():
         if device == "cuda":

@@ -137,7 +137,7 @@ def run(folder, times, stop):
         dilqur.loop.resume = marked(dilqur.loop.resume, "load")
         dilqur.metrics.Metrics.start = marked(dilqur.metrics.Metrics.start, "metrics")
         dilqur.metrics.Metrics.log = first_step
-    model = cpt["load_model"](settings)
+    model, _ = cpt["load_model"](settings)
     dilqur.loop.train(settings, Stage(settings, __file__), model, cpt["causal_loss"], lambda reader, folder: None)
 
 

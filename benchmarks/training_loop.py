@@ -122,7 +122,7 @@ def in_turn(flags, steps_a_turn):
 
     cpt = runpy.run_path(str(ROOT / "scripts" / "cpt.py"))
     settings = parse(cpt["CptSettings"], "", flags)
-    stage, model = Stage(settings, __file__), cpt["load_model"](settings)
+    stage, (model, _) = Stage(settings, __file__), cpt["load_model"](settings)
     bare, on_gpu = BareLoop(settings, cpt), torch.cuda.is_available()
     turns, calls, resumed = [], 0, None
 
@@ -171,7 +171,7 @@ class BareLoop:
 
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.bf16, self.max_norm = settings.bf16, settings.max_grad_norm
-        self.model = cpt["load_model"](settings).train()
+        self.model = cpt["load_model"](settings)[0].train()
         machine = Machine.here(settings, self.model.config, "single", settings.per_device_train_batch_size)
         apply_kernels(self.model, settings, choose(settings, machine)[0])
         self.model.to(self.device)
@@ -207,7 +207,7 @@ def profile_of(flags):
     settings = parse(cpt["CptSettings"], "", flags)
     profiler, text = cProfile.Profile(), io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()):
-        model = cpt["load_model"](settings)
+        model, _ = cpt["load_model"](settings)
         profiler.runcall(train, settings, Stage(settings, __file__), model, cpt["causal_loss"])
     pstats.Stats(profiler, stream=text).sort_stats("cumulative").print_stats("dilqur|accelerate|optim|autograd", 40)
     return text.getvalue()

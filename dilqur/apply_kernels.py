@@ -49,8 +49,8 @@ def apply_kernels(model, settings, chosen):
 
 def attend_without_cudnn():
     """For the rest of the process, where batches are padded and attention gets a mask: cuDNN's backward pass has given NaN with one on
-    Hopper, for lengths of 64 more than a multiple of 128 and very negative logits (pytorch#196678, trl#7181), and torch 2.11 and newer
-    take it first there. cpt.py and mlm.py pass no mask."""
+    Hopper, for lengths of 64 more than a multiple of 128 and very negative logits (pytorch#196678, trl#7181), and torch takes
+    it first there. cpt.py and mlm.py pass no mask."""
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 

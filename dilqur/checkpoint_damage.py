@@ -22,8 +22,10 @@ def refuse_rounded_weights(reader):
 
 
 def refuse_lost_moments(reader, moved):
-    """InputError where a trained parameter has zeros alone for moments, after a step. moved: names of those that have something else."""
+    """InputError where FSDP2 left a trained parameter nothing but zeros for moments, after a step. moved: names of those that have
+    something else."""
     steps = reader.trainer.get("optimizer_steps", reader.trainer["step"])
     lost = sorted(set(reader.shapes) - set(moved))
-    if steps and lost and "imported" not in reader.trainer:
+    fsdp2 = reader.trainer.get("strategy", "fsdp2") == "fsdp2"
+    if steps and lost and fsdp2 and "imported" not in reader.trainer:
         raise InputError(f"{reader.folder}: damaged: the moments of {lost[0]} are zero after {steps} steps: {WHY}")

@@ -21,7 +21,8 @@ reduce_dtype is fp32 unless the recipe says otherwise. Losses are computed in fp
 head's weight is added up in fp32 by each kernel that has the loss in chunks (dilqur/fused_loss.py, and Liger's by `accum_dtype`). FSDP2's
 units must not cast their outputs: the last norm would hand Liger's loss fp32 beside a head gathered in bf16, which it cannot multiply.
 ZeRO's fp32 masters begin as the model's fp32 weights, to the bit, and not as the bfloat16 copies that DeepSpeed makes them of. The norm of
-the gradients is summed in float64: `_square`, and DeepSpeed's own.
+the gradients is summed in float64: `_square`; in ZeRO-2 and 3 by DeepSpeed itself, ZeRO-2 adding over ranks in fp32. A unit of FSDP2 also
+casts the fp32 tensors that it is given, such as the sines and cosines of RoPE.
 
 Who owns what of the training state is dilqur/owned_state.py's. Everything also runs on a CPU over gloo, the same code and the
 same accelerate files, to debug on a laptop.
@@ -51,6 +52,9 @@ def planned_strategy():
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         return _zero_stage(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        _refuse_accelerates_own(
+            os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false"), os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+        )
         replicas, shards = (
             int(os.environ.get(f"PARALLELISM_CONFIG_DP_{name}_SIZE", 1)) for name in ("REPLICATE", "SHARD")
         )
@@ -68,7 +72,11 @@ def planned_strategy():
         if config.get("distributed_type") == "DEEPSPEED":
             return _zero_stage(config.get("deepspeed_config", {}).get("zero_stage", 2))
         if config.get("distributed_type") == "FSDP":
-            return _fsdp_version(config.get("fsdp_config", {}).get("fsdp_version", 1))
+            fsdp, dynamo = config.get("fsdp_config", {}), config.get("dynamo_config", {})
+            _refuse_accelerates_own(
+                fsdp.get("fsdp_activation_checkpointing", False), dynamo.get("dynamo_backend", "no")
+            )
+            return _fsdp_version(fsdp.get("fsdp_version", 1))
     return "ddp" if world > 1 else "single"
 
 
@@ -76,6 +84,18 @@ def _zero_stage(stage):
     if f"zero{stage}" not in ZERO:
         raise InputError(f"DeepSpeed's zero_stage {stage} partitions nothing: take 1, 2 or 3, or ddp.yaml")
     return f"zero{stage}"
+
+
+def _refuse_accelerates_own(checkpointing, backend):
+    """What accelerate would do to a model before it shards it, and `prepare` does not: the recipe's own keys do."""
+    for key, value, ours in (
+        ("fsdp_activation_checkpointing", checkpointing, "gradient_checkpointing"),
+        ("dynamo_backend", backend, "torch_compile"),
+    ):
+        if str(value).lower() not in ("", "no", "false", "none"):
+            raise InputError(
+                f"{key} of the accelerate config is not used: leave it out, and give {ours}: true in the recipe"
+            )
 
 
 def _fsdp_version(version):
@@ -209,6 +229,7 @@ def prepare(accelerator, model, make_optimizer, weights=None):
     name = strategy(accelerator)
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
     empty = any(p.is_meta for p in model.parameters())
+    assert not empty or name in ("fsdp2", "zero3"), f"{name}: a model without weights"
     cast = name in ZERO and accelerator.mixed_precision == "bf16"
     weights = HeldWeights(model) if cast and weights is None else weights
     if name == "fsdp2":
@@ -240,6 +261,8 @@ def prepare(accelerator, model, make_optimizer, weights=None):
         assert {p.dtype for p in trainable} == dtypes, f"{name}: the master weights have changed their dtype"
     if name in ZERO:
         _step_only_on_finite_gradients(optimizer)
+    if name == "zero1" and cast:
+        _sum_the_norm_in_float64()
     return model, optimizer
 
 
@@ -250,6 +273,10 @@ def _prepare_fsdp2(accelerator, model, make_optimizer):
     from accelerate.utils import fsdp2_prepare_model
     from torch.distributed.fsdp import CPUOffloadPolicy
 
+    if any(
+        parameter.is_meta for parameter in model.parameters()
+    ):  # else rank 0 would send what it does not have either
+        accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
     model = fsdp2_prepare_model(accelerator, model)
     offloaded = isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
 
@@ -278,7 +305,7 @@ def _partition_empty(accelerator, model):
             if convert:
                 convert(param_list=[parameter])
             else:
-                Init(module=module, config_dict_or_path=config, dtype=dtype)
+                Init(module=torch.nn.ParameterList([parameter]), config_dict_or_path=config, dtype=dtype)
                 convert = parameter.convert_to_zero_parameters
     for buffer in model.buffers():
         buffer.data = buffer.data.to(accelerator.device)
@@ -289,6 +316,20 @@ def _step_only_on_finite_gradients(optimizer):
     base, zero = base_optimizer(optimizer), zero_optimizer(optimizer)
     step = base.step
     base.step = lambda *args, **kwargs: step(*args, **kwargs) if math.isfinite(zero._global_grad_norm) else None
+
+
+def _sum_the_norm_in_float64():
+    """DeepSpeed's BF16_Optimizer, which is its stage 1 in bfloat16, sums it in fp32."""
+    import deepspeed.runtime.bf16_optimizer
+    import torch
+    from deepspeed.runtime.utils import mask_nan_or_inf_with_val_inplace
+
+    def norm_of(input_tensors, **_):
+        norm = torch.stack([_square(tensor.detach()) for tensor in input_tensors]).sum().sqrt().float()
+        mask_nan_or_inf_with_val_inplace(norm, device=norm.device)
+        return norm
+
+    deepspeed.runtime.bf16_optimizer.get_global_norm_of_tensors = norm_of
 
 
 # -- a step -----------------------------------------------------------------------------------------------------------

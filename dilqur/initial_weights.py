@@ -12,7 +12,7 @@ import torch
 from dilqur.errors import InputError
 from dilqur.model_parameters import load_config, parameters_of
 from dilqur.owned_state import frozen_shards, owned_slices, refresh
-from dilqur.safetensors_folder import PART, stored_tensors
+from dilqur.safetensors_folder import PART, equal_bytes, stored_tensors
 from dilqur.safetensors_shards import TORCH_DTYPES
 
 
@@ -44,8 +44,13 @@ class StoredWeights:
         """Those of a model that is not prepared yet; None where its folder does not hold each of its parameters as it is."""
         parameters, inside = parameters_of(model), stored_tensors(folder)
         names = {first: [first, *(n for n, f in parameters.tied.items() if f == first)] for first in parameters.shapes}
-        found = {first: next((inside[n] for n in names[first] if n in inside), None) for first in names}
-        fits = all(s and s.shape == parameters.shapes[n] and s.dtype in TORCH_DTYPES for n, s in found.items())
+        every = {first: [inside[n] for n in names[first] if n in inside] for first in names}
+        if not all(every.values()) or not all(
+            equal_bytes(s, other) for s, *others in every.values() for other in others
+        ):
+            return None  # of a head that is tied by config.json and stored as another than the embeddings transformers makes two
+        found = {first: stored[0] for first, stored in every.items()}
+        fits = all(s.shape == parameters.shapes[n] and s.dtype in TORCH_DTYPES for n, s in found.items())
         return cls(found) if fits else None
 
     def fill(self, name, start, out):

@@ -205,6 +205,8 @@ def choose(settings, machine, kept=None):
 
 def _impossible(key, value, settings, machine):
     """Why `value` cannot be had here, or None."""
+    if key == "loss_kernel" and value not in LOSS_KERNELS:  # of a checkpoint
+        return "this version has none of that name"
     if key == "loss_kernel" and value != "logits" and machine.model_type not in KNOWN_MODELS:
         return f"it is not known for a {machine.model_type}, whose logits may be scaled or capped before the loss"
     if key == "loss_kernel" and value == "liger" and not machine.triton:

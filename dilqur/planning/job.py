@@ -22,7 +22,8 @@ class Job:
     """config: of the model, a dict. sizes: {parameter: elements}. patterns: names that learn, None for all. weight: bytes of a trained
     weight, product: of a number in a matrix product, reduce: of a gradient on the network. masked: share of the tokens that an encoder
     guesses. recomputed: share of the layers. steps: None where they are epochs of shards that are not there. ceiling:
-    per_device_train_batch_size. lora: of an adapter, which alone learns then. save_steps: None where only the end is saved."""
+    per_device_train_batch_size. lora: of an adapter, which alone learns then. save_steps: None where only the end is saved.
+    read_by_rows: does a rank that shards the model load no more than its shard?"""
 
     config: dict
     patterns: tuple | None = None
@@ -40,6 +41,7 @@ class Job:
     steps: int | None = None
     save_steps: int | None = None
     lora: Lora | None = None
+    read_by_rows: bool = False
 
     @classmethod
     def of(cls, settings, config, steps=None):
@@ -61,6 +63,7 @@ class Job:
             ceiling=settings.per_device_train_batch_size,
             steps=steps or settings.max_steps,
             save_steps=settings.save_steps,
+            read_by_rows=not encoder and bool(settings.model_name_or_path),
         )
 
     @classmethod

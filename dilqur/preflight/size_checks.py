@@ -108,7 +108,7 @@ def check_main_memory(planned, known):
     need = sum(terms.values())
     text = f"{gb(need)} of main memory a node: " + ", ".join(f"{gb(size)} {what}" for what, size in terms.items())
     here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if not known.on_a_cluster and need > here:
+    if known.gpus and not known.on_a_cluster and need > here:
         raise InputError(f"{text}; this one has {gb(here)}: take more nodes with fewer GPUs each, or fsdp2")
     return text
 

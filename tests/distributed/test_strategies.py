@@ -284,8 +284,33 @@ def test_in_bfloat16_alone_a_resume_under_another_strategy_goes_on_and_a_paramet
     ],
 )
 def test_what_a_strategy_cannot_do_is_an_error_before_anything_is_loaded(runs, tmp_path, strategy, flags, says):
+    refused(runs, tmp_path, strategy, flags, says)
+
+
+@pytest.mark.parametrize(
+    ("variable", "says"),
+    [
+        ("FSDP_ACTIVATION_CHECKPOINTING", "fsdp_activation_checkpointing"),
+        ("ACCELERATE_DYNAMO_BACKEND", "dynamo_backend"),
+    ],
+)
+def test_what_an_accelerate_config_says_and_nobody_would_do_is_refused(runs, tmp_path, variable, says):
+    refused(runs, tmp_path, "fsdp2", (), f"{says} of the accelerate config is not used", **{variable: "true"})
+
+
+def test_an_accelerate_config_that_would_send_the_weights_from_the_first_rank_is_the_same_run(runs, tmp_path):
+    """As `accelerate config` has it by default: on the meta device there are none to send."""
+    plain = runs.start("fsdp2", "plain", "--max_steps", 4, model=runs.tiny_model)
+    flags = runs.flags("--max_steps", 4, "--output_dir", tmp_path / "run", model=runs.tiny_model)
+    efficient = {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+    with runs.server.launch("fsdp2", flags, tmp_path / "log", **efficient) as process:
+        assert process.wait(120) == 0, (tmp_path / "log").read_text()
+    assert metrics(tmp_path / "run", "loss", "grad_norm") == metrics(plain, "loss", "grad_norm")
+
+
+def refused(runs, tmp_path, strategy, flags, says, **environment):
     flags = runs.flags(*flags, "--max_steps", 4, "--output_dir", tmp_path / "run", model=runs.tiny_model)
-    with runs.server.launch(strategy, flags, tmp_path / "log") as process:
+    with runs.server.launch(strategy, flags, tmp_path / "log", **environment) as process:
         assert process.wait(120) == 2
     assert says in (tmp_path / "log").read_text()
     assert not (tmp_path / "run").exists()

@@ -1,5 +1,7 @@
 """The weights a run begins with, read by part from a model folder: those that transformers loads, whatever their files look like."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -56,6 +58,14 @@ def test_a_head_that_is_stored_under_its_own_name_alone_is_the_embeddings(tmp_pa
         patch.setattr("dilqur.initial_weights.stored_tensors", lambda folder: stored)
         weights = StoredWeights.of(model, folder)
     assert weights.stored["model.embed_tokens.weight"] is stored["lm_head.weight"]
+
+
+def test_a_head_that_is_tied_by_config_and_stored_as_another_is_left_to_transformers(tmp_path):
+    """Which makes two tensors of them."""
+    folder = saved(tmp_path, tie_word_embeddings=False)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    assert empty_model(folder, torch.float32) == (None, None)
 
 
 def test_files_that_are_not_the_models_are_left_to_transformers(tmp_path):

@@ -55,6 +55,8 @@ def test_a_resumed_run_keeps_what_it_began_with_where_that_can_be_had():
     on_cpu, why = choose(auto, CPU, kept)
     assert on_cpu["loss_kernel"] == "logits"
     assert why["loss_kernel"] == "they are small here; it was liger before, but there is no GPU here"
+    chosen, why = choose(auto, H100, {**kept, "loss_kernel": "quack"})  # of an earlier version
+    assert chosen["loss_kernel"] == "liger" and "quack before, but this version has none" in why["loss_kernel"]
     encoder = on(H100, encoder=True, strategy="ddp")
     kept_whole, _ = choose(auto, encoder)
     assert kept_whole["compile_unit"] == "model"
