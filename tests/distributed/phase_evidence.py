@@ -30,7 +30,7 @@ settle, clip_and_step = dilqur.distributed.settle, dilqur.distributed.clip_and_s
 counter, seen, settled = None, {}, False
 
 
-def counted_train(settings, stage, model, compute_loss, write_model, flops_per_token=None):
+def counted_train(settings, stage, model, compute_loss, *rest, **named):
     def loss(model, batch, tokens):
         global counter
         if settled and counter is None:
@@ -42,7 +42,7 @@ def counted_train(settings, stage, model, compute_loss, write_model, flops_per_t
             counter.tokens = getattr(counter, "tokens", 0) + batch["input_ids"].numel()
         return compute_loss(model, batch, tokens)
 
-    train(settings, stage, model, loss, write_model, flops_per_token)
+    train(settings, stage, model, loss, *rest, **named)
 
 
 def settle_uncounted(*arguments):

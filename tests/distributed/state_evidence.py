@@ -16,8 +16,9 @@ import dilqur.distributed
 from dilqur.owned_state import MOMENTS, base_optimizer, flat_partitions, zero_optimizer
 
 ROOT = Path(__file__).parent.parent.parent
-backward, clip_and_step = dilqur.distributed.backward, dilqur.distributed.clip_and_step
-seen, most = {}, [0]
+prepare, backward = dilqur.distributed.prepare, dilqur.distributed.backward
+clip_and_step = dilqur.distributed.clip_and_step
+seen, most, prepared = {}, [0], []
 
 
 def size(tensors):
@@ -39,11 +40,16 @@ def gradients(model, zero):
     return held + sum(g.nbytes for group in partitions.values() for g in group or [])
 
 
+def watched_prepare(*arguments):
+    prepared[:] = prepare(*arguments)
+    return prepared
+
+
 def watched_backward(accelerator, loss):
     backward(accelerator, loss)
     if not seen:
-        zero = zero_optimizer(accelerator._optimizers[0])
-        most[0] = max(most[0], gradients(accelerator.unwrap_model(accelerator._models[0]), zero))
+        model, optimizer = prepared
+        most[0] = max(most[0], gradients(accelerator.unwrap_model(model), zero_optimizer(optimizer)))
 
 
 def watched_step(accelerator, model, optimizer, max_norm):
@@ -64,5 +70,6 @@ def watched_step(accelerator, model, optimizer, max_norm):
 
 
 dilqur.distributed.backward, dilqur.distributed.clip_and_step = watched_backward, watched_step
+dilqur.distributed.prepare = watched_prepare
 sys.argv[0] = str(ROOT / "scripts" / "cpt.py")
 runpy.run_path(sys.argv[0], run_name="__main__")
