@@ -137,6 +137,8 @@ def main():
     parser.add_argument("--strategies", nargs="+", default=every, choices=every)
     parser.add_argument("--worlds", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--saved_by", nargs="+", help="STRATEGY-WORLD: resume only what these saved")
+    parser.add_argument("--saving_cells", choices=["true", "false"], default="true")
     parser.add_argument("--resume_cells", choices=["true", "false"], default="true")
     parser.add_argument("--controls", choices=["true", "false"], default="true")
     parser.add_argument("--output", help="JSON")
@@ -151,11 +153,11 @@ def main():
         matrix = Matrix(Path(folder), arguments.program, arguments.bf16)
         whole = {place: matrix.train(*place, "whole") for place in everywhere}
         saving, cells, controls = [], [], []
-        for place in everywhere:
+        for place in everywhere if arguments.saving_cells == "true" else []:
             found = matrix.evaluated_differs(*place, whole[place])
             saving.append({"saved_by": place, "tensors_that_differ": found})
             print(f"saved by {place[0]} × {place[1]}, evaluated before or not: {len(found)} tensors differ", flush=True)
-        for source in places:
+        for source in [p for p in places if not arguments.saved_by or "{}-{}".format(*p) in arguments.saved_by]:
             for target in places:
                 name = f"from-{source[0]}-{source[1]}"
                 difference = matrix.resumed(target, matrix.checkpoint(*source), whole[target], name)
