@@ -105,7 +105,9 @@ class Run:
                     os.environ[name] = value
             if "WORLD_SIZE" in environment:  # not "single"
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-            sys.modules["torch"].set_num_threads(1)  # torch's pool anew, before several threads at once would each begin one
+            sys.modules["torch"].set_num_threads(
+                1
+            )  # torch's pool anew, before several threads at once would each begin one
             sys.argv = [str(program), *map(str, flags)]
             sys.path[0] = str(Path(program).parent)  # as python has it; here it was this file's folder
             if "PYTHONPATH" in environment:
