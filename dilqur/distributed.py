@@ -273,9 +273,7 @@ def _prepare_fsdp2(accelerator, model, make_optimizer):
     from accelerate.utils import fsdp2_prepare_model
     from torch.distributed.fsdp import CPUOffloadPolicy
 
-    if any(
-        parameter.is_meta for parameter in model.parameters()
-    ):  # else rank 0 would send what it does not have either
+    if any(p.is_meta for p in model.parameters()):  # else rank 0 would send what it does not have either
         accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
     model = fsdp2_prepare_model(accelerator, model)
     offloaded = isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)

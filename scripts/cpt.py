@@ -14,7 +14,7 @@ import functools
 from dataclasses import dataclass, field
 
 from dilqur.cost_model import UnknownArchitecture, training_flops_per_token
-from dilqur.distributed import planned_strategy
+from dilqur.distributed import ZERO, planned_strategy
 from dilqur.errors import InputError, program
 from dilqur.kernels import triton_runs
 from dilqur.loop import train
@@ -57,16 +57,16 @@ def load_model(settings):
 
     from dilqur.initial_weights import StoredWeights, empty_model
 
-    dtype, folder, model = getattr(torch, settings.dtype), settings.model_name_or_path, None
+    dtype, folder, strategy = getattr(torch, settings.dtype), settings.model_name_or_path, planned_strategy()
     if not folder:
         set_seed(settings.seed)
         return LlamaForCausalLM(LlamaConfig(**settings.model_config)).to(dtype), None
-    if planned_strategy() in ("fsdp2", "zero3"):
+    if strategy in ("fsdp2", "zero3"):
         model, weights = empty_model(folder, dtype)
-    if model is None:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        weights = StoredWeights.of(model, folder)
-    return model, weights
+        if model is not None:
+            return model, weights
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model, StoredWeights.of(model, folder) if strategy in ZERO else None  # for its master weights
 
 
 def causal_loss(model, batch, tokens, **more):

@@ -65,8 +65,8 @@ class Runs:
     def __init__(self, folder, server, made, made_encoder):
         self.folder, self.server, self.made, self.made_encoder = folder, server, made, made_encoder
 
-    def run(self, case, plain, flags=()):
-        """The folder of the finished run of a stage, as it is shipped or with the flags of a plain one. What a second phase goes on from
+    def run(self, case, plain):
+        """The folder of the finished run of a stage, as it is shipped or with plain kernels. What a second phase goes on from
         is a plain first one."""
         run_dir = self.folder / "-".join([*map(str, case), "plain" if plain else "shipped"])
         folder, kind = run_dir / case.stage, "mlm" if "neobert" in case.recipe else "cpt"
@@ -82,17 +82,15 @@ class Runs:
             make_llama(run_dir / "transplant" / "model", made / "tokenizer", tied="1b" in case.recipe)
         first = {"cpt-2-full": "cpt-1-embeddings", "mlm-2-4096": "mlm-1-1024"}.get(case.stage)
         if first:
-            (run_dir / first).symlink_to(self.run(case._replace(stage=first), True, flags or PLAIN[kind]))
+            (run_dir / first).symlink_to(self.run(case._replace(stage=first), True))
         recipe, log = ROOT / "recipes" / case.recipe / f"{case.stage}.yaml", run_dir / "log"
         keys = yaml.safe_load(recipe.read_text())
-        first_rate = (
-            keys["learning_rate"] / keys["warmup_steps"]
-        )  # at the peak Adam makes whole steps of rounding errors
-        shrunk = {**SHRUNK, "learning_rate": first_rate}
+        # at the peak Adam makes whole steps of rounding errors
+        shrunk = {**SHRUNK, "learning_rate": keys["learning_rate"] / keys["warmup_steps"]}
         sizes = [word for key, value in shrunk.items() for word in (f"--{key}", value)]
         if "model_config" in keys:
             sizes += "--model_config", TINY_ENCODER
-        words = ("--config", recipe, "--run_dir", run_dir, *sizes, *(flags if plain else ()))
+        words = ("--config", recipe, "--run_dir", run_dir, *sizes, *(PLAIN[kind] if plain else ()))
         program = ROOT / "scripts" / f"{kind}.py"
         with self.server.launch(case.strategy, words, log, case.processes, program=program) as process:
             assert process.wait(300) == 0, log.read_text()
@@ -156,7 +154,7 @@ def numbers(folder, name):
 @pytest.mark.parametrize("case", [*DEFAULT, *ENCODERS], ids=lambda case: "-".join(map(str, case)))
 def test_a_shipped_recipe_runs_and_learns_as_with_plain_kernels(runs, case):
     kind = "mlm" if case in ENCODERS else "cpt"
-    shipped, plain = runs.run(case, False), runs.run(case, True, PLAIN[kind])
+    shipped, plain = runs.run(case, False), runs.run(case, True)
     for name, close in (("loss", {"abs": CLOSE}), ("eval_loss", {"abs": CLOSE}), ("grad_norm", {"rel": CLOSE_NORM})):
         found, expected = numbers(shipped, name), numbers(plain, name)
         assert list(found) == list(expected) == [1, 2]
