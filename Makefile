@@ -27,8 +27,8 @@ test-long: $(VENV)/installed-dev
 
 test-matrix: $(VENV)/installed-dev
 	for program in cpt mlm; do \
-	  python tests/distributed/matrix.py --program $$program --bf16 --resume_cells false || exit 1; \
-	  python tests/distributed/matrix.py --program $$program --worlds 1 2 || exit 1; \
+	  python tests/support/matrix.py --program $$program --bf16 --resume_cells false || exit 1; \
+	  python tests/support/matrix.py --program $$program --worlds 1 2 || exit 1; \
 	done
 
 lint: $(VENV)/installed-dev

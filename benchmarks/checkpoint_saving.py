@@ -6,7 +6,7 @@
 The state is that of AdamW on a Llama of 94 million parameters, fp32: 1.1 GB with both moments. Ways, in an order that turns from round
 to round, each made anew in a round and used for several saves, the first of which has no buffer yet:
 
-    dilqur               CheckpointWriter of dilqur/checkpoint.py: a copy into a buffer, a thread that writes, checksums, fsync
+    dilqur               CheckpointWriter of dilqur/checkpoint/writer.py: a copy into a buffer, a thread that writes, checksums, fsync
     dcp.async_save       torch.distributed.checkpoint, by its thread; it makes new buffers for every save
     dcp, kept stager     the same with a DefaultStager that is kept, so that its buffers are
     dcp.save             synchronous
@@ -31,7 +31,8 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from dilqur.common.constants import ROOT
+
 STATE = {"num_hidden_layers": 6, "hidden_size": 1024, "intermediate_size": 2816, "vocab_size": 16_384}
 SMALL = {"num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 512, "vocab_size": 1024}
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": True}
@@ -49,15 +50,15 @@ def main():
     arguments = parser.parse_args()
     if arguments.worker:
         return measure(Path(arguments.folders[0]), arguments.rounds, arguments.worker)
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     import fork_launch
 
     fork_launch.import_everything()
-    from dilqur.stage import _git, hardware
+    from dilqur.pipeline.manifest import git_commit, hardware
 
     result = {
         "command": " ".join(["python", *sys.argv]),
-        "git": _git(),
+        "git": git_commit(),
         "packages": {name: metadata.version(name) for name in ("torch", "accelerate", "transformers", "safetensors")},
         "hardware": hardware(),
         "measured": [],
@@ -87,8 +88,8 @@ def measure(folder, rounds, output):
     """Every way, `rounds` times, into `folder`."""
     import torch
 
-    from dilqur.distributed import make_accelerator, prepare, strategy
-    from dilqur.owned_state import MOMENTS, owned_slices
+    from dilqur.checkpoint.local_shards import MOMENTS, owned_slices
+    from dilqur.training.distributed import make_accelerator, prepare, strategy
 
     accelerator = make_accelerator(bf16=False, batch=1, accumulation=1, max_grad_norm=1.0)
     model, optimizer = prepare(accelerator, llama(STATE), adamw)
@@ -213,7 +214,7 @@ class BareCopy:
     def __call__(self):
         import torch
 
-        from dilqur.owned_state import owned_slices
+        from dilqur.checkpoint.local_shards import owned_slices
 
         views = [v for *_, state in owned_slices(self.model, self.optimizer) for v in state.values()]
         if self.buffer is None:
@@ -231,7 +232,7 @@ class Dilqur:
     name = "dilqur"
 
     def __init__(self, folder, accelerator, model, optimizer):
-        from dilqur.checkpoint import CheckpointWriter
+        from dilqur.checkpoint.writer import CheckpointWriter
 
         self.writer = CheckpointWriter(folder, accelerator)
         self.model, self.optimizer, self.step = accelerator.unwrap_model(model), optimizer, 0
@@ -262,7 +263,7 @@ class Dcp:
     def __init__(self, folder, accelerator, model, optimizer):
         import torch
 
-        from dilqur.owned_state import base_optimizer
+        from dilqur.checkpoint.local_shards import base_optimizer
 
         self.folder, self.model, self.optimizer = folder, model, base_optimizer(optimizer)
         self.main, self.stager, self.future = accelerator.is_main_process, self.make_stager(), None

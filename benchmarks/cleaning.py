@@ -3,7 +3,7 @@
     python benchmarks/cleaning.py --input FILES
 
 Part one: dilqur's tests plant copies, Turkish, boilerplate, personal data, benchmark questions and repetition into real
-documents (tests/faults/plant.py); clean_corpus runs on them once, as a user would, with a setting for each. Recall: the
+documents (tests/support/plant.py); clean_corpus runs on them once, as a user would, with a setting for each. Recall: the
 planted that were dropped for the reason they were planted for, or of which nothing is left in the text. Precision: of what
 a setting dropped or masked, these.
 Part two: clean_corpus on FILES with one worker, near copies and all, ROUNDS times; the median of its CPU seconds by the text
@@ -21,15 +21,15 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dilqur.documents import read
-from dilqur.errors import program
-from dilqur.input_files import expand
-from dilqur.recipe import parse
-from dilqur.stage import _git, hardware, read_manifest
+from dilqur.common.constants import ROOT
+from dilqur.common.errors import program
+from dilqur.common.paths import expand
+from dilqur.data.documents import read
+from dilqur.pipeline.manifest import git_commit, hardware, read_manifest
+from dilqur.pipeline.settings_parser import parse
 
-ROOT = Path(__file__).parent.parent
 ROUNDS = 5  # of part two
-sys.path.insert(0, str(ROOT / "tests" / "faults"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 REASONS = {  # planted label → what clean_corpus calls it
     "exact_duplicate": {"exact_duplicate"}, "near_duplicate": {"near_duplicate"}, "digits_changed": {"near_duplicate"},
     "other_language": {"other_language"}, "benchmark": {"benchmark"},
@@ -145,7 +145,7 @@ def main():
             "bytes_read": size, "cpu_seconds": [round(seconds, 2) for seconds in rounds], "mb_per_cpu_second": round(size / 1e6 / cpu, 2),
             "counts": report["counts"], "dropped": report["dropped"], "done": report["done"],
         },
-        "command": " ".join(sys.argv), "hardware": hardware(), "git": _git(),
+        "command": " ".join(sys.argv), "hardware": hardware(), "git": git_commit(),
     }  # fmt: skip
     Path(settings.output).write_text(json.dumps(out, indent=1) + "\n")
     print(f"{documents:,} documents\n\n| planted | documents | recall | precision |\n|---|---:|---:|---:|")

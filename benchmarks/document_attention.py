@@ -3,7 +3,7 @@
     python benchmarks/document_attention.py
     python benchmarks/document_attention.py --shards runs/NAME/pack/web
 
-Rows: documents that see each other (sdpa); within documents (intra_document_masking, dilqur/document_attention.py, with the making
+Rows: documents that see each other (sdpa); within documents (intra_document_masking, dilqur/kernels/varlen_attention.py, with the making
 of its arguments); and at 2,048 what transformers' sdpa makes of the same position_ids, a dense mask. All take the same batches, a
 round runs each once, in an order that turns; a row's figure is the median of its rounds, with the lowest and the highest. On a
 CPU that others use too, tokens a second of its own CPU time say more: all threads together, and waiting ones sleep.
@@ -24,13 +24,15 @@ from pathlib import Path
 
 import numpy as np
 
-from dilqur.atomic import write_json
-from dilqur.batches import TokenSamples
-from dilqur.document_attention import attention_for, document_kwargs, register_document_attention
-from dilqur.errors import InputError, program
-from dilqur.quiet import quiet_libraries
-from dilqur.recipe import parse
-from dilqur.stage import ShardsPath, _git, hardware
+from dilqur.common.atomic import write_json
+from dilqur.common.errors import InputError, program
+from dilqur.common.quiet import quiet_libraries
+from dilqur.data.batches import TokenSamples
+from dilqur.data.varlen import document_kwargs
+from dilqur.kernels.varlen_attention import attention_for, register_document_attention
+from dilqur.pipeline.inputs import ShardsPath
+from dilqur.pipeline.manifest import git_commit, hardware
+from dilqur.pipeline.settings_parser import parse
 
 MEDIAN, SPREAD, WORDS = 400, 1.2, 256
 APART, TOGETHER, DENSE = "within documents", "documents see each other", "within documents, dense mask"
@@ -67,7 +69,7 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     result = {
         "command": " ".join(["python", *sys.argv]),
-        "git": _git(),
+        "git": git_commit(),
         "packages": {name: metadata.version(name) for name in ("torch", "transformers")},
         "hardware": hardware(),
         "threads": settings.threads,

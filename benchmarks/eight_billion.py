@@ -6,7 +6,7 @@
 
 The sizes are not calculated but looked at: the model of recipes/llama3.1-8b-az (vocabulary 100,352, untied) on the meta device, sharded
 by accelerate as accelerate_configs/fsdp2.yaml has it, in a process group of 16 of which 15 are not there; what a checkpoint holds is
-what dilqur/owned_state.py gives CheckpointWriter to write.
+what dilqur/checkpoint/local_shards.py gives CheckpointWriter to write.
 
 --train makes bfloat16 weights of the same model with fewer layers, in full width, and runs scripts/cpt.py on it on two processes under
 accelerate_configs/fsdp2_offload.yaml with `dtype: bfloat16`: three steps, a checkpoint, and in new processes a fourth step from it. State
@@ -23,9 +23,9 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
-from dilqur.cost_model import parameter_sizes
+from dilqur.common.constants import ROOT
+from dilqur.estimate.cost_model import parameter_sizes
 
-ROOT = Path(__file__).parent.parent
 RANKS = 16
 # Llama 3.1 8B's config.json, but for the vocabulary of recipes/llama3.1-8b-az
 LLAMA = {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14_336, "vocab_size": 100_352}
@@ -49,12 +49,12 @@ def main():
         return make_model(arguments.folder, arguments.layers)
     if arguments.run:
         return start(arguments.folder, arguments.run, arguments.map_buffer)
-    from dilqur.stage import _git, hardware
+    from dilqur.pipeline.manifest import git_commit, hardware
 
     result = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     about = {
         "command": " ".join(["python", *sys.argv]),
-        "git": _git(),
+        "git": git_commit(),
         "packages": {name: metadata.version(name) for name in ("torch", "transformers", "accelerate")},
         "hardware": hardware(),
     }
@@ -77,7 +77,7 @@ def main():
 
 def sizes():
     """What the first and the last of RANKS ranks hold, in fp32 and in bfloat16 alone."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     from fork_launch import workers_environment
 
     os.environ.update(workers_environment("fsdp2", RANKS), LOCAL_RANK="0")
@@ -98,10 +98,10 @@ def rank_of(rank, dtype):
     from torch.testing._internal.distributed.fake_pg import FakeStore
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from dilqur.bf16_adamw import BF16AdamW
-    from dilqur.checkpoint_files import pieces_of
-    from dilqur.distributed import make_accelerator
-    from dilqur.owned_state import MOMENTS, owned_slices
+    from dilqur.checkpoint.format import pieces_of
+    from dilqur.checkpoint.local_shards import MOMENTS, owned_slices
+    from dilqur.training.bf16_adamw import BF16AdamW
+    from dilqur.training.distributed import make_accelerator
 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS))
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=RANKS)
@@ -189,10 +189,10 @@ def train(folder, layers, map_buffer):
 
 def make_model(folder, layers):
     """A Hugging Face folder with random bfloat16 weights and the tokenizer of its shards."""
-    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "distributed")]
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     from matrix import make_data
 
-    from dilqur.tokenizer_files import copy_tokenizer
+    from dilqur.tokenizer.files import copy_tokenizer
 
     tiny, _ = make_data(folder)
     import torch
@@ -206,7 +206,7 @@ def make_model(folder, layers):
 
 def start(folder, part, map_buffer):
     """cpt.py on two processes until step STEPS, or from there one step further."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     import fork_launch
 
     fork_launch.import_everything()

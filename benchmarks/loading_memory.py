@@ -18,7 +18,8 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from dilqur.common.constants import ROOT
+
 SHAPE = {
     "vocab_size": 100_352,
     "hidden_size": 2048,
@@ -40,7 +41,7 @@ def main():
     arguments = parser.parse_args()
     if arguments.rank:
         return load(arguments.folder)
-    from dilqur.stage import _git, hardware
+    from dilqur.pipeline.manifest import git_commit, hardware
 
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         sizes, rows = make_model(Path(folder), arguments.layers), []
@@ -51,7 +52,7 @@ def main():
                 rows.append({"strategy": strategy, "rank": rank, **held})
                 words = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in held.items())
                 print(f"{strategy}, rank {rank}, GB: {words}", flush=True)
-    about = {"git": _git(), "hardware": hardware(), "torch": metadata.version("torch")}
+    about = {"git": git_commit(), "hardware": hardware(), "torch": metadata.version("torch")}
     command = " ".join(["python", *sys.argv])
     arguments.output.write_text(json.dumps({"command": command, **about, **sizes, "ranks": rows}, indent=1) + "\n")
     return None
@@ -62,7 +63,7 @@ def make_model(folder, layers):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from dilqur.safetensors_shards import write_shards
+    from dilqur.models.safetensors_io import write_shards
 
     config = LlamaConfig(**SHAPE, num_hidden_layers=layers, architectures=["LlamaForCausalLM"])
     with torch.device("meta"):
@@ -90,9 +91,9 @@ def load(folder):
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    from dilqur.distributed import make_accelerator, prepare
-    from dilqur.initial_weights import empty_model
-    from dilqur.owned_state import zero_optimizer
+    from dilqur.checkpoint.local_shards import zero_optimizer
+    from dilqur.training.distributed import make_accelerator, prepare
+    from dilqur.training.initial_weights import empty_model
 
     before = peak()
     model, weights = empty_model(folder, torch.float32)

@@ -27,9 +27,9 @@ from pathlib import Path
 import numpy as np
 
 from dilqur.cleaning import near_duplicates
-from dilqur.stage import hardware
+from dilqur.common.constants import ROOT
+from dilqur.pipeline.manifest import hardware
 
-ROOT = Path(__file__).parent.parent
 MEAN_BYTES = 2000  # 100 GB in 50 million documents
 FILE_DOCUMENTS = 10_000
 COPIES = 0.1

@@ -26,13 +26,13 @@ from pathlib import Path
 
 from peak_memory import run_and_watch
 
-from dilqur.documents import read
-from dilqur.errors import program
-from dilqur.input_files import expand
-from dilqur.recipe import parse
-from dilqur.stage import _git, hardware
+from dilqur.common.constants import ROOT
+from dilqur.common.errors import program
+from dilqur.common.paths import expand
+from dilqur.data.documents import read
+from dilqur.pipeline.manifest import git_commit, hardware
+from dilqur.pipeline.settings_parser import parse
 
-ROOT = Path(__file__).parent.parent
 ROUNDS = 5
 
 
@@ -54,9 +54,9 @@ class BenchmarkSettings:
 
 BARE = """
 import sys, time, json
-from dilqur.documents import read
-from dilqur.input_files import expand
-from dilqur.tokenizer import TextTokenizer
+from dilqur.data.documents import read
+from dilqur.data.blocks import expand
+from dilqur.tokenizer.text_tokenizer import TextTokenizer
 texts = [d.text for d in read(expand(sys.argv[2:]))]
 encode = TextTokenizer(sys.argv[1]).backend.encode_batch_fast
 started = time.process_time()
@@ -78,10 +78,10 @@ LocalPipelineExecutor([JsonlReader(folder), packer], tasks=1, workers=1, logging
 NANOGPT = """
 import sys, json
 import numpy as np
-from dilqur.documents import read
-from dilqur.input_files import expand
-from dilqur.tokenizer import TextTokenizer
-from dilqur.tokenizer_engine import _ranks, split_pattern
+from dilqur.data.documents import read
+from dilqur.data.blocks import expand
+from dilqur.tokenizer.text_tokenizer import TextTokenizer
+from dilqur.tokenizer.engines import _ranks, split_pattern
 import tiktoken
 tokenizer = TextTokenizer(sys.argv[1])
 spec = json.loads(tokenizer.backend.to_str())
@@ -191,7 +191,7 @@ def speed(settings, scratch):
         path.write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in chosen), encoding="utf-8")
     out = []
     for path in settings.tokenizer:
-        from dilqur.tokenizer import TextTokenizer
+        from dilqur.tokenizer.text_tokenizer import TextTokenizer
 
         tokenizer = TextTokenizer(path)
         plain = scratch / f"tokenizer-{len(out)}.json"  # datatrove reads a plain tokenizer.json
@@ -281,7 +281,7 @@ def main():
         "command": " ".join(sys.argv),
         "hardware": hardware(),
         "packages": packages,
-        "git": _git(),
+        "git": git_commit(),
         "python": platform.python_version(),
     }
     path.write_text(

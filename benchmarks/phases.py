@@ -3,11 +3,12 @@
     python benchmarks/phases.py
     python benchmarks/phases.py --strategies ddp fsdp2 --rounds 3
 
-Two steps, made of what dilqur/loop.py makes its own of, in turn in one process, one thread of a CPU or one GPU: the embeddings (tied to
-the head) alone, then all weights. The bound is training_flops_per_token of dilqur/cost_model.py, all weights / embeddings only, for the
-same shape; forward and backward are to be held against it, while the optimizer's part saves in proportion to what it does not hold.
+Two steps, made of what dilqur/training/loop.py makes its own of, in turn in one process, one thread of a CPU or one GPU: the embeddings
+(tied to the head) alone, then all weights. The bound is training_flops_per_token of dilqur/estimate/cost_model.py, all weights / embeddings
+only, for the same shape; forward and backward are to be held against it, while the optimizer's part saves in proportion to what it does not
+hold.
 
-Then, of a tiny model under each strategy on two processes (tests/distributed/phase_evidence.py): how many elements of gradient and of
+Then, of a tiny model under each strategy on two processes (tests/support/phase_evidence.py): how many elements of gradient and of
 each moment all ranks hold, and how many operations the products with weights took, which a backbone without weight gradients
 determines exactly. Writes benchmarks/phases.json and prints Markdown tables.
 """
@@ -23,14 +24,14 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from dilqur.atomic import write_json
-from dilqur.cost_model import parameter_sizes, training_flops_per_token
-from dilqur.errors import program
-from dilqur.quiet import quiet_libraries
-from dilqur.recipe import parse
-from dilqur.stage import _git, hardware
+from dilqur.common.atomic import write_json
+from dilqur.common.constants import ROOT
+from dilqur.common.errors import program
+from dilqur.common.quiet import quiet_libraries
+from dilqur.estimate.cost_model import parameter_sizes, training_flops_per_token
+from dilqur.pipeline.manifest import git_commit, hardware
+from dilqur.pipeline.settings_parser import parse
 
-ROOT = Path(__file__).parent.parent
 PHASES = {"embeddings only": ["*embed_tokens*"], "all weights": None}
 # device: (layers, hidden, inner, heads, key-value heads, vocabulary), (max_length, samples a step)
 SHAPES = {
@@ -38,7 +39,7 @@ SHAPES = {
     "cuda": ((16, 2048, 8192, 32, 8, 100_352), (2048, 4)),  # Llama 3.2 1B's with a custom vocabulary
 }
 LLAMA_1B = (16, 2048, 8192, 32, 8, 100_352)
-TINY = (3, 64, 128, 4, 2, 1280)  # the vocabulary of tests/distributed/matrix.py's tokenizer
+TINY = (3, 64, 128, 4, 2, 1280)  # the vocabulary of tests/support/matrix.py's tokenizer
 
 
 @dataclass(kw_only=True)
@@ -63,7 +64,7 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     result = {
         "command": " ".join(["python", *sys.argv]),
-        "git": _git(),
+        "git": git_commit(),
         "packages": {name: metadata.version(name) for name in ("torch", "transformers", "accelerate", "deepspeed")},
         "hardware": hardware(),
         "threads": settings.threads,
@@ -90,8 +91,8 @@ def bound(config, length):
 def time_steps(rounds, device):
     import torch
 
-    from dilqur.distributed import backward, clip_and_step, make_accelerator, prepare
-    from dilqur.optimizer import freeze_all_but, make_optimizer
+    from dilqur.training.distributed import backward, clip_and_step, make_accelerator, prepare
+    from dilqur.training.optimizer import freeze_all_but, make_optimizer
 
     shape, (length, samples) = SHAPES[device]
     config = config_of(shape)
@@ -151,7 +152,7 @@ def time_steps(rounds, device):
 
 def look_at_first_steps(strategies):
     """Yield (strategy, {phase: numbers of all ranks together}) of a tiny model on two processes."""
-    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "distributed")]
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     import fork_launch
     from matrix import make_data
 

@@ -2,16 +2,16 @@
 
     python benchmarks/planner.py
 
-Prints Markdown. What is compared is asserted in tests/library/test_planning.py; nothing is measured here.
+Prints Markdown. What is compared is asserted in tests/unit/estimate/test_planning.py; nothing is measured here.
 """
 
-from dilqur.planning.failures import Failures
-from dilqur.planning.hardware import GPUS
-from dilqur.planning.job import Job
-from dilqur.planning.memory import memory_of, state_of
-from dilqur.planning.recipe_stages import PUBLISHED
-from dilqur.planning.step_time import step_time
-from dilqur.planning.strategy import strategy_of
+from dilqur.estimate.failures import Failures
+from dilqur.estimate.hardware import GPUS
+from dilqur.estimate.job import Job
+from dilqur.estimate.memory import memory_of, state_of
+from dilqur.estimate.step_time import step_time
+from dilqur.estimate.strategy import strategy_of
+from dilqur.preflight.recipe_stages import PUBLISHED
 
 GIB = 2**30
 BASE = Job(PUBLISHED["llama-3.2-1b"], liger=True)

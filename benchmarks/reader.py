@@ -20,12 +20,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dilqur.atomic import write_json
-from dilqur.batches import TokenSamples, training_batches
-from dilqur.best_fit import place
-from dilqur.sample_order import permute
-from dilqur.stage import hardware
-from dilqur.token_shards import FORMAT, VERSION
+from dilqur.common.atomic import write_json
+from dilqur.data.batches import TokenSamples, training_batches
+from dilqur.data.best_fit import place
+from dilqur.data.sample_order import permute
+from dilqur.data.token_shards import FORMAT, VERSION
+from dilqur.pipeline.manifest import hardware
 
 HERE = Path(__file__).parent
 LENGTH, BATCH, GLOBAL_BATCH = 2048, 16, 224

@@ -19,9 +19,9 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-from dilqur.atomic import write_json
+from dilqur.common.atomic import write_json
+from dilqur.common.constants import ROOT
 
-ROOT = Path(__file__).parent.parent
 SAVED, FAR = 10, 10**6
 LENGTH, BATCH = 256, 4
 MODEL = {"num_hidden_layers": 6, "hidden_size": 256, "intermediate_size": 1024, "vocab_size": 8192}
@@ -40,11 +40,11 @@ def main():
     arguments = parser.parse_args()
     if arguments.worker:
         return run(arguments.folder, arguments.worker, arguments.stop)
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     import fork_launch
 
     fork_launch.import_everything()
-    from dilqur.stage import _git, hardware
+    from dilqur.pipeline.manifest import git_commit, hardware
 
     def start(name, *flags):
         times = arguments.folder / "times.json"
@@ -64,7 +64,7 @@ def main():
         shutil.rmtree(arguments.folder, ignore_errors=True)
     result = {
         "command": f"python benchmarks/resume.py --folder FOLDER --rounds {arguments.rounds}",
-        "git": _git(),
+        "git": git_commit(),
         "packages": {name: metadata.version(name) for name in ("torch", "transformers", "accelerate")},
         "hardware": hardware(),
         "config": MODEL,
@@ -79,7 +79,7 @@ def make_runs(folder, start):
     """The three run folders; the first is trained, and the others made of it."""
     from reader import sparse
 
-    from dilqur.checkpoint_files import publish, step_folder
+    from dilqur.checkpoint.format import publish, step_folder
 
     sparse(folder / "shards", [1 << 28] * 4)
     first = next(iter(ROWS))
@@ -101,10 +101,10 @@ def make_runs(folder, start):
 
 def run(folder, times, stop):
     """Go on in `folder` with one step, and write when what was done; stop: train to SAVED instead."""
-    import dilqur.loop
-    import dilqur.metrics
-    from dilqur.recipe import parse
-    from dilqur.stage import Stage
+    import dilqur.training.loop
+    import dilqur.training.metrics
+    from dilqur.pipeline.settings_parser import parse
+    from dilqur.pipeline.stage import Stage
 
     marks = {"began": time.perf_counter()}
 
@@ -134,11 +134,13 @@ def run(folder, times, stop):
     flags += ["--lr_scheduler_type", "constant", *(["--stop_at_step", SAVED] if stop else [])]
     settings = parse(cpt["CptSettings"], "", [str(flag) for flag in flags])
     if not stop:
-        dilqur.loop.resume = marked(dilqur.loop.resume, "load")
-        dilqur.metrics.Metrics.start = marked(dilqur.metrics.Metrics.start, "metrics")
-        dilqur.metrics.Metrics.log = first_step
+        dilqur.training.loop.resume = marked(dilqur.training.loop.resume, "load")
+        dilqur.training.metrics.Metrics.start = marked(dilqur.training.metrics.Metrics.start, "metrics")
+        dilqur.training.metrics.Metrics.log = first_step
     model, _ = cpt["load_model"](settings)
-    dilqur.loop.train(settings, Stage(settings, __file__), model, cpt["causal_loss"], lambda reader, folder: None)
+    dilqur.training.loop.train(
+        settings, Stage(settings, __file__), model, cpt["causal_loss"], lambda reader, folder: None
+    )
 
 
 def table(result):

@@ -52,8 +52,8 @@ for option in gpus minutes; do
   }
 done
 if [[ -z $tests ]]; then
-  tests=tests/library/test_kernel_parity.py
-  [[ -n $toy ]] || tests+=,tests/library/test_step_phases.py
+  tests=tests/unit/kernels/test_kernel_parity.py
+  [[ -n $toy ]] || tests+=,tests/unit/training/test_step_phases.py
 fi
 IFS=, read -ra names <<<"$grids"
 IFS=, read -ra test_files <<<"$tests"

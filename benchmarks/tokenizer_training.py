@@ -20,12 +20,12 @@ from pathlib import Path
 
 from peak_memory import run_and_watch
 
-from dilqur.atomic import write_json
-from dilqur.documents import read
-from dilqur.input_files import expand
-from dilqur.stage import _git, hardware, read_manifest
+from dilqur.common.atomic import write_json
+from dilqur.common.constants import ROOT
+from dilqur.common.paths import expand
+from dilqur.data.documents import read
+from dilqur.pipeline.manifest import git_commit, hardware, read_manifest
 
-ROOT = Path(__file__).parent.parent
 FILE_BYTES = 100_000_000
 SIZES = (32000, 50048, 64000, 80000, 100096)
 
@@ -89,7 +89,7 @@ def main():
             all_ = measure_seconds(text, scratch / "out", "--vocab_sizes", *SIZES)
             sweep.append({"largest_seconds": one, "sweep_seconds": all_, "ratio": round(all_ / one, 3)})
             print(sweep[-1], flush=True)
-    about = {"git": _git(), "packages": {"tokenizers": metadata.version("tokenizers")}, "hardware": hardware()}
+    about = {"git": git_commit(), "packages": {"tokenizers": metadata.version("tokenizers")}, "hardware": hardware()}
     write_json(Path(arguments.output), {**about, "command": " ".join(sys.argv), "text": rows, "sweep": sweep})
 
 

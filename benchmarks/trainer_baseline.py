@@ -3,26 +3,24 @@
     python benchmarks/trainer_baseline.py --config RUN.yaml --output_dir DIR      (scripts/benchmark.py writes RUN.yaml and starts this)
 
 What is ours in it: the samples, in their order, as a torch Dataset, and the learning rates, both so that its losses can be laid beside
-ours; and two settings of precision, those of dilqur/distributed.py and scripts/cpt.py: FSDP2 reduces gradients in fp32 and does not round
-the loss (by accelerate's default both are in bfloat16), and Liger adds up the head's gradient in fp32. Everything else is the Trainer's
-and accelerate's: the data loader, autocast, Liger (`use_liger_kernel`), FSDP, accumulation, clip, fused AdamW, scheduler. It writes
-metrics.jsonl with the time at which each step ended; on a GPU it waits for it only at the steps in SYNCHRONIZE_AT, "10 30", so that it is
-timed as it runs by itself. LOG_LOSSES=1: the loss of every step, for which it waits each time.
-"""
+ours; and two settings of precision, those of dilqur/training/distributed.py and scripts/cpt.py: FSDP2 reduces gradients in fp32 and does
+not round the loss (by accelerate's default both are in bfloat16), and Liger adds up the head's gradient in fp32. Everything else is the
+Trainer's and accelerate's: the data loader, autocast, Liger (`use_liger_kernel`), FSDP, accumulation, clip, fused AdamW, scheduler. It
+writes metrics.jsonl with the time at which each step ended; on a GPU it waits for it only at the steps in SYNCHRONIZE_AT, "10 30", so that
+it is timed as it runs by itself. LOG_LOSSES=1: the loss of every step, for which it waits each time."""
 
 import json
 import os
 import runpy
 import time
-from pathlib import Path
 
-from dilqur.distributed import planned_strategy
-from dilqur.errors import InputError, program
-from dilqur.quiet import quiet_libraries
-from dilqur.recipe import parse
-from dilqur.stage import Stage
+from dilqur.common.constants import ROOT
+from dilqur.common.errors import InputError, program
+from dilqur.common.quiet import quiet_libraries
+from dilqur.estimate.strategy import planned_strategy
+from dilqur.pipeline.settings_parser import parse
+from dilqur.pipeline.stage import Stage
 
-ROOT = Path(__file__).resolve().parent.parent
 OURS_ALONE = ("intra_document_masking", "unfrozen_parameters", "deterministic")
 
 
@@ -52,12 +50,12 @@ def main():
     from torch.utils.data import SequentialSampler
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, training_args
 
-    from dilqur.batches import split_batch
-    from dilqur.distributed import allow_cpu, fsdp2_precision
-    from dilqur.kernels import triton_runs
-    from dilqur.optimizer import learning_rate_at
-    from dilqur.profiling import profiler
-    from dilqur.training_settings import check_training
+    from dilqur.data.batches import split_batch
+    from dilqur.kernels.choose import triton_runs
+    from dilqur.training.distributed import allow_cpu, fsdp2_precision
+    from dilqur.training.optimizer import learning_rate_at
+    from dilqur.training.profiling import profiler
+    from dilqur.training.settings import check_training
 
     stage.folder.mkdir(parents=True, exist_ok=True)
     samples, start, steps = check_training(settings)

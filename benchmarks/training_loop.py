@@ -4,7 +4,7 @@
     python benchmarks/training_loop.py --profile true          and the Python functions in which the loop spends its time
 
 One process, one thread of a CPU, or one GPU. Both loops are run in turn, a step of one and a step of the other (ten on a GPU),
-so that what else the machine does meets both: the bare loop is called from inside the loss that dilqur.loop.train is given, and
+so that what else the machine does meets both: the bare loop is called from inside the loss that dilqur.training.loop.train is given, and
 what lies between two such calls is whole steps of the loop with all that belongs to them: reading the batch, the questions to
 the other ranks and to the stop file, the schedule, metrics.jsonl and the line in the log. The bare loop does nothing but forward,
 backward, clip and step, on batches that lie in memory; on a GPU it never waits for it. Both must have the same losses.
@@ -28,13 +28,14 @@ from pathlib import Path
 
 import numpy as np
 
-from dilqur.atomic import write_json
-from dilqur.errors import InputError, program
-from dilqur.quiet import quiet_libraries
-from dilqur.recipe import parse
-from dilqur.stage import Stage, _git, hardware
+from dilqur.common.atomic import write_json
+from dilqur.common.constants import ROOT
+from dilqur.common.errors import InputError, program
+from dilqur.common.quiet import quiet_libraries
+from dilqur.pipeline.manifest import git_commit, hardware
+from dilqur.pipeline.settings_parser import parse
+from dilqur.pipeline.stage import Stage
 
-ROOT = Path(__file__).parent.parent
 TURNS, WARM_UP = 10, 5  # turns of a round; turns that are not counted
 # device: (layers, hidden, inner, heads, key-value heads, vocabulary), (max_length, samples a step), steps a turn
 SHAPES = {
@@ -63,7 +64,7 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     result = {
         "command": " ".join(["python", *sys.argv]),
-        "git": _git(),
+        "git": git_commit(),
         "packages": {name: metadata.version(name) for name in ("torch", "transformers", "accelerate")},
         "hardware": hardware(),
         "threads": settings.threads,
@@ -151,8 +152,8 @@ def in_turn(flags, steps_a_turn):
 
 
 def train(settings, stage, model, compute_loss):
-    from dilqur.cost_model import training_flops_per_token
-    from dilqur.loop import train
+    from dilqur.estimate.cost_model import training_flops_per_token
+    from dilqur.training.loop import train
 
     flops = training_flops_per_token(model.config.to_dict(), settings.max_length)
     train(settings, stage, model, compute_loss, lambda reader, folder: None, flops)
@@ -164,10 +165,10 @@ class BareLoop:
     def __init__(self, settings, cpt):
         import torch
 
-        from dilqur.apply_kernels import apply_kernels
-        from dilqur.batches import TokenSamples
-        from dilqur.kernels import Machine, choose
-        from dilqur.optimizer import make_optimizer
+        from dilqur.data.batches import TokenSamples
+        from dilqur.kernels.apply import apply_kernels
+        from dilqur.kernels.choose import Machine, choose
+        from dilqur.training.optimizer import make_optimizer
 
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.bf16, self.max_norm = settings.bf16, settings.max_grad_norm
@@ -215,7 +216,7 @@ def profile_of(flags):
 
 def random_shards(folder, tokens, words):
     """A folder of token shards: `tokens` random ids, in documents of 1,000."""
-    from dilqur.shard_writer import ShardWriter
+    from dilqur.data.shard_writer import ShardWriter
 
     documents = -(-tokens // 1000)
     with ShardWriter(folder, 1 << 28) as writer:

@@ -18,10 +18,10 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-from dilqur.atomic import write_json
-from dilqur.llama3 import SPECIAL_TOKENS
-from dilqur.stage import hardware
-from dilqur.tokenizer import TextTokenizer
+from dilqur.common.atomic import write_json
+from dilqur.pipeline.manifest import hardware
+from dilqur.tokenizer.llama3 import SPECIAL_TOKENS
+from dilqur.tokenizer.text_tokenizer import TextTokenizer
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent

@@ -19,14 +19,14 @@ from types import SimpleNamespace
 import numpy as np
 import regex
 
-from dilqur.documents import read
-from dilqur.input_files import expand
-from dilqur.llama3 import PATTERN
-from dilqur.parallel import cores
-from dilqur.stage import _git, hardware
-from dilqur.vocabulary.bpe_training import cut_merges, learn_merges, llama3_tokenizer, whole_counts
-from dilqur.vocabulary.unseen_words import scores
-from dilqur.vocabulary.word_counts import Source, count_words, word_weights
+from dilqur.common.parallel import cores
+from dilqur.common.paths import expand
+from dilqur.data.documents import read
+from dilqur.pipeline.manifest import git_commit, hardware
+from dilqur.tokenizer.bpe_training import cut_merges, learn_merges, llama3_tokenizer, whole_counts
+from dilqur.tokenizer.llama3 import PATTERN
+from dilqur.tokenizer.unseen_words import scores
+from dilqur.tokenizer.word_counts import Source, count_words, word_weights
 
 WAYS = {
     "plain": {},
@@ -113,7 +113,7 @@ def main():
             by_size[size]["mean"] = round(sum(each.values()) / len(each), 4)
             print(f"{way:46} {size:7,}: pooled {pooled:.4f}, mean {by_size[size]['mean']:.4f}")
     if arguments.output:
-        about = {"command": " ".join(sys.argv), "words": words, "git": _git(), "hardware": hardware()}
+        about = {"command": " ".join(sys.argv), "words": words, "git": git_commit(), "hardware": hardware()}
         Path(arguments.output).write_text(json.dumps({**about, "fertility": fertility}, indent=1) + "\n")
 
 

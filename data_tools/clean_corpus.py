@@ -48,14 +48,15 @@ from dilqur.cleaning.corpus_report import EXAMPLES, length_bins, write_report
 from dilqur.cleaning.document_filter import FilterSettings
 from dilqur.cleaning.filter_corpus import BlockFilter, InputFile, filter_files, is_done
 from dilqur.cleaning.split_corpus import judge, write_files
-from dilqur.documents import ReadingSettings
-from dilqur.errors import InputError, program
-from dilqur.input_files import COMPRESSIONS, FORMATS, expand, warn_of_left_out
-from dilqur.parallel import ParallelSettings, cores, part_of
-from dilqur.recipe import parse, to_dict
-from dilqur.stage import Documents, Stage, StageSettings, file_identity
-
-Share = Annotated[float, Field(ge=0, le=1)]
+from dilqur.common.constants import Fraction
+from dilqur.common.errors import InputError, program
+from dilqur.common.parallel import ParallelSettings, cores, part_of
+from dilqur.common.paths import COMPRESSIONS, FORMATS, expand, warn_of_left_out
+from dilqur.data.documents import ReadingSettings
+from dilqur.pipeline.inputs import Documents
+from dilqur.pipeline.manifest import file_identity
+from dilqur.pipeline.settings_parser import parse, to_dict
+from dilqur.pipeline.stage import Stage, StageSettings
 
 PER_SOURCE = (ReadingSettings, FilterSettings)
 _KEYS = {f.name: f.type for settings in PER_SOURCE for f in fields(settings)}
@@ -85,7 +86,7 @@ class CleanSettings(StageSettings, ReadingSettings, FilterSettings, ParallelSett
     memory_gb: Annotated[float, Field(ge=0.5)] = field(
         default=4.0, metadata={"help": "memory the search for copies may take"}
     )
-    validation_fraction: Share = field(
+    validation_fraction: Fraction = field(
         default=0.0, metadata={"help": "share of the documents held out, by hash of text; near copies together"}
     )
     write_dropped: bool = field(

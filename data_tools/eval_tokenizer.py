@@ -29,18 +29,19 @@ from pydantic import Field
 from tqdm import tqdm
 from typing_extensions import TypedDict
 
-from dilqur.atomic import atomic_files, write_json
-from dilqur.bootstrap import divide, interval, resampled_ratios
-from dilqur.documents import ReadingSettings, Skipped, read
-from dilqur.errors import InputError, program
-from dilqur.input_files import COMPRESSIONS, FORMATS, expand
-from dilqur.recipe import parse
-from dilqur.stage import Documents, Stage, StageSettings, TokenizersPath, display_names
-from dilqur.tokenizer import tokenizer_paths
-from dilqur.vocabulary.fertility import RULES, Batch, Counter, SetCounts, rounded
-from dilqur.vocabulary.tokenizer_table import table
-from dilqur.vocabulary.vocabulary_sweep import knee, nested_families
-from dilqur.vocabulary.word_splits import CANDIDATES, WordCounts, WordSplitter, choose_words, costly_words
+from dilqur.common.atomic import atomic_files, write_json
+from dilqur.common.bootstrap import divide, interval, resampled_ratios
+from dilqur.common.errors import InputError, program
+from dilqur.common.paths import COMPRESSIONS, FORMATS, expand, tokenizer_paths
+from dilqur.data.documents import ReadingSettings, Skipped, read
+from dilqur.evals.model_names import display_names
+from dilqur.pipeline.inputs import Documents, TokenizersPath
+from dilqur.pipeline.settings_parser import parse
+from dilqur.pipeline.stage import Stage, StageSettings
+from dilqur.tokenizer.fertility import RULES, Batch, Counter, SetCounts, rounded
+from dilqur.tokenizer.sweep import knee, nested_families
+from dilqur.tokenizer.table import table
+from dilqur.tokenizer.word_splits import CANDIDATES, WordCounts, WordSplitter, choose_words, costly_words
 
 # documents, and characters, handed to a tokenizer at a time: `tokenizers` takes a hundred times the memory of a text
 BATCH, BATCH_CHARACTERS = 256, 1 << 20
@@ -265,7 +266,7 @@ def main():
         "speed_here": encode_speed(sets, settings, counters),
     }
     if stage.folder:
-        from dilqur.vocabulary.tokenizer_plots import plot_bars, plot_splits, plot_sweeps
+        from dilqur.tokenizer.plots import plot_bars, plot_splits, plot_sweeps
 
         with atomic_files(stage.folder) as part:
             write_json(part / "results.json", results)

@@ -11,7 +11,7 @@ flat       ids one after the other (nanoGPT; llm.c with its header of 1,024 byte
 megatron   X.bin with X.idx beside it (Megatron-LM, NeMo, datatrove's MegatronDocumentTokenizer)
 datatrove  X.ds with X.ds.index (datatrove, nanotron)
 
-Every id is checked against the tokenizer. The format is described in dilqur/token_shards.py; by reference, a shard is one
+Every id is checked against the tokenizer. The format is described in dilqur/data/token_shards.py; by reference, a shard is one
 foreign file, of which only the document boundaries are written.
 """
 
@@ -26,15 +26,18 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from dilqur.errors import InputError, program
-from dilqur.foreign_tokens import datatrove, flat, megatron
-from dilqur.npy_stream import save_npy
-from dilqur.progress import Progress
-from dilqur.recipe import parse
-from dilqur.shard_writer import ShardWriter, remove_leftovers, summary
-from dilqur.stage import Input, Stage, StageSettings, TokenizerPath, file_identity
-from dilqur.token_shards import MAX_ID, checksum
-from dilqur.tokenizer import TextTokenizer
+from dilqur.common.errors import InputError, program
+from dilqur.common.hashing import file_checksum
+from dilqur.common.progress import Progress
+from dilqur.data.foreign_tokens import datatrove, flat, megatron
+from dilqur.data.npy_stream import save_npy
+from dilqur.data.shard_writer import ShardWriter, remove_leftovers, summary
+from dilqur.data.token_shards import MAX_ID
+from dilqur.pipeline.inputs import Input, TokenizerPath
+from dilqur.pipeline.manifest import file_identity
+from dilqur.pipeline.settings_parser import parse
+from dilqur.pipeline.stage import Stage, StageSettings
+from dilqur.tokenizer.text_tokenizer import TextTokenizer
 
 # 4 MB as int32, and ten times that for what is computed from them; a longer document is taken whole
 TOKENS_AT_ONCE = 1 << 20
@@ -225,9 +228,9 @@ def refer(files, checked, folder):
                     "dtype": file.dtype.name,
                     "offset_bytes": file.offset,
                     "bytes": file.path.stat().st_size,
-                    "xxh3": checksum(file.path),
+                    "xxh3": file_checksum(file.path),
                 },
-                "files": {path.name: {"bytes": path.stat().st_size, "xxh3": checksum(path)}},
+                "files": {path.name: {"bytes": path.stat().st_size, "xxh3": file_checksum(path)}},
             }
         )
     dtypes = {file.dtype.name for file in files}

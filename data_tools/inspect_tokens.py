@@ -19,13 +19,12 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from dilqur.errors import InputError, program
-from dilqur.recipe import parse
-from dilqur.stage import Input
-from dilqur.token_shards import TokenShards
-from dilqur.tokenizer import TextTokenizer
-
-Count = Annotated[int, Field(ge=0)]
+from dilqur.common.constants import Count
+from dilqur.common.errors import InputError, program
+from dilqur.data.token_shards import TokenShards
+from dilqur.pipeline.inputs import Input
+from dilqur.pipeline.settings_parser import parse
+from dilqur.tokenizer.text_tokenizer import TextTokenizer
 
 
 @dataclass(kw_only=True)

@@ -21,30 +21,32 @@ import itertools
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar, Required
+from typing import ClassVar, Required
 
 import numpy as np
 import orjson
 import regex
 import xxhash
-from pydantic import Field
 from typing_extensions import TypedDict
 
-from dilqur.atomic import write_json
-from dilqur.documents import ReadingSettings, Skipped, documents, read
-from dilqur.errors import InputError, program
-from dilqur.input_files import BLOCK_BYTES, blocks, expand, identity_of, warn_of_left_out
-from dilqur.pack_journal import Journal, all_there
-from dilqur.parallel import ParallelSettings, cores, ordered_map, part_of
-from dilqur.progress import Progress
-from dilqur.recipe import parse
-from dilqur.shard_writer import ShardWriter, remove_leftovers, summary
-from dilqur.stage import Documents, Stage, StageSettings, TokenizerPath, unchanged
-from dilqur.tokenizer import TextTokenizer
-from dilqur.tokenizer_engine import ENGINES, agree, choose_engine
-from dilqur.vocabulary.whole_words import WholeWords
+from dilqur.common.atomic import write_json
+from dilqur.common.constants import Positive
+from dilqur.common.errors import InputError, program
+from dilqur.common.parallel import ParallelSettings, cores, ordered_map, part_of
+from dilqur.common.paths import expand, identity_of, warn_of_left_out
+from dilqur.common.progress import Progress
+from dilqur.data.blocks import BLOCK_BYTES, blocks
+from dilqur.data.documents import ReadingSettings, Skipped, documents, read
+from dilqur.data.pack_journal import Journal, all_there
+from dilqur.data.shard_writer import ShardWriter, remove_leftovers, summary
+from dilqur.pipeline.inputs import Documents, TokenizerPath
+from dilqur.pipeline.manifest import unchanged
+from dilqur.pipeline.settings_parser import parse
+from dilqur.pipeline.stage import Stage, StageSettings
+from dilqur.tokenizer.engines import ENGINES, agree, choose_engine
+from dilqur.tokenizer.text_tokenizer import TextTokenizer
+from dilqur.tokenizer.whole_words import WholeWords
 
-Positive = Annotated[int, Field(ge=1)]
 TAKEN = ("parts", "manifest.json")  # names in OUTPUT_DIR that no dataset can have
 PARTS, PART = "parts/*-of-*", "parts/{:05d}-of-{:05d}"
 COMPARED = 10_000  # characters of a document: `tokenizers` takes a hundred times a text's memory

@@ -24,18 +24,16 @@ import regex
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from dilqur import bert_tokens
-from dilqur.atomic import atomic_files
-from dilqur.bert_tokens import CLS, MASK, SEP
-from dilqur.documents import ReadingSettings
-from dilqur.errors import InputError, program
-from dilqur.input_files import COMPRESSIONS, FORMATS, expand
-from dilqur.llama3 import BOS, CHAT_TEMPLATE, EOS, PAD, PATTERNS
-from dilqur.parallel import cores
-from dilqur.recipe import parse
-from dilqur.stage import Documents, Stage, StageSettings, TokenizerPath
-from dilqur.tokenizer import TextTokenizer
-from dilqur.vocabulary.bpe_training import (
+from dilqur.common.atomic import atomic_files
+from dilqur.common.errors import InputError, program
+from dilqur.common.parallel import cores
+from dilqur.common.paths import COMPRESSIONS, FORMATS, expand
+from dilqur.data.documents import ReadingSettings
+from dilqur.pipeline.inputs import Documents, TokenizerPath
+from dilqur.pipeline.settings_parser import parse
+from dilqur.pipeline.stage import Stage, StageSettings
+from dilqur.tokenizer import encoder_tokens as bert_tokens
+from dilqur.tokenizer.bpe_training import (
     Extension,
     cut_merges,
     encoder_tokenizer,
@@ -43,7 +41,10 @@ from dilqur.vocabulary.bpe_training import (
     llama3_tokenizer,
     whole_counts,
 )
-from dilqur.vocabulary.word_counts import Source, count_words, refuse_other_scripts, word_weights
+from dilqur.tokenizer.encoder_tokens import CLS, MASK, SEP
+from dilqur.tokenizer.llama3 import BOS, CHAT_TEMPLATE, EOS, PAD, PATTERNS
+from dilqur.tokenizer.text_tokenizer import TextTokenizer
+from dilqur.tokenizer.word_counts import Source, count_words, refuse_other_scripts, word_weights
 
 # a file's source: its name without endings and without the number of a part: wiki-00003.jsonl.zst is wiki
 ENDINGS = re.compile(
@@ -184,7 +185,7 @@ def save(merges, folder, settings):
 
 def save_extension(extension, merges, folder):
     """The base's files, with a longer tokenizer.json."""
-    from dilqur.tokenizer_files import copy_tokenizer
+    from dilqur.tokenizer.files import copy_tokenizer
 
     path = extension.base.path
     copy_tokenizer(path.parent if path.name == "tokenizer.json" else path, folder)

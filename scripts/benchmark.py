@@ -32,7 +32,6 @@ from typing import Annotated, ClassVar
 import yaml
 from pydantic import Field
 
-from dilqur.atomic import atomic_file, write_json
 from dilqur.benchmarking.benchmark_tables import NOT_OF_A_SLICE, markdown
 from dilqur.benchmarking.duration import PARAMETERS_S, variant_seconds
 from dilqur.benchmarking.figures import largest_batch, round_figures
@@ -42,14 +41,19 @@ from dilqur.benchmarking.synthetic_inputs import synthetic_inputs
 from dilqur.benchmarking.time_limit import NoTime, TimeLimit
 from dilqur.benchmarking.variants import read_variants, recipe_values
 from dilqur.benchmarking.watched_run import command_line, environment, remembered, run_until
-from dilqur.cost_model import UnknownArchitecture
-from dilqur.errors import InputError, program
-from dilqur.planning.job import Job
+from dilqur.common.atomic import atomic_file, write_json
+from dilqur.common.constants import ROOT, Count, Positive
+from dilqur.common.errors import InputError, program
+from dilqur.estimate.cost_model import UnknownArchitecture
+from dilqur.estimate.job import Job
+from dilqur.models.config import read_config
+from dilqur.pipeline.inputs import FilePath
+from dilqur.pipeline.manifest import git_commit, hardware, package_versions
+from dilqur.pipeline.rows import read_pipeline
+from dilqur.pipeline.settings_parser import parse, to_dict
+from dilqur.pipeline.stage import Stage, StageSettings
 from dilqur.preflight.node_facts import node_facts
-from dilqur.recipe import parse, to_dict
-from dilqur.stage import FilePath, Stage, StageSettings, _git, hardware, package_versions, read_config, read_pipeline
 
-ROOT = Path(__file__).resolve().parent.parent
 CLASSES = {"cpt": "CptSettings", "mlm": "MlmSettings"}
 PROFILED_STEPS = 8  # after the sixth the profile is written
 TRY_STEPS = 3  # of a batch that may be too large: the second has the optimizer's state
@@ -59,8 +63,6 @@ TOY_MODELS = {
     "mlm": {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
             "max_length": 64},
 }  # fmt: skip
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
 Minutes = Annotated[float, Field(gt=0)] | None
 TRIES = 8  # of a search for the largest batch
 
@@ -196,7 +198,7 @@ class Benchmark:
             return outcome
 
         identity = {"keys": keys, "command": command, "steps": steps, "environ": environ}
-        identity |= {"host": self.machine["host"], "git": _git()}
+        identity |= {"host": self.machine["host"], "git": git_commit()}
         limited = partial(self.time_limit.run, watch, 60 * self.settings.timeout_minutes)
         outcome = remembered(out.with_name(f"{name}.json"), identity, limited)
         print(f"{name}: {outcome.problem or f'{steps} steps'}, {outcome.seconds:.0f} s", flush=True)
@@ -371,7 +373,7 @@ def main():
         "machine": benchmark.machine,
         "on_gpu": bool(benchmark.machine["gpus"]),
         "packages": package_versions(),
-        "git": _git(),
+        "git": git_commit(),
         "settings": to_dict(settings),
         "parameters": next(iter(rows.values()))["parameters"],
         "variants": rows,

@@ -26,14 +26,14 @@ from typing import Annotated
 
 from pydantic import Field
 
-from dilqur.errors import EveryRankError, InputError, program
+from dilqur.common.errors import EveryRankError, InputError, program
+from dilqur.pipeline.settings_parser import parse
 from dilqur.preflight import node_verdicts as verdict
 from dilqur.preflight.findings import Findings
 from dilqur.preflight.node_facts import node_facts
 from dilqur.preflight.node_meeting import SHARED_S, Meeting
 from dilqur.preflight.node_speed import measure
 from dilqur.preflight.planned import existing
-from dilqur.recipe import parse
 
 GRACE_S = 5  # srun ends all nodes with the first that fails: let the first node say what it knows
 

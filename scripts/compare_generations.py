@@ -16,15 +16,17 @@ from typing import Annotated
 from pydantic import Field
 from tqdm import tqdm
 
-from dilqur.atomic import atomic_file
-from dilqur.documents import read
-from dilqur.errors import InputError, program
-from dilqur.input_files import expand
-from dilqur.llama3 import EOT, encode_chat
-from dilqur.quiet import quiet_libraries
-from dilqur.recipe import parse
-from dilqur.stage import Documents, ModelPath, Stage, StageSettings, display_names
-from dilqur.tokenizer import TextTokenizer
+from dilqur.common.atomic import atomic_file
+from dilqur.common.errors import InputError, program
+from dilqur.common.paths import expand
+from dilqur.common.quiet import quiet_libraries
+from dilqur.data.documents import read
+from dilqur.evals.model_names import display_names
+from dilqur.pipeline.inputs import Documents, ModelPath
+from dilqur.pipeline.settings_parser import parse
+from dilqur.pipeline.stage import Stage, StageSettings
+from dilqur.tokenizer.llama3 import EOT, encode_chat
+from dilqur.tokenizer.text_tokenizer import TextTokenizer
 
 
 @dataclass(kw_only=True)

@@ -22,13 +22,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dilqur.atomic import atomic_files
-from dilqur.conversion.foreign_checkpoints import is_ours, read_foreign, reader_of
-from dilqur.encoder_config import LAYOUTS, is_encoder
-from dilqur.errors import InputError, program
-from dilqur.quiet import quiet_libraries
-from dilqur.recipe import parse
-from dilqur.stage import Input, ModelPath, Stage, StageSettings, file_identity
+from dilqur.checkpoint.import_any import is_ours, read_foreign, reader_of
+from dilqur.common.atomic import atomic_files
+from dilqur.common.errors import InputError, program
+from dilqur.common.quiet import quiet_libraries
+from dilqur.models.config import LAYOUTS, is_encoder
+from dilqur.pipeline.inputs import Input, ModelPath
+from dilqur.pipeline.manifest import file_identity
+from dilqur.pipeline.settings_parser import parse
+from dilqur.pipeline.stage import Stage, StageSettings
 
 CheckpointPath = Annotated[str, Input("file")]
 
@@ -147,7 +149,7 @@ def of_encoder(settings, ours):
 
 def verify(settings, stage):
     """Returns (result, line)."""
-    from dilqur.conversion.checkpoint_verification import describe, verify_checkpoint
+    from dilqur.checkpoint.verify import describe, verify_checkpoint
 
     result = verify_checkpoint(settings.checkpoint)
     return result, describe(result)
@@ -157,9 +159,10 @@ def to_hugging_face(settings, stage):
     """Weights of the checkpoint over those of the model its run began with. Returns (result, line)."""
     import torch
 
-    from dilqur.checkpoint_files import CheckpointReader
-    from dilqur.model_folder import write_folder
-    from dilqur.model_parameters import load_config, model_parameters
+    from dilqur.checkpoint.export_hf_folder import write_folder
+    from dilqur.checkpoint.format import CheckpointReader
+    from dilqur.models.config import load_config
+    from dilqur.models.parameters import model_parameters
 
     reader = CheckpointReader(settings.checkpoint)
     if settings.with_optimizer and not all(("exp_avg", name) in reader.dtypes for name in reader.shapes):
@@ -205,9 +208,15 @@ def to_encoder(settings, stage):
     """A checkpoint or folder of an encoder as a Hugging Face folder. Returns (result, line)."""
     import torch
 
-    from dilqur.checkpoint_files import CheckpointReader
-    from dilqur.encoder_folder import neobert_config, new_config, read_encoder, refuse_other_shapes, write_encoder
-    from dilqur.modeling_neobert import NeoBERTLMHead
+    from dilqur.checkpoint.format import CheckpointReader
+    from dilqur.models.modeling_neobert import NeoBERTLMHead
+    from dilqur.models.neobert_folder import (
+        neobert_config,
+        new_config,
+        read_encoder,
+        refuse_other_shapes,
+        write_encoder,
+    )
 
     if settings.checkpoint:
         reader = CheckpointReader(settings.checkpoint)
@@ -241,9 +250,10 @@ def to_encoder(settings, stage):
 
 def from_elsewhere(settings, stage):
     """A Hugging Face folder, or another program's checkpoint, as OUTPUT_DIR/step-N. Returns (result, line)."""
-    from dilqur.conversion.checkpoint_import import refuse_other_base, trained_names, write_checkpoint
-    from dilqur.conversion.hugging_face_folder import read_folder
-    from dilqur.model_parameters import load_config, model_parameters
+    from dilqur.checkpoint.import_hf_folder import read_folder
+    from dilqur.checkpoint.import_state import refuse_other_base, trained_names, write_checkpoint
+    from dilqur.models.config import load_config
+    from dilqur.models.parameters import model_parameters
 
     source = Path(settings.checkpoint or settings.model_name_or_path)
     base = settings.model_name_or_path or settings.checkpoint

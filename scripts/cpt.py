@@ -13,16 +13,18 @@ import contextlib
 import functools
 from dataclasses import dataclass, field
 
-from dilqur.cost_model import UnknownArchitecture, training_flops_per_token
-from dilqur.distributed import ZERO, planned_strategy
-from dilqur.errors import InputError, program
-from dilqur.kernels import triton_runs
-from dilqur.loop import train
-from dilqur.quiet import quiet_libraries
-from dilqur.recipe import parse
-from dilqur.safetensors_folder import stored_tensors
-from dilqur.stage import Stage, TokenizerPath, read_config
-from dilqur.training_settings import TrainingSettings, check_model, check_new_model, check_training
+from dilqur.common.errors import InputError, program
+from dilqur.common.quiet import quiet_libraries
+from dilqur.estimate.cost_model import UnknownArchitecture, training_flops_per_token
+from dilqur.estimate.strategy import ZERO, planned_strategy
+from dilqur.kernels.choose import triton_runs
+from dilqur.models.config import read_config
+from dilqur.models.safetensors_io import stored_tensors
+from dilqur.pipeline.inputs import TokenizerPath
+from dilqur.pipeline.settings_parser import parse
+from dilqur.pipeline.stage import Stage
+from dilqur.training.loop import train
+from dilqur.training.settings import TrainingSettings, check_model, check_new_model, check_training
 
 
 @dataclass(kw_only=True)
@@ -55,7 +57,7 @@ def load_model(settings):
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 
-    from dilqur.initial_weights import StoredWeights, empty_model
+    from dilqur.training.initial_weights import StoredWeights, empty_model
 
     dtype, folder, strategy = getattr(torch, settings.dtype), settings.model_name_or_path, planned_strategy()
     if not folder:
@@ -90,8 +92,8 @@ def main():
     quiet_libraries()
     import torch
 
-    from dilqur.model_folder import write_folder
-    from dilqur.model_parameters import parameters_of
+    from dilqur.checkpoint.export_hf_folder import write_folder
+    from dilqur.models.parameters import parameters_of
 
     model, weights = load_model(settings)
     parameters, config = parameters_of(model), model.config

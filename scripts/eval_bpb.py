@@ -24,14 +24,17 @@ import numpy as np
 from pydantic import Field
 from tqdm import tqdm
 
-from dilqur.atomic import atomic_file
-from dilqur.documents import read
-from dilqur.errors import InputError, program
-from dilqur.input_files import expand
-from dilqur.quiet import quiet_libraries
-from dilqur.recipe import parse
-from dilqur.stage import Documents, ModelPath, Stage, StageSettings, named_models, read_config
-from dilqur.tokenizer import TextTokenizer
+from dilqur.common.atomic import atomic_file
+from dilqur.common.errors import InputError, program
+from dilqur.common.paths import expand
+from dilqur.common.quiet import quiet_libraries
+from dilqur.data.documents import read
+from dilqur.evals.model_names import named_models
+from dilqur.models.config import read_config
+from dilqur.pipeline.inputs import Documents, ModelPath
+from dilqur.pipeline.settings_parser import parse
+from dilqur.pipeline.stage import Stage, StageSettings
+from dilqur.tokenizer.text_tokenizer import TextTokenizer
 
 
 @dataclass(kw_only=True)
@@ -91,7 +94,7 @@ def main():
     stage.open()
     quiet_libraries()
 
-    from dilqur.bits_per_byte import by_document, compare, score
+    from dilqur.evals.bits_per_byte import by_document, compare, score
 
     files = expand(settings.input)
     size = sum(len(d.text.encode("utf-8")) for d in read(files, settings.text_field, settings.sample_by))

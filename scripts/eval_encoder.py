@@ -31,19 +31,22 @@ import numpy as np
 from pydantic import Field
 from tqdm import tqdm
 
-from dilqur.atomic import atomic_file, write_json
-from dilqur.bert_tokens import MASK
-from dilqur.documents import read
-from dilqur.encoder_tasks.labelled_examples import draw
-from dilqur.encoder_tasks.scores import METRICS, RANDOM_WEIGHTS, compare, counts, score
-from dilqur.encoder_tasks.splits import read_splits
-from dilqur.errors import InputError, program
-from dilqur.input_files import expand
-from dilqur.interrupt import Interrupt
-from dilqur.markdown import between, markdown, number
-from dilqur.quiet import quiet_libraries
-from dilqur.recipe import parse, to_dict
-from dilqur.stage import FilePath, ModelPath, Stage, StageSettings, named_models, read_config
+from dilqur.common.atomic import atomic_file, write_json
+from dilqur.common.errors import InputError, program
+from dilqur.common.markdown import between, markdown, number
+from dilqur.common.paths import expand
+from dilqur.common.quiet import quiet_libraries
+from dilqur.data.documents import read
+from dilqur.evals.labelled_examples import draw
+from dilqur.evals.model_names import named_models
+from dilqur.evals.scores import METRICS, RANDOM_WEIGHTS, compare, counts, score
+from dilqur.evals.splits import read_splits
+from dilqur.models.config import read_config
+from dilqur.pipeline.inputs import FilePath, ModelPath
+from dilqur.pipeline.interrupt import Interrupt
+from dilqur.pipeline.settings_parser import parse, to_dict
+from dilqur.pipeline.stage import Stage, StageSettings
+from dilqur.tokenizer.encoder_tokens import MASK
 
 LEARNING_RATES, SEEDS = [1e-5, 2e-5, 3e-5, 5e-5], [1, 2, 3, 4, 5]
 DEFAULT_METRIC = "accuracy"
@@ -141,7 +144,7 @@ def check(settings):
 def fine_tune_all(settings, stage, splits, models):
     """{name: {learning rate: [(validation score, numerators, denominators) of each seed]}}; each fine-tuning is read where it was
     kept. None where the run was asked to stop before all were done."""
-    from dilqur.encoder_tasks.fine_tuning import Encoder, TuningSettings
+    from dilqur.evals.fine_tuning import Encoder, TuningSettings
 
     tuning = TuningSettings(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(TuningSettings)})
     interrupt = Interrupt(stage.folder, margin_s=60)
@@ -219,7 +222,7 @@ def classification(settings, stage, models):
 
 def masked_words(settings, models):
     """The result of masked_words."""
-    from dilqur.encoder_tasks.masked_words import SEEN, Guesser, classes, count_words, passages
+    from dilqur.evals.masked_words import SEEN, Guesser, classes, count_words, passages
 
     texts = draw([d.text for d in read(expand(settings.test), settings.text_field)], settings.max_eval_samples)
     cut = passages(texts, max(1, settings.max_length // 4), settings.mlm_probability, settings.seeds[0])
@@ -305,7 +308,7 @@ def main():
         return print(f"{stage.name}: ok")
     stage.open()
     quiet_libraries()
-    from dilqur.encoder_tasks.plots import plot_scores
+    from dilqur.evals.plots import plot_scores
 
     models = named_models(settings)
     if settings.random_control:

@@ -15,18 +15,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dilqur.bert_tokens import MASK
-from dilqur.cost_model import encoder_flops_per_token, neobert_width, parameter_sizes
-from dilqur.encoder_config import read_encoder_config
-from dilqur.errors import InputError, program
-from dilqur.loop import train
-from dilqur.masking import COUNTS, RULES, Masking
-from dilqur.quiet import quiet_libraries
-from dilqur.recipe import parse
-from dilqur.safetensors_folder import stored_tensors
-from dilqur.stage import Stage, TokenizerPath
-from dilqur.tokenizer import TextTokenizer
-from dilqur.training_settings import TrainingSettings, check_new_model, check_training
+from dilqur.common.errors import InputError, program
+from dilqur.common.quiet import quiet_libraries
+from dilqur.data.mlm_masking import COUNTS, RULES, Masking
+from dilqur.estimate.cost_model import encoder_flops_per_token, parameter_sizes
+from dilqur.models.config import neobert_width, read_encoder_config
+from dilqur.models.safetensors_io import stored_tensors
+from dilqur.pipeline.inputs import TokenizerPath
+from dilqur.pipeline.settings_parser import parse
+from dilqur.pipeline.stage import Stage
+from dilqur.tokenizer.encoder_tokens import MASK
+from dilqur.tokenizer.text_tokenizer import TextTokenizer
+from dilqur.training.loop import train
+from dilqur.training.settings import TrainingSettings, check_new_model, check_training
 
 # a NeoBERTConfig's, with its defaults; here so that a recipe is checked without torch
 MODEL_KEYS = {
@@ -135,8 +136,8 @@ def load_model(settings):
     import torch
     from transformers import set_seed
 
-    from dilqur.encoder_folder import new_config, read_encoder
-    from dilqur.modeling_neobert import NeoBERTLMHead
+    from dilqur.models.modeling_neobert import NeoBERTLMHead
+    from dilqur.models.neobert_folder import new_config, read_encoder
 
     dtype = getattr(torch, settings.dtype)
     if settings.model_name_or_path:
@@ -168,7 +169,7 @@ def main():
         return print(f"{stage.name}: ok{readings(settings)}")
 
     quiet_libraries()
-    from dilqur.encoder_folder import write_encoder
+    from dilqur.models.neobert_folder import write_encoder
 
     model = load_model(settings)
     config = model.config

@@ -19,16 +19,16 @@ from typing import Annotated
 
 from pydantic import Field
 
-from dilqur.errors import InputError, program
-from dilqur.planning.failures import NODE_MTBF_S
-from dilqur.planning.hardware import GPUS, gpu_of
-from dilqur.planning.recipe_stages import training_stages
-from dilqur.planning.set_up import Site, fastest, set_up
-from dilqur.planning.strategy import names, strategy_of
-from dilqur.recipe import parse
+from dilqur.common.constants import Positive
+from dilqur.common.errors import InputError, program
+from dilqur.estimate.failures import NODE_MTBF_S
+from dilqur.estimate.hardware import GPUS, gpu_of
+from dilqur.estimate.set_up import Site, fastest, set_up
+from dilqur.estimate.strategy import names, strategy_of
+from dilqur.pipeline.settings_parser import parse
+from dilqur.preflight.recipe_stages import training_stages
 
 SHORT_S = 0.02  # a step starts some thousand kernels, at some 5 µs each
-Positive = Annotated[int, Field(ge=1)]
 Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 

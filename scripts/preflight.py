@@ -16,12 +16,14 @@ from typing import Annotated
 
 from pydantic import Field
 
-from dilqur.errors import program
+from dilqur.common.constants import ROOT
+from dilqur.common.errors import program
+from dilqur.pipeline.settings_parser import parse
 from dilqur.preflight.batch_file import check_file, read_batch_file
 from dilqur.preflight.cluster import check_slurm, check_submit
 from dilqur.preflight.findings import Findings
 from dilqur.preflight.machine import check_driver, check_gpus, check_packages
-from dilqur.preflight.planned import ROOT, Known, Planned, rows_of
+from dilqur.preflight.planned import Known, Planned, rows_of
 from dilqur.preflight.site import check_image, check_site
 from dilqur.preflight.size_checks import check_files, check_main_memory, check_memory, check_space, check_time
 from dilqur.preflight.stage_checks import (
@@ -35,7 +37,6 @@ from dilqur.preflight.stage_checks import (
     check_shards,
     check_strategy,
 )
-from dilqur.recipe import parse
 
 
 @dataclass(kw_only=True)

@@ -16,12 +16,14 @@ from html import escape
 from pathlib import Path
 from typing import Annotated
 
-from dilqur.atomic import atomic_file
-from dilqur.documents import read_jsonl
-from dilqur.encoder_tasks.scores import RANDOM_WEIGHTS
-from dilqur.errors import InputError, program
-from dilqur.recipe import parse
-from dilqur.stage import Input, Stage, StageSettings, file_identity, read_manifest
+from dilqur.common.atomic import atomic_file
+from dilqur.common.errors import InputError, program
+from dilqur.data.documents import read_jsonl
+from dilqur.evals.scores import RANDOM_WEIGHTS
+from dilqur.pipeline.inputs import Input
+from dilqur.pipeline.manifest import file_identity, read_manifest
+from dilqur.pipeline.settings_parser import parse
+from dilqur.pipeline.stage import Stage, StageSettings
 
 TRAINING = ("cpt.py", "mlm.py")
 EQUAL = 0.05  # a difference in text seen that counts as none
@@ -350,7 +352,7 @@ def training(found, run_dir):
 <p>A loss a token, in nats, compares only between stages of one tokenizer: longer tokens are fewer and harder to guess. In bits
 a byte (loss / ln 2 / bytes of text a token) it compares between tokenizers too. There a line begins where the stage before it
 ended; a base trained from random weights is left out. Bounded by: what had the largest share of the time after the first two steps
-(dilqur/bottleneck.py).</p>"""
+(dilqur/training/bottleneck.py).</p>"""
 
 
 def bits_per_byte(found, run_dir):

@@ -6,7 +6,7 @@ r"""Supervised fine-tuning of a chat assistant: LoRA with TRL's SFTTrainer, loss
     sbatch slurm/sft_1gpu.sbatch
 
 `input` is jsonl with {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}]}. Token ids and
-labels are made here (dilqur/llama3.py): a message that spells a control token stays text. At the end OUTPUT_DIR/adapter
+labels are made here (dilqur/tokenizer/llama3.py): a message that spells a control token stays text. At the end OUTPUT_DIR/adapter
 is the LoRA adapter and OUTPUT_DIR/model the fp32 model with it merged in. A killed run starts again from the beginning.
 """
 
@@ -18,19 +18,21 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dilqur.atomic import atomic_folder
-from dilqur.batches import IGNORE, split_batch
-from dilqur.documents import is_validation, read_jsonl
-from dilqur.errors import InputError, program
-from dilqur.input_files import expand
-from dilqur.llama3 import CHAT_TEMPLATE, EOS, EOT, PAD, encode_chat
-from dilqur.lora import ONE_GPU
-from dilqur.quiet import quiet_libraries
-from dilqur.recipe import parse
-from dilqur.stage import Documents, ModelPath, Stage, StageSettings, read_config
-from dilqur.tokenizer import TextTokenizer
+from dilqur.common.atomic import atomic_folder
+from dilqur.common.constants import IGNORE_INDEX, Positive
+from dilqur.common.errors import InputError, program
+from dilqur.common.paths import expand
+from dilqur.common.quiet import quiet_libraries
+from dilqur.data.batches import split_batch
+from dilqur.data.documents import is_validation, read_jsonl
+from dilqur.estimate.lora import ONE_GPU
+from dilqur.models.config import read_config
+from dilqur.pipeline.inputs import Documents, ModelPath
+from dilqur.pipeline.settings_parser import parse
+from dilqur.pipeline.stage import Stage, StageSettings
+from dilqur.tokenizer.llama3 import CHAT_TEMPLATE, EOS, EOT, PAD, encode_chat
+from dilqur.tokenizer.text_tokenizer import TextTokenizer
 
-Positive = Annotated[int, Field(ge=1)]
 ROLES = ("system", "user", "assistant")
 
 
@@ -118,7 +120,7 @@ def conversations(settings, tokenizer):
             if len(ids) > settings.max_length:
                 counts["too_long"] += 1
                 continue
-            labels = [token if trained else IGNORE for token, trained in zip(ids, mask, strict=True)]
+            labels = [token if trained else IGNORE_INDEX for token, trained in zip(ids, mask, strict=True)]
             split = (
                 "validation"
                 if is_validation(record["messages"][0]["content"], settings.validation_fraction)
@@ -217,7 +219,7 @@ def main():
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
     from trl import SFTTrainer
 
-    from dilqur.apply_kernels import attend_without_cudnn
+    from dilqur.kernels.apply import attend_without_cudnn
 
     attend_without_cudnn()
     main_process = os.environ.get("RANK", "0") == "0"

@@ -14,23 +14,23 @@ import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
+from dilqur.common.atomic import atomic_files
+from dilqur.common.constants import Positive
+from dilqur.common.errors import InputError, program
+from dilqur.common.markdown import markdown, number
+from dilqur.common.quiet import quiet_libraries
+from dilqur.data.documents import ReadingSettings, read_input
+from dilqur.models.config import read_config
+from dilqur.models.safetensors_io import read_tensor, rewrite, stored_tensors
+from dilqur.pipeline.inputs import Documents, ModelPath, TokenizerPath
+from dilqur.pipeline.settings_parser import parse
+from dilqur.pipeline.stage import Stage, StageSettings
+from dilqur.tokenizer.llama3 import EOT, PAD
+from dilqur.tokenizer.text_tokenizer import TextTokenizer
+from dilqur.transplant.vocabulary_map import VocabularyMap
 
-from dilqur.atomic import atomic_files
-from dilqur.documents import ReadingSettings, read_input
-from dilqur.errors import InputError, program
-from dilqur.llama3 import EOT, PAD
-from dilqur.markdown import markdown, number
-from dilqur.quiet import quiet_libraries
-from dilqur.recipe import parse
-from dilqur.safetensors_folder import read_tensor, rewrite, stored_tensors
-from dilqur.stage import Documents, ModelPath, Stage, StageSettings, TokenizerPath, read_config
-from dilqur.tokenizer import TextTokenizer
-from dilqur.vocabulary.vocabulary_map import VocabularyMap
-
-Positive = Annotated[int, Field(ge=1)]
 SPARSITY = 64
 NORMS = ("norm_made", "norm_written")
 READS_TEXT = ("calibrated_piece_mean", "focus", "orthogonal_matching_pursuit")
@@ -137,7 +137,7 @@ def count_tokens(settings, tokenizer):
 def spaces(settings, tokenizer, tied, device):
     """{matrix: float32 (size, d)}: vectors of the new tokens, from the donor's matrices or from the text."""
     if settings.donor_model_name_or_path:
-        from dilqur.vocabulary.token_matrices import token_matrices
+        from dilqur.transplant.token_matrices import token_matrices
 
         folder = settings.donor_model_name_or_path
         tensors = stored_tensors(folder)
@@ -145,7 +145,7 @@ def spaces(settings, tokenizer, tied, device):
         rows = {"embeddings": names.embeddings, "head": names.head or names.embeddings, "tied": names.embeddings}
         wanted = ("tied",) if tied else ("embeddings", "head")
         return {kind: read_tensor(tensors[rows[kind]], rows[kind])[: tokenizer.size].float() for kind in wanted}
-    from dilqur.vocabulary.corpus_embeddings import corpus_embeddings
+    from dilqur.transplant.corpus_embeddings import corpus_embeddings
 
     texts = (document.text for document in read_input(settings)[0])
     space = corpus_embeddings(
@@ -198,10 +198,10 @@ def main():
     quiet_libraries()
     import torch
 
-    from dilqur.tokenizer_files import copy_tokenizer
-    from dilqur.vocabulary.embedding_init import new_matrix, plan_rows
-    from dilqur.vocabulary.piece_calibration import Calibration, Examples, new_levels
-    from dilqur.vocabulary.token_matrices import token_matrices
+    from dilqur.tokenizer.files import copy_tokenizer
+    from dilqur.transplant.embedding_init import new_matrix, plan_rows
+    from dilqur.transplant.piece_calibration import Calibration, Examples, new_levels
+    from dilqur.transplant.token_matrices import token_matrices
 
     names, config = token_matrices(settings.model_name_or_path, tensors)
     if tensors[names.embeddings].shape[0] < old.size:

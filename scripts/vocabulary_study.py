@@ -17,14 +17,17 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from dilqur.atomic import atomic_files, write_json
-from dilqur.bootstrap import interval, resampled_ratios
-from dilqur.cost_model import training_flops_per_token
-from dilqur.documents import read_jsonl
-from dilqur.errors import InputError, program
-from dilqur.markdown import between, markdown, number
-from dilqur.recipe import parse
-from dilqur.stage import FilePath, Stage, StageSettings, read_config, read_manifest
+from dilqur.common.atomic import atomic_files, write_json
+from dilqur.common.bootstrap import interval, resampled_ratios
+from dilqur.common.errors import InputError, program
+from dilqur.common.markdown import between, markdown, number
+from dilqur.data.documents import read_jsonl
+from dilqur.estimate.cost_model import training_flops_per_token
+from dilqur.models.config import read_config
+from dilqur.pipeline.inputs import FilePath
+from dilqur.pipeline.manifest import read_manifest
+from dilqur.pipeline.settings_parser import parse
+from dilqur.pipeline.stage import Stage, StageSettings
 
 EQUAL = 0.05  # a difference in bytes or in compute that counts as none
 REFERENCE = "mean"  # the initialisation that the others are measured against, in steps

@@ -49,7 +49,7 @@ todo=("${stages[@]:first}")
 
 if [[ $mode == status ]]; then
   find_python
-  exec python -m dilqur.status "$name" "${todo[@]}"
+  exec python -m dilqur.pipeline.status "$name" "${todo[@]}"
 fi
 
 # -- --local --------------------------------------------------------------------------------------------------------------

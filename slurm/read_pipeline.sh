@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by run_stages.sh and pipeline.sh: reads recipes/NAME/pipeline.txt, as dilqur/stage.py does.
+# Sourced by run_stages.sh and pipeline.sh: reads recipes/NAME/pipeline.txt, as dilqur/pipeline/stage.py does.
 # A line: stage, program, batch file, flags; flags may be quoted as in a shell; `#` begins a comment.
 # STAGE reads STAGE.yaml, and RECIPE@VARIANT reads RECIPE.yaml; the row's flags win over it.
 # shellcheck disable=SC2034  # the arrays are for those who source this

@@ -6,8 +6,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from dilqur.batches import split_batch
-from dilqur.stage import read_pipeline
+from dilqur.data.batches import split_batch
+from dilqur.pipeline.rows import read_pipeline
 
 RECIPES = sorted(p for p in (ROOT / "recipes").iterdir() if (p / "pipeline.txt").exists())
 
@@ -76,7 +76,7 @@ def test_the_published_run_is_in_the_recipe():
 
 def test_the_published_encoder_is_in_the_recipe():
     """AzNEOBERT: 28 x 768, 64,000 tokens, 20 % masked, all [MASK]; 127,000 steps of 2,304 x 1,024, then 7,000 of 512 x 4,096."""
-    from dilqur.bert_tokens import CONTROL_TOKENS
+    from dilqur.tokenizer.encoder_tokens import CONTROL_TOKENS
 
     tokenizer, first, second = (load("neobert-az", s) for s in ("tokenizer", "mlm-1-1024", "mlm-2-4096"))
     assert tokenizer["vocab_size"] + len(CONTROL_TOKENS) == first["model_config"]["vocab_size"] == 64_000

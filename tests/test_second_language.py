@@ -5,7 +5,7 @@ import yaml
 from conftest import ROOT, run_program, stage_result, train_less
 from test_recipes import load
 
-from dilqur.stage import read_pipeline
+from dilqur.pipeline.rows import read_pipeline
 
 FIRST, SECOND = ROOT / "recipes" / "quickstart", ROOT / "recipes" / "quickstart-hi"
 DOCUMENTS = 99

@@ -1,6 +1,6 @@
 """The Markdown of a benchmark's result: rates, the phases of a step, and what else was seen of each variant."""
 
-from dilqur.kernels import PLAIN
+from dilqur.kernels.choose import PLAIN
 
 DASH = "–"
 NOT_OF_A_SLICE = "MFU is not known of it, since no data sheet gives a slice's peak, nor are power and temperature; all else is measured."

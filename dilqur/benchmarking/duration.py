@@ -1,6 +1,6 @@
 """How long a benchmark will take, guessed before its first run: for each run a start, and its steps at the planner's rate."""
 
-from dilqur.planning.hardware import GPUS
+from dilqur.estimate.hardware import GPUS
 
 START_S = {"gpu": 40.0, "cpu": 8.0}  # a guess: imports, weights onto the device, the loader's first batch
 COMPILE_S = {"gpu": 60.0, "cpu": 15.0}  # a guess: once a variant, later runs find it in a cache
@@ -20,7 +20,7 @@ def rate_of(gpu):
 
 
 def run_seconds(job, steps, num_processes, gpu):
-    """Of one run. job: dilqur.planning.job.Job, None of a model whose sizes are not known: its start alone."""
+    """Of one run. job: dilqur.estimate.job.Job, None of a model whose sizes are not known: its start alone."""
     start = START_S["gpu" if gpu else "cpu"] * (1.0 if gpu else num_processes)
     if job is None:
         return start

@@ -2,10 +2,10 @@
 
 from dilqur.benchmarking.figures import loss_parity, over_rounds, utilisation
 from dilqur.benchmarking.variants import same_training
-from dilqur.cost_model import UnknownArchitecture, peak_flops
-from dilqur.planning.job import Job, is_encoder
-from dilqur.recipe import to_dict
-from dilqur.stage import read_config
+from dilqur.estimate.cost_model import UnknownArchitecture, peak_flops
+from dilqur.estimate.job import Job, is_encoder
+from dilqur.models.config import read_config
+from dilqur.pipeline.settings_parser import to_dict
 
 
 def flops_of(settings, defaults):

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dilqur.atomic import atomic_folder, write_json
-from dilqur.errors import InputError
-from dilqur.shard_writer import ShardWriter
-from dilqur.tokenizer import TextTokenizer
+from dilqur.common.atomic import atomic_folder, write_json
+from dilqur.common.constants import ROOT
+from dilqur.common.errors import InputError
+from dilqur.data.shard_writer import ShardWriter
+from dilqur.tokenizer.text_tokenizer import TextTokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
 MOST_TOKENS = 1 << 26
 MEDIAN_LENGTH, SPREAD = 400, 1.0
 

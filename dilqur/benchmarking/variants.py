@@ -6,8 +6,8 @@ from itertools import product
 from pathlib import Path
 from typing import get_type_hints
 
-from dilqur.errors import InputError
-from dilqur.recipe import check_value, read_yaml
+from dilqur.common.errors import InputError
+from dilqur.pipeline.settings_parser import check_value, read_yaml
 
 OWN_KEYS = ("strategy", "trainer", "expect")  # of a variant, beside those of the recipe
 # with another of these a variant trains something else: its losses are not to be those of the first

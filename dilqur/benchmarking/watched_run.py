@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dilqur.atomic import write_json
+from dilqur.common.atomic import write_json
 
 LOOK_S = 0.1
 OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemoryError|DefaultCPUAllocator: can't allocate|MemoryError", re.I)

@@ -11,7 +11,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 NO_FAILURE = (None, "out of memory")  # that one is a result
-# as dilqur/kernels.py, apply_kernels.py and transformers say that a row wants what this machine does not have
+# as dilqur/kernels/choose.py, apply_kernels.py and transformers say that a row wants what this machine does not have
 NOT_HERE = re.compile(r"pip install|not installed|there is no GPU here|cannot be used due to", re.I)
 
 

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from dilqur.errors import InputError
+from dilqur.common.errors import InputError
 
 _LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dilqur.atomic import atomic_file, write_json
+from dilqur.common.atomic import atomic_file, write_json
 
 EXAMPLES = 5  # documents shown for each reason
 BINS = 120  # lengths in characters, five bins to a doubling: up to 2²⁴

@@ -11,8 +11,8 @@ import numpy as np
 
 from dilqur.cleaning.normalise import normalise
 from dilqur.cleaning.word_hashes import ngram_hashes, word_hashes
-from dilqur.documents import read, read_jsonl
-from dilqur.errors import InputError
+from dilqur.common.errors import InputError
+from dilqur.data.documents import read, read_jsonl
 
 SHORTEST = 5  # words; fewer are too common for their coming together to say anything
 

@@ -25,12 +25,10 @@ from dilqur.cleaning.text_quality import (
     repeated_line_share,
     repeated_ngram_share,
 )  # fmt: skip
-from dilqur.errors import InputError
-from dilqur.input_files import expand
-from dilqur.stage import Documents, FilePath
-
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(ge=1)]
+from dilqur.common.constants import Fraction, Positive
+from dilqur.common.errors import InputError
+from dilqur.common.paths import expand
+from dilqur.pipeline.inputs import Documents, FilePath
 
 EXCERPT = 200  # characters of a document that a report shows
 
@@ -52,35 +50,41 @@ class FilterSettings:
         default=1_000_000,
         metadata={"help": "longest document kept; twice as long it goes before its boilerplate lines"},
     )
-    min_letter_share: Share = field(default=0.0, metadata={"help": "least share of letters among visible characters"})
-    max_digit_share: Share = field(default=1.0, metadata={"help": "most digits"})
-    max_symbol_share: Share = field(default=1.0, metadata={"help": "most symbols (currency, arrows, emoji)"})
-    max_upper_case_share: Share = field(default=1.0, metadata={"help": "most capitals among the letters"})
-    min_alphabetic_word_share: Share = field(default=0.0, metadata={"help": "least words with a letter (Gopher: 0.8)"})
+    min_letter_share: Fraction = field(
+        default=0.0, metadata={"help": "least share of letters among visible characters"}
+    )
+    max_digit_share: Fraction = field(default=1.0, metadata={"help": "most digits"})
+    max_symbol_share: Fraction = field(default=1.0, metadata={"help": "most symbols (currency, arrows, emoji)"})
+    max_upper_case_share: Fraction = field(default=1.0, metadata={"help": "most capitals among the letters"})
+    min_alphabetic_word_share: Fraction = field(
+        default=0.0, metadata={"help": "least words with a letter (Gopher: 0.8)"}
+    )
     min_mean_word_length: Annotated[float, Field(ge=0)] = field(default=0.0, metadata={"help": "Gopher: 3"})
     max_mean_word_length: Annotated[float, Field(gt=0)] = field(default=1000.0, metadata={"help": "Gopher: 10"})
     script: str | None = field(default=None, metadata={"help": "Unicode name of the script, e.g. Latin"})
-    min_script_share: Share = field(default=0.5, metadata={"help": "least letters in it, where `script` is given"})
-    max_bullet_line_share: Share = field(
+    min_script_share: Fraction = field(default=0.5, metadata={"help": "least letters in it, where `script` is given"})
+    max_bullet_line_share: Fraction = field(
         default=1.0, metadata={"help": "most lines that begin with a bullet (Gopher: 0.9)"}
     )
-    max_ellipsis_line_share: Share = field(default=1.0, metadata={"help": "most lines that end with … (Gopher: 0.3)"})
-    min_sentence_line_share: Share = field(
+    max_ellipsis_line_share: Fraction = field(
+        default=1.0, metadata={"help": "most lines that end with … (Gopher: 0.3)"}
+    )
+    min_sentence_line_share: Fraction = field(
         default=0.0, metadata={"help": "least lines that end a sentence (FineWeb: 0.12)"}
     )
-    max_short_line_share: Share = field(
+    max_short_line_share: Fraction = field(
         default=1.0, metadata={"help": "most lines of at most 30 characters (FineWeb: 0.67)"}
     )
-    max_repeated_line_share: Share = field(
+    max_repeated_line_share: Fraction = field(
         default=0.3, metadata={"help": "most of a text's characters in repeated lines"}
     )
-    max_repeated_ngram_share: Share = field(
+    max_repeated_ngram_share: Fraction = field(
         default=0.4, metadata={"help": "most of a text's words in repeated 5-grams (laws repeat their phrases)"}
     )
     language: str | None = field(
         default=None, metadata={"help": "language to keep, as the identifier names it (az); none: all"}
     )
-    min_language_probability: Share = field(default=0.0, metadata={"help": "how sure of it the identifier must be"})
+    min_language_probability: Fraction = field(default=0.0, metadata={"help": "how sure of it the identifier must be"})
     language_model: FilePath | None = field(
         default=None, metadata={"help": "py3langid or fastText model; none: py3langid's own"}
     )

@@ -21,16 +21,17 @@ import orjson
 import xxhash
 import zstandard
 
-from dilqur.atomic import atomic_file, write_json
 from dilqur.cleaning.corpus_report import EXAMPLES, length_bins
 from dilqur.cleaning.document_filter import DocumentFilter
 from dilqur.cleaning.near_duplicates import signatures
-from dilqur.documents import Skipped, documents
-from dilqur.errors import InputError
-from dilqur.input_files import blocks, identity_of
-from dilqur.npy_stream import npy_stream
-from dilqur.parallel import ordered_map
-from dilqur.progress import Progress
+from dilqur.common.atomic import atomic_file, write_json
+from dilqur.common.errors import InputError
+from dilqur.common.parallel import ordered_map
+from dilqur.common.paths import identity_of
+from dilqur.common.progress import Progress
+from dilqur.data.blocks import blocks
+from dilqur.data.documents import Skipped, documents
+from dilqur.data.npy_stream import npy_stream
 
 DOCUMENT = np.dtype([("bytes", "<u4"), ("chars", "<u4"), ("id", "<u8")])  # UTF-8 bytes, characters, hash of the id
 

@@ -7,7 +7,7 @@ import difflib
 import importlib
 from pathlib import Path
 
-from dilqur.errors import InputError
+from dilqur.common.errors import InputError
 
 # The identifier reads a text at 3 MB/s, far slower than all other filters, and is sure after a few sentences. Parts of
 # the text from its start, middle and end, this many characters together, are what it gets to see.

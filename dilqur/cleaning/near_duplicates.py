@@ -26,9 +26,9 @@ import numpy as np
 import xxhash
 
 from dilqur.cleaning.word_hashes import polynomials
-from dilqur.documents import fold
-from dilqur.errors import InputError
-from dilqur.npy_stream import save_npy
+from dilqur.common.errors import InputError
+from dilqur.data.documents import fold
+from dilqur.data.npy_stream import save_npy
 
 WORDS = 3
 PERMUTATIONS = 128
@@ -52,7 +52,7 @@ def signatures(texts, near=True):
     """Structured array of shape (len(texts),) and dtype SIGNATURE; the same on every machine.
 
     exact: xxh3-128 of the text. letters: xxh3-64 of its letters and digits, case folded, the hash that
-    `dilqur.documents.is_validation` compares with its fraction. minhash: the low 16 bits of the smallest shingle hash
+    `dilqur.data.documents.is_validation` compares with its fraction. minhash: the low 16 bits of the smallest shingle hash
     under each permutation, so two documents that share no shingle agree in one of 65,536. A text of fewer than WORDS
     words is one shingle. near=False leaves minhash 0, for exact copies only.
     Takes some 60 bytes of memory a character of the longest text.
@@ -134,7 +134,7 @@ def _characters():
 
 
 def _hash_letters(codes, kinds, starts, ends, out):
-    """The `letters` field: see `dilqur.documents.is_validation`."""
+    """The `letters` field: see `dilqur.data.documents.is_validation`."""
     isletter = (kinds == _LETTER) | (kinds == _WHOLE_WORD)
     letters = codes[isletter].tobytes().decode("utf-32-le")
     counts = np.concatenate([[0], np.cumsum(isletter)])
@@ -164,7 +164,7 @@ def _minhash(shingles, begins, ends):
     """(documents, PERMUTATIONS) uint16. Document i has shingles[begins[i]:ends[i]], uint32, at least one.
 
     A permutation is the multiplication by an odd number modulo 2³²; which of the shingles, hashes already, becomes the
-    smallest is then as good as random (tests/library/test_near_duplicates.py compares the estimates with the truth).
+    smallest is then as good as random (tests/unit/cleaning/test_near_duplicates.py compares the estimates with the truth).
     """
     edges = np.stack([begins, ends], 1).ravel()  # reduceat: every other piece is what lies between two documents
     padded, product = np.append(shingles, np.uint32(0)), np.empty(len(shingles) + 1, np.uint32)

@@ -10,7 +10,7 @@ import unicodedata
 
 import regex
 
-from dilqur.errors import InputError
+from dilqur.common.errors import InputError
 
 # FF, VT, NEL and the information separators end a line or a page: removed, they would glue two words together.
 _LINE_END = re.compile("\r\n|[\r\x0b\x0c\x1c-\x1e\x85\u2028]")

@@ -18,7 +18,7 @@ import phonenumbers
 import regex
 
 from dilqur.cleaning.recipe_patterns import compiled_pattern, timed_matches
-from dilqur.errors import InputError
+from dilqur.common.errors import InputError
 
 ACTIONS = ("mask", "drop", "count")
 

@@ -5,7 +5,7 @@ They are those of the package `regex`, whose matching can be given a time limit.
 
 import regex
 
-from dilqur.errors import InputError
+from dilqur.common.errors import InputError
 
 SECONDS = 20  # for one pattern on one text; a sound pattern needs milliseconds on the longest
 

@@ -11,15 +11,15 @@ import numpy as np
 import orjson
 import zstandard
 
-from dilqur.atomic import atomic_file
 from dilqur.cleaning.corpus_report import EXAMPLES, length_bins
 from dilqur.cleaning.document_filter import EXCERPT
 from dilqur.cleaning.filter_corpus import clusters_wanted, frame_of
 from dilqur.cleaning.near_duplicates import THRESHOLD, cluster
-from dilqur.errors import InputError
-from dilqur.input_files import blocks
-from dilqur.parallel import ordered_map
-from dilqur.progress import Progress
+from dilqur.common.atomic import atomic_file
+from dilqur.common.errors import InputError
+from dilqur.common.parallel import ordered_map
+from dilqur.common.progress import Progress
+from dilqur.data.blocks import blocks
 
 VERDICTS = ("train", "validation", "exact_duplicate", "near_duplicate", "duplicate_id")
 TRAIN, VALIDATION, *DROPPED = range(len(VERDICTS))

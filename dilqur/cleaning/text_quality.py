@@ -19,7 +19,7 @@ import regex
 from dilqur.cleaning.normalise import normalise
 from dilqur.cleaning.recipe_patterns import compiled_pattern, timed_matches
 from dilqur.cleaning.word_hashes import ngram_hashes, word_hashes
-from dilqur.errors import InputError
+from dilqur.common.errors import InputError
 
 # -- repetition -------------------------------------------------------------------------------------------------------
 

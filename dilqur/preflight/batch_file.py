@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from dilqur.errors import InputError
+from dilqur.common.errors import InputError
 from dilqur.preflight.findings import Skipped
 
 # sbatch takes these before the file's own lines

@@ -11,10 +11,10 @@ import re
 import subprocess
 from dataclasses import dataclass
 
-from dilqur.errors import InputError
+from dilqur.common.constants import ROOT
+from dilqur.common.errors import InputError
 from dilqur.preflight.batch_file import clock, gpus_in, seconds_of
 from dilqur.preflight.findings import Skipped
-from dilqur.preflight.planned import ROOT
 
 SECONDS = 10
 ADVICE = {  # words of sbatch's: what to do

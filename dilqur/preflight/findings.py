@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 
-from dilqur.errors import AlreadyFinished, InputError
+from dilqur.common.errors import AlreadyFinished, InputError
 
 
 class Skipped(Exception):

@@ -5,9 +5,9 @@ import re
 import subprocess
 from importlib import metadata
 
-from dilqur.errors import InputError
+from dilqur.common.constants import ROOT
+from dilqur.common.errors import InputError
 from dilqur.preflight.findings import Skipped
-from dilqur.preflight.planned import ROOT
 
 DRIVERS = {"cu126": 560, "cu128": 570}  # NVIDIA's oldest for CUDA 12.6 and 12.8; torch 2.13 from PyPI is CUDA 13: 580
 

@@ -6,9 +6,9 @@ import re
 import socket
 import subprocess
 
+from dilqur.pipeline.manifest import package_versions
 from dilqur.preflight.findings import Skipped
 from dilqur.preflight.machine import ask_nvidia_smi
-from dilqur.stage import package_versions
 
 
 def node_facts():

@@ -14,7 +14,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
-from dilqur.errors import EveryRankError, InputError
+from dilqur.common.errors import EveryRankError, InputError
 
 # a new name is looked up at the server, whatever attributes an NFS client has cached: what takes longer is not shared
 SHARED_S = 10

@@ -6,10 +6,10 @@ hosts: the nodes' names, in the order of their ranks; the other lists are in the
 import statistics
 from collections import Counter
 
-from dilqur.errors import InputError
+from dilqur.common.errors import InputError
 from dilqur.preflight.findings import Skipped
 
-# dilqur/interrupt.py compares the time of a STOP file, as the file server or another node gives it, with its own clock to a second
+# dilqur/pipeline/interrupt.py compares the time of a STOP file, as the file server or another node gives it, with its own clock to a second
 CLOCK_S = 1.0
 # GPUs of one model differ by 8 % on average in a matrix product (Sinha et al., "Not All GPUs Are Created Equal", SC 22); a synchronous
 # step waits for the slowest. A CPU node may be shared with others.

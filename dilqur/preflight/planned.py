@@ -4,17 +4,16 @@ import json
 import os
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from pathlib import Path
 
-from dilqur.cost_model import UnknownArchitecture, parameter_sizes
-from dilqur.errors import InputError
-from dilqur.llama3 import SPECIAL_TOKENS
+from dilqur.common.errors import InputError
+from dilqur.estimate.cost_model import UnknownArchitecture, parameter_sizes
+from dilqur.models.config import read_config
+from dilqur.pipeline.rows import PipelineRow, read_pipeline
+from dilqur.pipeline.stage import Stage
 from dilqur.preflight.batch_file import BatchFile
 from dilqur.preflight.findings import Skipped
-from dilqur.stage import PipelineRow, Stage, read_config, read_pipeline
-from dilqur.tokenizer import TextTokenizer
-
-ROOT = Path(__file__).resolve().parents[2]
+from dilqur.tokenizer.llama3 import SPECIAL_TOKENS
+from dilqur.tokenizer.text_tokenizer import TextTokenizer
 
 
 class Probe(Stage):

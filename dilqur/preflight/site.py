@@ -5,9 +5,9 @@ import os
 import re
 import subprocess
 
-from dilqur.errors import InputError
+from dilqur.common.constants import ROOT
+from dilqur.common.errors import InputError
 from dilqur.preflight.findings import Skipped
-from dilqur.preflight.planned import ROOT
 
 SECONDS = 5
 SHELL_S_OWN = ("_", "SHLVL", "PWD", "OLDPWD")

@@ -8,17 +8,17 @@ import os
 import shutil
 import statistics
 
-from dilqur.cost_model import UnknownArchitecture
-from dilqur.errors import InputError
-from dilqur.metrics import last_records
-from dilqur.planning.host_memory import host_memory
-from dilqur.planning.job import BYTES, Job
-from dilqur.planning.memory import memory_of
-from dilqur.planning.strategy import strategy_of
+from dilqur.common.errors import InputError
+from dilqur.estimate.cost_model import UnknownArchitecture
+from dilqur.estimate.host_memory import host_memory
+from dilqur.estimate.job import BYTES, Job
+from dilqur.estimate.memory import memory_of
+from dilqur.estimate.strategy import strategy_of
+from dilqur.pipeline.records import last_records
 from dilqur.preflight.batch_file import clock
 from dilqur.preflight.findings import Later, Skipped
 from dilqur.preflight.planned import existing, parameters
-from dilqur.training_settings import TrainingSettings
+from dilqur.training.settings import TrainingSettings
 
 FEW_FILES = (
     20  # of a stage that trains nothing, and beside a run's checkpoints: config, tokenizer, weights, logs, manifest
@@ -47,7 +47,7 @@ def check_space(planned, known):
 def check_files(planned, known):
     """The file system lets so many more files be made: many have a limit of their own to that, their inodes."""
     folder, kept = planned.stage.folder, checkpoints_kept(planned.settings)
-    need = FEW_FILES + (kept + 1) * (2 * planned.processes + 3) if kept else FEW_FILES  # dilqur/checkpoint_files.py
+    need = FEW_FILES + (kept + 1) * (2 * planned.processes + 3) if kept else FEW_FILES  # dilqur/checkpoint/format.py
     statistic = os.statvfs(existing(folder))
     claimed = claim(known, folder, "files", need - len(sizes_in(folder)))
     if not statistic.f_files:

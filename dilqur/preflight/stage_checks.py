@@ -8,27 +8,28 @@ import fcntl
 import functools
 import importlib.util
 import io
-import json
 import os
 import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from dilqur.batches import split_batch
-from dilqur.distributed import planned_strategy, refuse_what_it_cannot
-from dilqur.documents import read_jsonl
-from dilqur.errors import InputError
-from dilqur.input_files import expand
-from dilqur.llama3 import encode_chat
+from dilqur.common.constants import ROOT
+from dilqur.common.errors import InputError
+from dilqur.common.paths import expand
+from dilqur.data.batches import split_batch
+from dilqur.data.documents import read_jsonl
+from dilqur.data.token_shards import TokenShards
+from dilqur.estimate.strategy import planned_strategy, refuse_what_it_cannot
+from dilqur.models.safetensors_io import stored_tensors
+from dilqur.pipeline.settings_parser import parse, to_dict
+from dilqur.pipeline.stage import StageSettings
+from dilqur.pipeline.status import writer_of
 from dilqur.preflight.findings import Later
-from dilqur.preflight.planned import ROOT, Probe, existing, find_config, read_json
-from dilqur.recipe import parse, to_dict
-from dilqur.stage import StageSettings
-from dilqur.status import writer_of
-from dilqur.token_shards import TokenShards
-from dilqur.tokenizer import TextTokenizer
-from dilqur.training_settings import TrainingSettings, check_training
+from dilqur.preflight.planned import Probe, existing, find_config
+from dilqur.tokenizer.llama3 import encode_chat
+from dilqur.tokenizer.text_tokenizer import TextTokenizer
+from dilqur.training.settings import TrainingSettings, check_training
 
 
 def check_recipe(planned, known):
@@ -78,13 +79,7 @@ def check_shards(planned, known):
 def check_model(planned, known):
     """The models it reads are whole (as long as their headers say) and have a BOS, an EOS, and for sft the chat format."""
     for path in map(Path, planned.there("model")):
-        index = path / "model.safetensors.index.json"
-        listed = set(read_json(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
-        for file in sorted(path / name for name in listed):
-            if not file.exists():
-                raise InputError(f"{file}: not there: fetch or convert the model again")
-            if (size := file.stat().st_size) != (stated := stated_size(file)):
-                raise InputError(f"{file}: {size:,} bytes, its header says {stated:,}: fetch or convert it again")
+        stored_tensors(path)
         tokenizer = load_tokenizer(path)
         if tokenizer.bos_id is None or tokenizer.eos_id is None:
             raise InputError(f"{tokenizer.path}: no BOS or no EOS token: name them in tokenizer_config.json beside it")
@@ -175,17 +170,6 @@ def environment(values):
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
-def stated_size(file):
-    """Bytes that the header of a .safetensors file says it has: its length, the header, the tensors; 0 for a broken header."""
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        try:
-            header = json.loads(opened.read(min(length, file.stat().st_size)))
-        except ValueError:
-            return 0
-    return 8 + length + max((t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"), default=0)
 
 
 @functools.cache

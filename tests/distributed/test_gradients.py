@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, run_program
 from matrix import make_data
 
-from dilqur.checkpoint_files import CheckpointReader
+from dilqur.checkpoint.format import CheckpointReader
 
 ROUNDING = 1e-6  # relative, of the whole gradient: sums of some thousand fp32 numbers in another order
 BATCH = 8

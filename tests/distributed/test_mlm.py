@@ -95,8 +95,8 @@ def test_what_is_saved_right_after_an_evaluation_is_what_is_saved_without_one(se
 def test_its_model_is_transformers_own_and_gives_the_logits_of_the_checkpoint(base):
     from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 
-    from dilqur.checkpoint_files import CheckpointReader
-    from dilqur.modeling_neobert import NeoBERTConfig, NeoBERTLMHead
+    from dilqur.checkpoint.format import CheckpointReader
+    from dilqur.models.modeling_neobert import NeoBERTConfig, NeoBERTLMHead
 
     theirs = AutoModelForMaskedLM.from_pretrained(base / "model").eval()
     assert type(theirs).__name__ == "EuroBertForMaskedLM"
@@ -130,8 +130,9 @@ def test_every_layout_is_the_same_function_of_trained_weights(encoders, packed):
     """Ours, EuroBERT in transformers, and the published names read again: 1e-5 in fp32."""
     from transformers import AutoModelForMaskedLM
 
-    from dilqur.document_attention import attention_for, document_kwargs, register_document_attention
-    from dilqur.encoder_folder import read_encoder
+    from dilqur.data.varlen import document_kwargs
+    from dilqur.kernels.varlen_attention import attention_for, register_document_attention
+    from dilqur.models.neobert_folder import read_encoder
 
     register_document_attention()
     ids = torch.randint(256, 1000, (2, 48), generator=torch.Generator().manual_seed(0))

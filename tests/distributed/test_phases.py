@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import ROOT
 
-from dilqur.cost_model import parameter_sizes
+from dilqur.estimate.cost_model import parameter_sizes
 
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 LENGTH, BATCH, PROCESSES = 64, 8, 2

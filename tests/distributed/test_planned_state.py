@@ -5,9 +5,9 @@ import json
 import pytest
 from conftest import ROOT
 
-from dilqur.planning.job import Job
-from dilqur.planning.memory import state_of
-from dilqur.planning.strategy import strategy_of
+from dilqur.estimate.job import Job
+from dilqur.estimate.memory import state_of
+from dilqur.estimate.strategy import strategy_of
 
 PROCESSES = 2
 

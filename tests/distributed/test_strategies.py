@@ -20,7 +20,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from same_state import differing_tensors, differing_weights
 
-from dilqur.checkpoint import best_checkpoint
+from dilqur.checkpoint.writer import best_checkpoint
 
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 LAUNCHED = ("ddp", "fsdp2", "zero3")  # slurm/test_lab.py launches ZeRO-2, whose file is ZeRO-1's but for a number

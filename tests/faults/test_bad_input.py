@@ -9,7 +9,7 @@ import pytest
 import zstandard
 from conftest import CORPUS, ROOT
 
-from dilqur.stage import read_manifest
+from dilqur.pipeline.manifest import read_manifest
 
 CLEAN, PACK = "data_tools/clean_corpus.py", "data_tools/pack_mmap.py"
 READERS = ("clean_corpus", "train_tokenizer", "eval_tokenizer", "pack_mmap")
@@ -141,7 +141,7 @@ def test_what_a_failed_run_cleaned_is_not_there_for_the_next_one(refused, tmp_pa
 
 def test_a_run_folder_that_another_process_is_writing(refused, tmp_path):
     code = (
-        "import sys; from dilqur.stage import Stage, StageSettings\n"
+        "import sys; from dilqur.pipeline.stage import Stage, StageSettings\n"
         "settings = StageSettings(output_dir=sys.argv[1]); settings.config = None\n"
         "stage = Stage(settings, 'x.py').open(); print(flush=True); input()"
     )

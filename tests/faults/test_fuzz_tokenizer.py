@@ -1,6 +1,6 @@
 """Strings made to break a tokenizer: a new one, one with marks in its words, an extension of it.
 
-The fuzzer by itself, for as long as you like: python tests/faults/fuzz_tokenizer.py TOKENIZER_FOLDER 1000000
+The fuzzer by itself, for as long as you like: python tests/support/fuzz_tokenizer.py TOKENIZER_FOLDER 1000000
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""The kill campaign, a short one: `python tests/faults/kill_training.py --kills 100` is the whole."""
+"""The kill campaign, a short one: `python tests/support/kill_training.py --kills 100` is the whole."""
 
 import json
 import subprocess

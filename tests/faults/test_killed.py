@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import CORPUS, ROOT
 
-from dilqur.stage import read_manifest
+from dilqur.pipeline.manifest import read_manifest
 
 KILLS = int(os.environ.get("DILQUR_KILLS", 2))
 

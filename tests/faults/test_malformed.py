@@ -1,6 +1,6 @@
 """Malformed input: the fuzzer for a few thousand records, and every case by name, through both programs that read documents.
 
-The fuzzer by itself, for as long as you like: python tests/faults/fuzz_inputs.py TOKENIZER_FOLDER 1000000
+The fuzzer by itself, for as long as you like: python tests/support/fuzz_inputs.py TOKENIZER_FOLDER 1000000
 """
 
 import bz2
@@ -14,9 +14,9 @@ import zstandard
 from conftest import WITHOUT_ROOTS_RIGHTS, run_program
 from fuzz_inputs import RECORDS
 
-from dilqur.errors import InputError
-from dilqur.input_files import blocks
-from dilqur.stage import read_manifest
+from dilqur.common.errors import InputError
+from dilqur.data.blocks import blocks
+from dilqur.pipeline.manifest import read_manifest
 
 FUZZ = int(os.environ.get("DILQUR_FUZZ", 2_000))
 TEXT = "Bakı Xəzər dənizinin sahilində yerləşən qədim və gözəl bir şəhərdir."
@@ -25,7 +25,7 @@ MANY = b"".join(GOOD.replace(TEXT.encode(), f"{TEXT} {i}".encode()) for i in ran
 
 
 def test_the_fuzzer_finds_nothing(made, run):
-    done = run("tests/faults/fuzz_inputs.py", made / "tokenizer", FUZZ, 5)
+    done = run("tests/support/fuzz_inputs.py", made / "tokenizer", FUZZ, 5)
     assert f"{-(-FUZZ // RECORDS) * RECORDS:,} records" in done.stdout
     assert "no traceback, no hang, every record counted" in done.stdout
 

@@ -82,11 +82,11 @@ def compile_for(architecture, recipe):
 
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from dilqur import apply_kernels
-    from dilqur.kernels import PLAIN
-    from dilqur.optimizer import freeze_all_but
-    from dilqur.planning.recipe_stages import PUBLISHED
-    from dilqur.training_settings import TrainingSettings
+    from dilqur.kernels import apply as apply_kernels
+    from dilqur.kernels.choose import PLAIN
+    from dilqur.preflight.recipe_stages import PUBLISHED
+    from dilqur.training.optimizer import freeze_all_but
+    from dilqur.training.settings import TrainingSettings
 
     apply_kernels.triton_runs = lambda: True
     torch.Tensor.item = lambda tensor: 1  # how many labels count: all else that is asked of a tensor's contents

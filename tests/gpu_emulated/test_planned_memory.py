@@ -14,10 +14,10 @@ from dataclasses import replace
 import pytest
 from conftest import ROOT, run_program
 
-from dilqur.planning.job import Job
-from dilqur.planning.memory import memory_of
-from dilqur.planning.recipe_stages import training_stages
-from dilqur.planning.strategy import strategy_of
+from dilqur.estimate.job import Job
+from dilqur.estimate.memory import memory_of
+from dilqur.estimate.strategy import strategy_of
+from dilqur.preflight.recipe_stages import training_stages
 
 for package in ("triton", "liger_kernel"):
     pytest.importorskip(package, reason=f"{package} is not installed here")
@@ -46,7 +46,7 @@ def test_a_step_fits_into_the_planned_memory_and_nearly_fills_it(name):
     memory = memory_of(job, strategy_of("fsdp2", case.nodes, 8), accumulation)
     planned, with_allowances = memory.allocated(batch) / 1e9, memory.total(batch) / 1e9
     asked = ("--recipe", recipe, "--world", gpus, "--keys", json.dumps(case.keys))
-    measured = json.loads(run_program("tests/gpu_emulated/fake_memory.py", *asked).stdout)
+    measured = json.loads(run_program("tests/support/fake_memory.py", *asked).stdout)
     print(f"{batch} at a time: planned {planned:.2f} GB, with allowances {with_allowances:.2f}; measured {measured}")
     assert measured["total_gb"] <= with_allowances
     assert planned == pytest.approx(measured["total_gb"], rel=CLOSE)

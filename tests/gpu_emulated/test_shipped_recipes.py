@@ -14,8 +14,8 @@ from combinations import all_recipes, training_stages
 from conftest import ROOT, run_program
 from fork_launch import Server
 
-from dilqur.checkpoint_files import CheckpointReader
-from dilqur.owned_state import MOMENTS
+from dilqur.checkpoint.format import CheckpointReader
+from dilqur.checkpoint.local_shards import MOMENTS
 
 pytest.importorskip("triton", reason="Triton is not installed here")
 CLOSE = 2e-3  # nats: between bfloat16 products of two kernels

@@ -8,8 +8,8 @@ import pytest
 import zstandard
 from conftest import CORPUS
 
-from dilqur.documents import read
-from dilqur.stage import read_manifest
+from dilqur.data.documents import read
+from dilqur.pipeline.manifest import read_manifest
 
 PROGRAM = "data_tools/clean_corpus.py"
 GOOD = "Bakı Xəzər dənizinin sahilində yerləşən qədim və gözəl bir şəhərdir."  # 68 characters

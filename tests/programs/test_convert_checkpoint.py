@@ -1,7 +1,7 @@
 """convert_checkpoint.py: other programs' checkpoints come in with every bit of their state and go on; ours go out and back.
 
 The other programs are real: plain accelerate and the Trainer, on two processes, saved with their own calls
-(tests/programs/train_elsewhere.py). Each launch is done once.
+(tests/support/train_elsewhere.py). Each launch is done once.
 """
 
 import contextlib
@@ -26,12 +26,14 @@ from safetensors.torch import load_file, save_file
 from train_elsewhere import AFTER, BATCH, BEFORE, BETAS, DECAY, LEARNING_RATE, batch, new_model, new_optimizer
 from transformers import AutoModelForCausalLM
 
-from dilqur.batches import TokenSamples
-from dilqur.checkpoint_files import KINDS, CheckpointReader, pieces_of, publish, tensor_bytes, write_rank
-from dilqur.conversion.checkpoint_import import TrainingState, write_checkpoint
-from dilqur.conversion.plain_checkpoint import deal_out
-from dilqur.errors import InputError
-from dilqur.model_parameters import load_config, model_parameters
+from dilqur.checkpoint.format import KINDS, CheckpointReader, pieces_of, publish, write_rank
+from dilqur.checkpoint.import_plain import deal_out
+from dilqur.checkpoint.import_state import TrainingState, write_checkpoint
+from dilqur.common.errors import InputError
+from dilqur.data.batches import TokenSamples
+from dilqur.models.config import load_config
+from dilqur.models.parameters import model_parameters
+from dilqur.models.safetensors_io import tensor_bytes
 
 PROGRAM, LENGTH, SEED = "scripts/convert_checkpoint.py", 64, 42
 ROUNDING = 1e-6  # relative: a loss is a mean over 512 tokens in fp32, summed in another order (one unit in the last place: 1e-7)
@@ -518,7 +520,7 @@ def test_memory_is_that_of_a_few_tensors_whatever_the_size_of_the_model(convert,
     folder = made_checkpoint(tmp_path / "checkpoints", shapes, {"recipe": {"model_name_or_path": str(tmp_path)}})
     state, largest = 12 * sum(map(math.prod, shapes.values())), 4 * max(map(math.prod, shapes.values()))
     assert state > 250e6 and largest < 1.4e6
-    monkeypatch.setattr("dilqur.safetensors_shards.MAX_BYTES", 20 << 20)  # several files of each kind
+    monkeypatch.setattr("dilqur.models.safetensors_io.MAX_BYTES", 20 << 20)  # several files of each kind
     with Peak() as peak:
         convert("--checkpoint", folder, "--output_dir", tmp_path / "hf", "--with_optimizer")
         convert("--model_name_or_path", tmp_path / "hf", "--output_dir", tmp_path / "back")
@@ -542,7 +544,8 @@ def test_verify_says_in_one_line_what_a_whole_checkpoint_is(convert, checkpoint)
 
 def test_verify_reads_the_first_version_of_the_format(convert):
     assert (
-        "whole" in convert("--checkpoint", ROOT / "tests/library/checkpoint-version-1/step-0000002", "--verify").stdout
+        "whole"
+        in convert("--checkpoint", ROOT / "tests/unit/checkpoint/checkpoint-version-1/step-0000002", "--verify").stdout
     )
 
 

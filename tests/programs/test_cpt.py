@@ -10,7 +10,7 @@ import torch
 from conftest import CORPUS, TINY_LLAMA
 from safetensors.torch import load_file
 
-from dilqur.checkpoint_files import CheckpointReader, publish
+from dilqur.checkpoint.format import CheckpointReader, publish
 
 LENGTH, BATCH, STEPS = 64, 8, 30
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import CORPUS, ROOT, SHARED
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from dilqur.stage import read_manifest
+from dilqur.pipeline.manifest import read_manifest
 
 PROGRAM = "data_tools/eval_tokenizer.py"
 TEXT = "salam dünya salam xyz"  # 4 words, 22 bytes: ü is two

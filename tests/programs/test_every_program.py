@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from dilqur.stage import read_pipeline
+from dilqur.pipeline.rows import read_pipeline
 
 PROGRAMS = sorted(str(p.relative_to(ROOT)) for p in [*ROOT.glob("data_tools/*.py"), *ROOT.glob("scripts/*.py")])
 FOLDERS = ("data_tools/", "scripts/", "recipes/", "accelerate_configs/", "slurm/")

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from conftest import CORPUS, ROOT
 
-from dilqur.documents import read
-from dilqur.errors import InputError
-from dilqur.foreign_tokens import TokenFile, flat
-from dilqur.input_files import expand
-from dilqur.stage import read_manifest
-from dilqur.token_shards import TokenShards, checksum
-from dilqur.tokenizer import TextTokenizer
+from dilqur.common.errors import InputError
+from dilqur.common.hashing import file_checksum
+from dilqur.common.paths import expand
+from dilqur.data.documents import read
+from dilqur.data.foreign_tokens import TokenFile, flat
+from dilqur.data.token_shards import TokenShards
+from dilqur.pipeline.manifest import read_manifest
+from dilqur.tokenizer.text_tokenizer import TextTokenizer
 
 PROGRAM = "data_tools/import_tokens.py"
 LLAMA = ["<|begin_of_text|>", "<|end_of_text|>"]
@@ -158,7 +159,7 @@ def test_by_reference_nothing_is_copied(bring, tmp_path, documents):
         "dtype": "uint16",
         "offset_bytes": 1024,
         "bytes": source.stat().st_size,
-        "xxh3": checksum(source),
+        "xxh3": file_checksum(source),
     }
     assert (second["tokens_file"]["dtype"], second["tokens_file"]["offset_bytes"]) == ("uint32", 0)
     assert (first["documents"], second["documents"]) == (len(documents), 5)

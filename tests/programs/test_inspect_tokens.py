@@ -6,9 +6,10 @@ import shutil
 import numpy as np
 import pytest
 
-from dilqur.stage import read_manifest
-from dilqur.token_shards import TokenShards, checksum
-from dilqur.tokenizer import TextTokenizer
+from dilqur.common.hashing import file_checksum
+from dilqur.data.token_shards import TokenShards
+from dilqur.pipeline.manifest import read_manifest
+from dilqur.tokenizer.text_tokenizer import TextTokenizer
 
 PROGRAM = "data_tools/inspect_tokens.py"
 
@@ -70,7 +71,7 @@ def rewritten(file, change):
     change(array)
     np.save(file, array)
     manifest = json.loads((file.parent / "manifest.json").read_text())
-    manifest["shards"][0]["files"][file.name]["xxh3"] = checksum(file)
+    manifest["shards"][0]["files"][file.name]["xxh3"] = file_checksum(file)
     (file.parent / "manifest.json").write_text(json.dumps(manifest))
 
 

@@ -15,12 +15,12 @@ import pytest
 import zstandard
 from conftest import CORPUS, ROOT
 
-from dilqur.documents import read
-from dilqur.input_files import expand
-from dilqur.stage import read_manifest
-from dilqur.token_shards import TokenShards
-from dilqur.tokenizer import TextTokenizer
-from dilqur.vocabulary.whole_words import words_kept_whole
+from dilqur.common.paths import expand
+from dilqur.data.documents import read
+from dilqur.data.token_shards import TokenShards
+from dilqur.pipeline.manifest import read_manifest
+from dilqur.tokenizer.text_tokenizer import TextTokenizer
+from dilqur.tokenizer.whole_words import words_kept_whole
 
 PROGRAM = "data_tools/pack_mmap.py"
 BOS, EOS = 1024, 1025

@@ -7,8 +7,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from dilqur.planning.hardware import GPUS
-from dilqur.token_shards import TokenShards
+from dilqur.data.token_shards import TokenShards
+from dilqur.estimate.hardware import GPUS
 
 LLAMA = "recipes/llama3.2-1b-az"
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from conftest import CORPUS, TINY_LLAMA
 
-from dilqur.errors import InputError
+from dilqur.common.errors import InputError
 from dilqur.preflight import machine
 
 

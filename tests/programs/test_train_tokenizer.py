@@ -5,9 +5,9 @@ import json
 import pytest
 from conftest import CORPUS
 
-from dilqur.llama3 import PATTERN, SPECIAL_TOKENS, encode_chat
-from dilqur.stage import read_manifest
-from dilqur.tokenizer import TextTokenizer
+from dilqur.pipeline.manifest import read_manifest
+from dilqur.tokenizer.llama3 import PATTERN, SPECIAL_TOKENS, encode_chat
+from dilqur.tokenizer.text_tokenizer import TextTokenizer
 
 PROGRAM = "data_tools/train_tokenizer.py"
 

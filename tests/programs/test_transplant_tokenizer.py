@@ -11,8 +11,8 @@ import torch
 from conftest import CORPUS
 from safetensors.torch import load_file, save_file
 
-from dilqur.tokenizer import TextTokenizer
-from dilqur.vocabulary.vocabulary_map import VocabularyMap
+from dilqur.tokenizer.text_tokenizer import TextTokenizer
+from dilqur.transplant.vocabulary_map import VocabularyMap
 
 BOS, EOS, PAD, EOT = 1024, 1025, 1028, 1033  # of the tokenizer of `made`: right after its vocabulary of 1,024
 AZ = CORPUS / "az"

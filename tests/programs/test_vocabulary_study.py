@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from dilqur.stage import read_manifest
+from dilqur.pipeline.manifest import read_manifest
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from report import vocabulary_study

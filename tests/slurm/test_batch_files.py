@@ -8,7 +8,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from dilqur.stage import read_manifest, read_pipeline
+from dilqur.pipeline.manifest import read_manifest
+from dilqur.pipeline.rows import read_pipeline
 
 FILES = sorted((ROOT / "slurm").glob("*.sbatch"))
 OPTIONS = {

@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY_LLAMA
 
-from dilqur.errors import InputError
-from dilqur.stage import read_pipeline
+from dilqur.common.errors import InputError
+from dilqur.pipeline.rows import read_pipeline
 
 STUB = """
 import json, pathlib, sys, time
@@ -282,7 +282,7 @@ def test_local_runs_the_real_programs_and_a_second_time_nothing(tree):
     again = tree.run("slurm/pipeline.sh", "small", "--local", PYTHONPROFILEIMPORTTIME="1")
     assert again.stdout.count("nothing to do") == 3
     imported = {line.split("|")[-1].strip() for line in again.stderr.splitlines() if line.startswith("import time:")}
-    assert "dilqur.stage" in imported
+    assert "dilqur.pipeline.stage" in imported
     # seconds each, and 20 finished stages are to be over in 20 s
     assert not imported & {"torch", "transformers", "tokenizers"}
 

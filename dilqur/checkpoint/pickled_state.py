@@ -1,0 +1,67 @@
+"""What all readers of other people's checkpoints do: load a pickle, say in one line that it is damaged, ask whether it is AdamW.
+
+A pickle is a program: to load one is to run it. Nothing here is called without the user's --trust_pickle.
+"""
+
+import contextlib
+
+from dilqur.checkpoint.local_shards import MOMENTS
+from dilqur.common.errors import InputError
+
+HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
+
+
+@contextlib.contextmanager
+def expected(path, writer):
+    """Turns whatever goes wrong inside into an InputError: `path` is not what `writer` writes, or not all of it."""
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except ImportError as problem:
+        raise InputError(f"{path}: cannot be unpickled without {problem.name}: pip install it") from None
+    except Exception as problem:  # the content decides what is raised
+        said = str(problem).splitlines()[0][:200] if str(problem) else ""
+        raise InputError(
+            f"{path}: damaged or cut, or not as {writer} writes it ({type(problem).__name__}: {said})"
+        ) from None
+
+
+def load_pickle(path, writer, tensors_only=False):
+    """What `torch.save` wrote, its tensors mapped from the file. tensors_only: nothing but tensors and plain values is
+    expected, and torch is told to unpickle nothing else."""
+    import torch
+
+    with expected(path, writer):
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=tensors_only)
+
+
+def adam_steps(source, states, groups):
+    """How many steps the moments in `states`, the optimizer's states of each parameter, have seen.
+
+    Raises InputError where they differ, or this is no AdamW. `groups` count where the states do not: an older FusedAdam.
+    """
+    for state in states:
+        if missing := [kind for kind in MOMENTS if kind not in state]:
+            raise InputError(
+                f"{source}: its optimizer has no {missing[0]} ({', '.join(map(str, state)) or 'nothing'}): not AdamW"
+            )
+        if surplus := set(state) - {"step", *MOMENTS}:
+            raise InputError(f"{source}: its optimizer keeps {min(surplus)}, too: not a plain AdamW")
+    steps = {int(state["step"]) for state in states if "step" in state}
+    steps = steps or {int(group["step"]) for group in groups if "step" in group}
+    if len(steps) != 1:
+        raise InputError(
+            f"{source}: its parameters have seen {' and '.join(map(str, sorted(steps))) or 'an unknown number of'} steps; "
+            "a checkpoint here has one number for all"
+        )
+    return steps.pop()
+
+
+def hyperparameters(groups):
+    """[{"lr", "betas", "eps", "weight_decay"}] of an optimizer's groups: a recipe should have the same."""
+    return [{key: _plain(group[key]) for key in HYPERPARAMETERS if key in group} for group in groups]
+
+
+def _plain(value):
+    return [float(v) for v in value] if isinstance(value, tuple | list) else float(value)  # some hold tensors

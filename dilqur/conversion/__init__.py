@@ -1,1 +1,0 @@
-"""Checkpoints of other programs, read without them, as checkpoints of this project."""

@@ -1,0 +1,47 @@
+"""config.json of a model folder, without torch; and which models mlm.py trains: NeoBERT, and EuroBERT made of one."""
+
+import json
+from pathlib import Path
+
+from dilqur.common.errors import InputError
+
+LAYOUTS = ("eurobert", "neobert")  # values of model_type
+
+
+def is_encoder(folder):
+    """Does a folder's config.json say that it holds one?"""
+    return read_config(folder).get("model_type") in LAYOUTS
+
+
+def read_encoder_config(folder):
+    """config.json of an encoder, as a dict. Raises InputError for another model's."""
+    config = read_config(folder)
+    if config.get("model_type") not in LAYOUTS:
+        raise InputError(
+            f"{folder}: a {config.get('model_type')}: only NeoBERT, and EuroBERT made of it, are trained here"
+        )
+    return config
+
+
+def neobert_width(intermediate_size):
+    """Of a feed-forward layer, as the reference code reads the key: two thirds of it, up to a multiple of 8."""
+    return -(-int(2 * intermediate_size / 3) // 8) * 8
+
+
+def read_config(folder):
+    """config.json of a model folder, as a dict. Raises InputError where it is missing or damaged."""
+    path = Path(folder) / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise InputError(f"{path}: cannot be read ({problem}); fetch or convert the model again") from None
+
+
+def load_config(folder):
+    """The transformers config of a model folder. Raises InputError where there is none, or it is damaged."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (ValueError, OSError, KeyError) as problem:
+        raise InputError(f"{folder}: its config.json cannot be read ({str(problem).splitlines()[0]})") from None
