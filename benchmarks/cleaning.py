@@ -22,11 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dilqur.common.constants import ROOT
-from dilqur.common.errors import program
 from dilqur.common.paths import expand
 from dilqur.data.documents import read
 from dilqur.pipeline.manifest import git_commit, hardware, read_manifest
-from dilqur.pipeline.settings_parser import parse
+from dilqur.pipeline.program import program
 
 ROUNDS = 5  # of part two
 sys.path.insert(0, str(ROOT / "tests" / "support"))
@@ -122,9 +121,8 @@ def scores(records, texts, reasons, done):
     return result
 
 
-@program
-def main():
-    settings = parse(CleaningSettings, __doc__)
+@program(CleaningSettings)
+def main(settings):
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         (scratch / "planted").mkdir()

@@ -25,14 +25,14 @@ from pathlib import Path
 import numpy as np
 
 from dilqur.common.atomic import write_json
-from dilqur.common.errors import InputError, program
-from dilqur.common.quiet import quiet_libraries
+from dilqur.common.errors import InputError
+from dilqur.common.startup import quiet_libraries
 from dilqur.data.batches import TokenSamples
 from dilqur.data.varlen import document_kwargs
 from dilqur.kernels.varlen_attention import attention_for, register_document_attention
 from dilqur.pipeline.inputs import ShardsPath
 from dilqur.pipeline.manifest import git_commit, hardware
-from dilqur.pipeline.settings_parser import parse
+from dilqur.pipeline.program import program
 
 MEDIAN, SPREAD, WORDS = 400, 1.2, 256
 APART, TOGETHER, DENSE = "within documents", "documents see each other", "within documents, dense mask"
@@ -55,9 +55,8 @@ class BenchmarkSettings:
     output: str = field(default=str(Path(__file__).with_suffix(".json")), metadata={"help": "where the JSON goes"})
 
 
-@program
-def main():
-    settings = parse(BenchmarkSettings, __doc__)
+@program(BenchmarkSettings)
+def main(settings):
     if unknown := [length for length in settings.max_lengths if ("cpu", length) not in SHAPES]:
         raise InputError(f"max_lengths: there is no model for {unknown[0]}: take 2048, 131072 or both")
     quiet_libraries()

@@ -27,11 +27,10 @@ from pathlib import Path
 from peak_memory import run_and_watch
 
 from dilqur.common.constants import ROOT
-from dilqur.common.errors import program
 from dilqur.common.paths import expand
 from dilqur.data.documents import read
 from dilqur.pipeline.manifest import git_commit, hardware
-from dilqur.pipeline.settings_parser import parse
+from dilqur.pipeline.program import program
 
 ROUNDS = 5
 
@@ -264,9 +263,8 @@ def table(measured):
     return "\n".join(lines)
 
 
-@program
-def main():
-    settings = parse(BenchmarkSettings, __doc__)
+@program(BenchmarkSettings)
+def main(settings):
     with tempfile.TemporaryDirectory() as scratch:
         measured = (memory if settings.memory_gb else speed)(settings, Path(scratch))
     packages = {}

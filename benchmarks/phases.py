@@ -14,7 +14,6 @@ determines exactly. Writes benchmarks/phases.json and prints Markdown tables.
 """
 
 import json
-import runpy
 import shutil
 import statistics
 import sys
@@ -26,11 +25,14 @@ from pathlib import Path
 
 from dilqur.common.atomic import write_json
 from dilqur.common.constants import ROOT
-from dilqur.common.errors import program
-from dilqur.common.quiet import quiet_libraries
+from dilqur.common.startup import quiet_libraries
 from dilqur.estimate.cost_model import parameter_sizes, training_flops_per_token
 from dilqur.pipeline.manifest import git_commit, hardware
+from dilqur.pipeline.program import program
 from dilqur.pipeline.settings_parser import parse
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import cpt
 
 PHASES = {"embeddings only": ["*embed_tokens*"], "all weights": None}
 # device: (layers, hidden, inner, heads, key-value heads, vocabulary), (max_length, samples a step)
@@ -53,9 +55,8 @@ class BenchmarkSettings:
     output: str = field(default=str(Path(__file__).with_suffix(".json")), metadata={"help": "where the JSON goes"})
 
 
-@program
-def main():
-    settings = parse(BenchmarkSettings, __doc__)
+@program(BenchmarkSettings)
+def main(settings):
     quiet_libraries()
     evidence = dict(look_at_first_steps(settings.strategies))  # it forks: before there are threads
     import torch
@@ -96,14 +97,13 @@ def time_steps(rounds, device):
 
     shape, (length, samples) = SHAPES[device]
     config = config_of(shape)
-    cpt = runpy.run_path(str(ROOT / "scripts" / "cpt.py"))
     flags = ["--model_config", json.dumps(config), "--datasets", "{path: none}", "--learning_rate", "1e-4"]
     flags += ["--max_length", str(length), "--global_batch_size", str(samples)]
-    settings = parse(cpt["CptSettings"], "", flags)
+    settings = parse(cpt.CptSettings, "", flags)
     accelerator = make_accelerator(device == "cuda", samples, 1, settings.max_grad_norm)
     steps = {}
     for phase, patterns in PHASES.items():
-        model, _ = cpt["load_model"](settings)  # the same weights: drawn from the seed
+        model, _ = cpt.load_model(settings)  # the same weights: drawn from the seed
         freeze_all_but(model, patterns)
         on_gpu = device == "cuda"
         steps[phase] = prepare(accelerator, model.train(), lambda m, on_gpu=on_gpu: make_optimizer(m, settings, on_gpu))
@@ -118,7 +118,7 @@ def time_steps(rounds, device):
         model, optimizer = steps[phase]
         began = now()
         with accelerator.accumulate(model):
-            backward(accelerator, cpt["causal_loss"](model, batch, samples * length))
+            backward(accelerator, cpt.causal_loss(model, batch, samples * length))
         between = now()
         clip_and_step(accelerator, model, optimizer, settings.max_grad_norm)
         return between - began, now() - between

@@ -11,7 +11,7 @@ from dilqur.estimate.job import Job
 from dilqur.estimate.memory import memory_of, state_of
 from dilqur.estimate.step_time import step_time
 from dilqur.estimate.strategy import strategy_of
-from dilqur.preflight.recipe_stages import PUBLISHED
+from dilqur.models.published_configs import PUBLISHED
 
 GIB = 2**30
 BASE = Job(PUBLISHED["llama-3.2-1b"], liger=True)

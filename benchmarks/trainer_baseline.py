@@ -11,25 +11,24 @@ it is timed as it runs by itself. LOG_LOSSES=1: the loss of every step, for whic
 
 import json
 import os
-import runpy
+import sys
 import time
 
 from dilqur.common.constants import ROOT
-from dilqur.common.errors import InputError, program
-from dilqur.common.quiet import quiet_libraries
+from dilqur.common.errors import InputError
+from dilqur.common.startup import quiet_libraries
 from dilqur.estimate.strategy import planned_strategy
-from dilqur.pipeline.settings_parser import parse
-from dilqur.pipeline.stage import Stage
+from dilqur.pipeline.program import program
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import cpt
 
 OURS_ALONE = ("intra_document_masking", "unfrozen_parameters", "deterministic")
 
 
-@program
-def main():
-    cpt = runpy.run_path(str(ROOT / "scripts" / "cpt.py"))
-    settings = parse(cpt["CptSettings"], __doc__)
-    stage = Stage(settings, __file__)
-    cpt["check"](settings)
+def check(settings):
+    """InputError as cpt.py, and for what the Trainer does not do."""
+    cpt.check(settings)
     if ours := [key for key in OURS_ALONE if getattr(settings, key, None)]:
         raise InputError(f"{ours[0]}: the Trainer knows nothing of it: leave it out of this variant")
     if settings.packing != "concat":
@@ -42,8 +41,10 @@ def main():
         )
     if not settings.model_name_or_path:
         raise InputError("model_name_or_path missing: the Trainer continues a model")
-    if settings.check:
-        return print("trainer: ok")
+
+
+@program(cpt.CptSettings, check)
+def main(settings, stage):
     quiet_libraries()
     import torch
     from accelerate.utils import InitProcessGroupKwargs

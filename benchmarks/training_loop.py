@@ -17,7 +17,6 @@ Writes benchmarks/training_loop.json and prints a Markdown table.
 import contextlib
 import io
 import json
-import runpy
 import statistics
 import sys
 import tempfile
@@ -30,11 +29,15 @@ import numpy as np
 
 from dilqur.common.atomic import write_json
 from dilqur.common.constants import ROOT
-from dilqur.common.errors import InputError, program
-from dilqur.common.quiet import quiet_libraries
+from dilqur.common.errors import InputError
+from dilqur.common.startup import quiet_libraries
 from dilqur.pipeline.manifest import git_commit, hardware
+from dilqur.pipeline.program import program
 from dilqur.pipeline.settings_parser import parse
 from dilqur.pipeline.stage import Stage
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import cpt
 
 TURNS, WARM_UP = 10, 5  # turns of a round; turns that are not counted
 # device: (layers, hidden, inner, heads, key-value heads, vocabulary), (max_length, samples a step), steps a turn
@@ -54,9 +57,8 @@ class BenchmarkSettings:
     output: str = field(default=str(Path(__file__).with_suffix(".json")), metadata={"help": "where the JSON goes"})
 
 
-@program
-def main():
-    settings = parse(BenchmarkSettings, __doc__)
+@program(BenchmarkSettings)
+def main(settings):
     quiet_libraries()
     import torch
 
@@ -121,10 +123,9 @@ def in_turn(flags, steps_a_turn):
     """([{"loop": (seconds, CPU seconds), "bare": …} of each turn], [(loss, bare loss) of each step])."""
     import torch
 
-    cpt = runpy.run_path(str(ROOT / "scripts" / "cpt.py"))
-    settings = parse(cpt["CptSettings"], "", flags)
-    stage, (model, _) = Stage(settings, __file__), cpt["load_model"](settings)
-    bare, on_gpu = BareLoop(settings, cpt), torch.cuda.is_available()
+    settings = parse(cpt.CptSettings, "", flags)
+    stage, (model, _) = Stage(settings, __file__), cpt.load_model(settings)
+    bare, on_gpu = BareLoop(settings), torch.cuda.is_available()
     turns, calls, resumed = [], 0, None
 
     def now():
@@ -142,7 +143,7 @@ def in_turn(flags, steps_a_turn):
                 turns.append({"loop": (ours - resumed).tolist(), "bare": (theirs - ours).tolist()})
             resumed = theirs
         calls += 1
-        return cpt["causal_loss"](model, batch, tokens)
+        return cpt.causal_loss(model, batch, tokens)
 
     with contextlib.redirect_stdout(io.StringIO()):  # the log's lines are written, but not shown
         train(settings, stage, model, loss_after_a_turn)
@@ -162,7 +163,7 @@ def train(settings, stage, model, compute_loss):
 class BareLoop:
     """What one writes by hand; its weights and batches are those of the loop."""
 
-    def __init__(self, settings, cpt):
+    def __init__(self, settings):
         import torch
 
         from dilqur.data.batches import TokenSamples
@@ -172,7 +173,7 @@ class BareLoop:
 
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.bf16, self.max_norm = settings.bf16, settings.max_grad_norm
-        self.model = cpt["load_model"](settings)[0].train()
+        self.model = cpt.load_model(settings)[0].train()
         machine = Machine.here(settings, self.model.config, "single", settings.per_device_train_batch_size)
         apply_kernels(self.model, settings, choose(settings, machine)[0])
         self.model.to(self.device)
@@ -204,12 +205,11 @@ def profile_of(flags):
     import cProfile
     import pstats
 
-    cpt = runpy.run_path(str(ROOT / "scripts" / "cpt.py"))
-    settings = parse(cpt["CptSettings"], "", flags)
+    settings = parse(cpt.CptSettings, "", flags)
     profiler, text = cProfile.Profile(), io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()):
-        model, _ = cpt["load_model"](settings)
-        profiler.runcall(train, settings, Stage(settings, __file__), model, cpt["causal_loss"])
+        model, _ = cpt.load_model(settings)
+        profiler.runcall(train, settings, Stage(settings, __file__), model, cpt.causal_loss)
     pstats.Stats(profiler, stream=text).sort_stats("cumulative").print_stats("dilqur|accelerate|optim|autograd", 40)
     return text.getvalue()
 

@@ -49,14 +49,15 @@ from dilqur.cleaning.document_filter import FilterSettings
 from dilqur.cleaning.filter_corpus import BlockFilter, InputFile, filter_files, is_done
 from dilqur.cleaning.split_corpus import judge, write_files
 from dilqur.common.constants import Fraction
-from dilqur.common.errors import InputError, program
+from dilqur.common.errors import InputError
 from dilqur.common.parallel import ParallelSettings, cores, part_of
 from dilqur.common.paths import COMPRESSIONS, FORMATS, expand, warn_of_left_out
 from dilqur.data.documents import ReadingSettings
 from dilqur.pipeline.inputs import Documents
 from dilqur.pipeline.manifest import file_identity
-from dilqur.pipeline.settings_parser import parse, to_dict
-from dilqur.pipeline.stage import Stage, StageSettings
+from dilqur.pipeline.program import program
+from dilqur.pipeline.settings_parser import to_dict
+from dilqur.pipeline.stage import StageSettings
 
 PER_SOURCE = (ReadingSettings, FilterSettings)
 _KEYS = {f.name: f.type for settings in PER_SOURCE for f in fields(settings)}
@@ -97,6 +98,7 @@ class CleanSettings(StageSettings, ReadingSettings, FilterSettings, ParallelSett
 
 RESULTS = ("train", "validation", "dropped", "report.json", "report.md", "lengths.png")
 LONGEST_NAME = 255  # bytes of a file's name, on the file systems of Linux
+WORK = ".work"  # hidden: nothing in it is taken for a document
 VERSION = 2  # of what lies in .work: a file that another version has filtered is filtered again
 
 
@@ -148,17 +150,16 @@ def list_files(settings, work):
 # -- the program ------------------------------------------------------------------------------------------------------
 
 
-@program
-def main():
-    settings = parse(CleanSettings, __doc__)
-    stage = Stage(settings, __file__)
+def check(settings):
+    """(the sources, their files, the BlockFilter). Raises InputError."""
     settings.check_parts()
-    stage.refuse_finished()
-    work = stage.folder / ".work"  # a hidden folder: nothing in it is taken for a document
-    sources, files = list_files(settings, work)
-    block_filter = BlockFilter(settings, sources, files)
-    if settings.check:
-        return print(f"{stage.name}: ok")
+    sources, files = list_files(settings, Path(settings.output_dir) / WORK)
+    return sources, files, BlockFilter(settings, sources, files)
+
+
+@program(CleanSettings, check)
+def main(settings, stage, checked):
+    (sources, files, block_filter), work = checked, stage.folder / WORK
     if settings.overwrite_output_dir:
         refuse_running(stage.folder)
     there = [name for name in RESULTS if (stage.folder / name).exists()]

@@ -31,13 +31,13 @@ from typing_extensions import TypedDict
 
 from dilqur.common.atomic import atomic_files, write_json
 from dilqur.common.bootstrap import divide, interval, resampled_ratios
-from dilqur.common.errors import InputError, program
+from dilqur.common.errors import InputError
 from dilqur.common.paths import COMPRESSIONS, FORMATS, expand, tokenizer_paths
 from dilqur.data.documents import ReadingSettings, Skipped, read
 from dilqur.evals.model_names import display_names
 from dilqur.pipeline.inputs import Documents, TokenizersPath
-from dilqur.pipeline.settings_parser import parse
-from dilqur.pipeline.stage import Stage, StageSettings
+from dilqur.pipeline.program import program
+from dilqur.pipeline.stage import StageSettings
 from dilqur.tokenizer.fertility import RULES, Batch, Counter, SetCounts, rounded
 from dilqur.tokenizer.sweep import knee, nested_families
 from dilqur.tokenizer.table import table
@@ -137,7 +137,7 @@ def pairs_of(parallel, text_field):
 
 
 def check(settings):
-    """InputError for settings that do not fit together."""
+    """({document set: files}, {parallel set: its texts}, {tokenizer: Counter}). Raises InputError."""
     names = [p["name"] for p in settings.parallel or []]
     if len(set(names)) < len(names):
         raise InputError(f"parallel: the names {', '.join(names)} must be distinct")
@@ -145,6 +145,9 @@ def check(settings):
         raise InputError("sample_words: an empty list; leave the key out, and words of the text are shown")
     if wrong := [word for word in settings.sample_words or [] if len(word.split()) != 1 or word.strip() != word]:
         raise InputError(f"sample_words: {wrong[0]!r} is not a word: one without white space is")
+    pairs = {p["name"]: pairs_of(p, settings.text_field) for p in settings.parallel or []}
+    counters = {name: Counter(path) for name, path in names_of(settings.tokenizer, settings.names).items()}
+    return sets_of(settings), pairs, counters
 
 
 def batches(files, settings, skipped, words, bar):
@@ -221,17 +224,9 @@ def encode_speed(sets, settings, counters):
 # -- the program ------------------------------------------------------------------------------------------------------
 
 
-@program
-def main():
-    settings = parse(EvalTokenizerSettings, __doc__)
-    stage = Stage(settings, __file__, prints_only_without_folder=True)
-    stage.refuse_finished()
-    check(settings)
-    sets = sets_of(settings)
-    pairs = {p["name"]: pairs_of(p, settings.text_field) for p in settings.parallel or []}
-    counters = {name: Counter(path) for name, path in names_of(settings.tokenizer, settings.names).items()}
-    if settings.check:
-        return print(f"{stage.name}: ok")
+@program(EvalTokenizerSettings, check, needs_folder=False)
+def main(settings, stage, checked):
+    sets, pairs, counters = checked
     stage.open()
 
     skipped, words, pooled, by_set = Skipped(), WordCounts(), None, {}
@@ -278,7 +273,6 @@ def main():
                 plot_sweeps(results["sweeps"], part / "sweep.png")
     stage.finish({"tokenizers": measured, **{key: results[key] for key in ("parallel", "sweeps", "splits")}})
     print(json.dumps(results, ensure_ascii=False) if settings.json else table(results))
-    return None
 
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ import numpy as np
 from pydantic import Field
 
 from dilqur.common.constants import Count
-from dilqur.common.errors import InputError, program
+from dilqur.common.errors import InputError
 from dilqur.data.token_shards import TokenShards
 from dilqur.pipeline.inputs import Input
-from dilqur.pipeline.settings_parser import parse
+from dilqur.pipeline.program import program
 from dilqur.tokenizer.text_tokenizer import TextTokenizer
 
 
@@ -116,14 +116,8 @@ def decode(tokenizer, ids, starts):
     return "\n| ".join(parts) if not len(starts) or starts[0] > 0 else "| " + "\n| ".join(parts)
 
 
-@program
-def main():
-    if sys.argv[1:2] == ["verify"]:
-        return verify_all(parse(VerifySettings, __doc__, sys.argv[2:], positional="shards"))
-    settings = parse(InspectSettings, __doc__, positional="shards")
-    shards = TokenShards(settings.shards).check_files()
-    if settings.check:
-        return print("inspect_tokens: ok")
+@program(InspectSettings, lambda settings: TokenShards(settings.shards).check_files(), positional="shards")
+def main(settings, shards):
     out = statistics(shards, settings.max_length)
     if settings.sample is not None or settings.document is not None:
         tokenizer = TextTokenizer(settings.tokenizer or shards.manifest["tokenizer"])
@@ -152,22 +146,24 @@ def main():
     else:
         for name, value in out.items():
             print(f"{name}: {value}")
-    return None
 
 
+def check_all(settings):
+    for folder in settings.shards:
+        TokenShards(folder).check_files()
+
+
+@program(VerifySettings, check_all, positional="shards")
 def verify_all(settings):
-    if settings.check:
-        for folder in settings.shards:
-            TokenShards(folder).check_files()
-        return print("inspect_tokens: ok")
     out = {}
     for folder in settings.shards:
         found = out[folder] = verify(folder)
         if not settings.json:
             size = f"{found['shards']:,} shards, {found['bytes'] / 1e9:,.3f} GB"
             print(f"{folder}: whole: {found['documents']:,} documents, {found['tokens']:,} tokens, {size}", flush=True)
-    return print(json.dumps(out)) if settings.json else None
+    if settings.json:
+        print(json.dumps(out))
 
 
 if __name__ == "__main__":
-    main()
+    verify_all(sys.argv[2:]) if sys.argv[1:2] == ["verify"] else main()

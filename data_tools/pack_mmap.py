@@ -31,7 +31,7 @@ from typing_extensions import TypedDict
 
 from dilqur.common.atomic import write_json
 from dilqur.common.constants import Positive
-from dilqur.common.errors import InputError, program
+from dilqur.common.errors import InputError
 from dilqur.common.parallel import ParallelSettings, cores, ordered_map, part_of
 from dilqur.common.paths import expand, identity_of, warn_of_left_out
 from dilqur.common.progress import Progress
@@ -41,8 +41,8 @@ from dilqur.data.pack_journal import Journal, all_there
 from dilqur.data.shard_writer import ShardWriter, remove_leftovers, summary
 from dilqur.pipeline.inputs import Documents, TokenizerPath
 from dilqur.pipeline.manifest import unchanged
-from dilqur.pipeline.settings_parser import parse
-from dilqur.pipeline.stage import Stage, StageSettings
+from dilqur.pipeline.program import program
+from dilqur.pipeline.stage import StageSettings
 from dilqur.tokenizer.engines import ENGINES, agree, choose_engine
 from dilqur.tokenizer.text_tokenizer import TextTokenizer
 from dilqur.tokenizer.whole_words import WholeWords
@@ -282,8 +282,9 @@ def join(parts, files, folder, spec, where):
 # -- the program ----------------------------------------------------------------------------------------------------------
 
 
-def check(settings, tokenizer):
-    """InputError for settings that do not fit together, or not to the tokenizer."""
+def check(settings):
+    """The TextTokenizer. Raises InputError for settings that do not fit together, or not to it."""
+    tokenizer = TextTokenizer(settings.tokenizer)
     if bool(settings.input) == bool(settings.datasets):
         raise InputError("give either --input (one dataset) or, in a recipe, datasets (a list of {name, input})")
     names = [d["name"] for d in settings.datasets or []]
@@ -302,6 +303,7 @@ def check(settings, tokenizer):
             raise InputError(
                 f"{tokenizer.path}: has no {what.upper()} token; give --add_{what} false, or another tokenizer"
             )
+    return tokenizer
 
 
 def sample_of(work, settings):
@@ -315,15 +317,8 @@ def sample_of(work, settings):
     return texts
 
 
-@program
-def main():
-    settings = parse(PackSettings, __doc__)
-    stage = Stage(settings, __file__)
-    stage.refuse_finished()
-    tokenizer = TextTokenizer(settings.tokenizer)
-    check(settings, tokenizer)
-    if settings.check:
-        return print(f"{stage.name}: ok")
+@program(PackSettings, check)
+def main(settings, stage, tokenizer):
     part = None if settings.shard is None else PART.format(settings.shard, settings.of)
     stage.open(part)
     warn_of_left_out(stage.name, settings.input or [path for d in settings.datasets for path in d["input"]])

@@ -25,13 +25,13 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from dilqur.common.atomic import atomic_files
-from dilqur.common.errors import InputError, program
+from dilqur.common.errors import InputError
 from dilqur.common.parallel import cores
 from dilqur.common.paths import COMPRESSIONS, FORMATS, expand
 from dilqur.data.documents import ReadingSettings
 from dilqur.pipeline.inputs import Documents, TokenizerPath
-from dilqur.pipeline.settings_parser import parse
-from dilqur.pipeline.stage import Stage, StageSettings
+from dilqur.pipeline.program import program
+from dilqur.pipeline.stage import StageSettings
 from dilqur.tokenizer import encoder_tokens as bert_tokens
 from dilqur.tokenizer.bpe_training import (
     Extension,
@@ -115,7 +115,7 @@ class TokenizerSettings(StageSettings, ReadingSettings):
 
 
 def check(settings):
-    """InputError for settings that do not fit together."""
+    """(the Sources, the Extension of a base or None). Raises InputError."""
     if bool(settings.input) == bool(settings.sources):
         raise InputError("give either --input or, in a recipe, sources (a list of {name, input, weight})")
     given = [key for key in ("vocab_size", "vocab_sizes", "new_tokens") if getattr(settings, key) is not None]
@@ -138,6 +138,8 @@ def check(settings):
         raise InputError(
             f"vocab_sizes: {wrong[0]} is no multiple of 128 (tensor cores); {-(-wrong[0] // 128) * 128} is"
         )
+    extension = Extension(TextTokenizer(settings.base_tokenizer)) if settings.base_tokenizer else None
+    return sources_of(settings), extension
 
 
 def sources_of(settings):
@@ -206,16 +208,9 @@ def about(tokenizer, extension):
     }
 
 
-@program
-def main():
-    settings = parse(TokenizerSettings, __doc__)
-    stage = Stage(settings, __file__)
-    stage.refuse_finished()
-    check(settings)
-    sources = sources_of(settings)
-    extension = Extension(TextTokenizer(settings.base_tokenizer)) if settings.base_tokenizer else None
-    if settings.check:
-        return print(f"{stage.name}: ok")
+@program(TokenizerSettings, check, kind="tokenizer")
+def main(settings, stage, checked):
+    sources, extension = checked
     stage.open()
     cut = extension.words if extension else regex.compile(PATTERNS[settings.pre_tokenizer or "llama3"]).findall
     num_proc = settings.num_proc or cores()
@@ -268,7 +263,6 @@ def main():
         where = stage.folder if len(sizes) == 1 else stage.folder / str(size)
         what = f"{fields['new_tokens']:,} new tokens after" if extension else f"{fields['vocab_size']:,} tokens +"
         print(f"{where}: {what} {fields['special_tokens']} special tokens, from {text}")
-    return None
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from dilqur.common.errors import EveryRankError, InputError, program
-from dilqur.pipeline.settings_parser import parse
+from dilqur.common.errors import EveryRankError, InputError
+from dilqur.pipeline.program import program
 from dilqur.preflight import node_verdicts as verdict
 from dilqur.preflight.findings import Findings
 from dilqur.preflight.node_facts import node_facts
@@ -145,9 +145,8 @@ def where(meeting, here, rank):
     return f"{meeting.machines[rank // here]}, process {rank % here}" if here > 1 else meeting.machines[rank]
 
 
-@program
-def main():
-    settings = parse(CheckNodesSettings, __doc__)
+def check(settings):
+    """InputError where the numbers do not go together."""
     nodes, rank = settings.num_machines, settings.machine_rank
     if settings.num_processes % nodes or rank >= nodes or len(settings.machines) not in (0, nodes):
         raise InputError(
@@ -155,8 +154,11 @@ def main():
         )
     if nodes > 1 and not settings.main_process_port:
         raise InputError("--main_process_port missing: the nodes meet there")
-    if settings.check:
-        return print("check_nodes: ok")
+
+
+@program(CheckNodesSettings, check)
+def main(settings):
+    nodes, rank = settings.num_machines, settings.machine_rank
     machines = settings.machines or ([socket.gethostname()] if nodes == 1 else [f"node {i}" for i in range(nodes)])
     local = Path(
         settings.local_dir
@@ -194,7 +196,6 @@ def main():
             worker.kill()
     if rank == 0:
         findings.report(settings.json, machines=machines)
-    return None
 
 
 if __name__ == "__main__":

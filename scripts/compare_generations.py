@@ -17,14 +17,14 @@ from pydantic import Field
 from tqdm import tqdm
 
 from dilqur.common.atomic import atomic_file
-from dilqur.common.errors import InputError, program
+from dilqur.common.errors import InputError
 from dilqur.common.paths import expand
-from dilqur.common.quiet import quiet_libraries
+from dilqur.common.startup import quiet_libraries
 from dilqur.data.documents import read
 from dilqur.evals.model_names import display_names
 from dilqur.pipeline.inputs import Documents, ModelPath
-from dilqur.pipeline.settings_parser import parse
-from dilqur.pipeline.stage import Stage, StageSettings
+from dilqur.pipeline.program import program
+from dilqur.pipeline.stage import StageSettings
 from dilqur.tokenizer.llama3 import EOT, encode_chat
 from dilqur.tokenizer.text_tokenizer import TextTokenizer
 
@@ -91,19 +91,20 @@ def markdown(rows, names, summary):
     return "\n".join(lines) + "\n"
 
 
-@program
-def main():
-    settings = parse(CompareSettings, __doc__)
-    stage = Stage(settings, __file__)
-    stage.refuse_finished()
+def check(settings):
+    """({name: model folder}, the prompts). Raises InputError."""
     models = display_names(settings.model_name_or_path)
     if unknown := set(settings.chat_models) - set(models):
         raise InputError(f"chat_models: {sorted(unknown)[0]} is not among the models ({', '.join(models)})")
     prompts = [d.text for d in read(expand(settings.input), settings.text_field)]
     if not prompts:
         raise InputError(f"{' '.join(settings.input)}: no prompt in there")
-    if settings.check:
-        return print(f"{stage.name}: ok")
+    return models, prompts
+
+
+@program(CompareSettings, check)
+def main(settings, stage, checked):
+    models, prompts = checked
     stage.open()
     quiet_libraries()
     import torch
@@ -136,7 +137,6 @@ def main():
             f"{name}: repetition {s['repetition']:.3f}, ends by itself {s['ended']:.0%}" for name, s in summary.items()
         )
     )
-    return None
 
 
 if __name__ == "__main__":

@@ -24,13 +24,13 @@ from pydantic import Field
 
 from dilqur.checkpoint.import_any import is_ours, read_foreign, reader_of
 from dilqur.common.atomic import atomic_files
-from dilqur.common.errors import InputError, program
-from dilqur.common.quiet import quiet_libraries
+from dilqur.common.errors import InputError
+from dilqur.common.startup import quiet_libraries
 from dilqur.models.config import LAYOUTS, is_encoder
 from dilqur.pipeline.inputs import Input, ModelPath
 from dilqur.pipeline.manifest import file_identity
-from dilqur.pipeline.settings_parser import parse
-from dilqur.pipeline.stage import Stage, StageSettings
+from dilqur.pipeline.program import program
+from dilqur.pipeline.stage import StageSettings
 
 CheckpointPath = Annotated[str, Input("file")]
 
@@ -293,21 +293,13 @@ def from_elsewhere(settings, stage):
     return result, line
 
 
-@program
-def main():
-    settings = parse(ConvertSettings, __doc__)
-    stage = Stage(settings, __file__, prints_only_without_folder=True)
-    convert = direction(settings)
-    if convert in (to_hugging_face, to_encoder):
-        stage.refuse_finished()
-    if settings.check:
-        return print(f"{stage.name}: ok")
+@program(ConvertSettings, direction, needs_folder=False)
+def main(settings, stage, convert):
     quiet_libraries()
     result, line = convert(settings, stage)
     print(line, file=sys.stderr if settings.json else sys.stdout)
     if settings.json:
         print(json.dumps(result, ensure_ascii=False))
-    return None
 
 
 if __name__ == "__main__":

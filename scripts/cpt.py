@@ -13,16 +13,15 @@ import contextlib
 import functools
 from dataclasses import dataclass, field
 
-from dilqur.common.errors import InputError, program
-from dilqur.common.quiet import quiet_libraries
+from dilqur.common.errors import InputError
+from dilqur.common.startup import quiet_libraries
 from dilqur.estimate.cost_model import UnknownArchitecture, training_flops_per_token
 from dilqur.estimate.strategy import ZERO, planned_strategy
 from dilqur.kernels.choose import triton_runs
 from dilqur.models.config import read_config
 from dilqur.models.safetensors_io import stored_tensors
 from dilqur.pipeline.inputs import TokenizerPath
-from dilqur.pipeline.settings_parser import parse
-from dilqur.pipeline.stage import Stage
+from dilqur.pipeline.program import program
 from dilqur.training.loop import train
 from dilqur.training.settings import TrainingSettings, check_model, check_new_model, check_training
 
@@ -80,14 +79,8 @@ def causal_loss(model, batch, tokens, **more):
     return model(**batch, shift_labels=batch["labels"], num_items_in_batch=tokens, use_cache=False, **more).loss
 
 
-@program
-def main():
-    settings = parse(CptSettings, __doc__)
-    stage = Stage(settings, __file__)
-    stage.refuse_finished()
-    check(settings)
-    if settings.check:
-        return print(f"{stage.name}: ok")
+@program(CptSettings, check, kind="cpt")
+def main(settings, stage):
 
     quiet_libraries()
     import torch
@@ -110,7 +103,6 @@ def main():
         if not only or all("embed" in name or "lm_head" in name for name in only):
             flops = training_flops_per_token(config.to_dict(), settings.max_length, embeddings_only=bool(only))
     train(settings, stage, model, loss, write_model, flops, weights=weights)
-    return None
 
 
 if __name__ == "__main__":

@@ -25,15 +25,15 @@ from pydantic import Field
 from tqdm import tqdm
 
 from dilqur.common.atomic import atomic_file
-from dilqur.common.errors import InputError, program
+from dilqur.common.errors import InputError
 from dilqur.common.paths import expand
-from dilqur.common.quiet import quiet_libraries
+from dilqur.common.startup import quiet_libraries
 from dilqur.data.documents import read
 from dilqur.evals.model_names import named_models
-from dilqur.models.config import read_config
+from dilqur.models.config import check_length, read_config
 from dilqur.pipeline.inputs import Documents, ModelPath
-from dilqur.pipeline.settings_parser import parse
-from dilqur.pipeline.stage import Stage, StageSettings
+from dilqur.pipeline.program import program
+from dilqur.pipeline.stage import StageSettings
 from dilqur.tokenizer.text_tokenizer import TextTokenizer
 
 
@@ -76,21 +76,11 @@ def check(settings):
         tokenizer = TextTokenizer(path)
         if tokenizer.bos_id is None or tokenizer.eos_id is None:
             raise InputError(f"{path}: its tokenizer has no BOS or no EOS token")
-        config = read_config(path)
-        if settings.max_length > config.get("max_position_embeddings", settings.max_length):
-            raise InputError(
-                f"max_length {settings.max_length} is more than the {config['max_position_embeddings']} positions of {path}"
-            )
+        check_length(read_config(path), settings.max_length, path)
 
 
-@program
-def main():
-    settings = parse(BpbSettings, __doc__)
-    stage = Stage(settings, __file__, prints_only_without_folder=True)
-    stage.refuse_finished()
-    check(settings)
-    if settings.check:
-        return print(f"{stage.name}: ok")
+@program(BpbSettings, check, needs_folder=False)
+def main(settings, stage):
     stage.open()
     quiet_libraries()
 
@@ -130,7 +120,6 @@ def main():
     stage.finish(result)
     if settings.json:
         print(json.dumps(result if differences else next(iter(results.values())), ensure_ascii=False))
-    return None
 
 
 if __name__ == "__main__":

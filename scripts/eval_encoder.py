@@ -32,10 +32,10 @@ from pydantic import Field
 from tqdm import tqdm
 
 from dilqur.common.atomic import atomic_file, write_json
-from dilqur.common.errors import InputError, program
+from dilqur.common.errors import InputError
 from dilqur.common.markdown import between, markdown, number
 from dilqur.common.paths import expand
-from dilqur.common.quiet import quiet_libraries
+from dilqur.common.startup import quiet_libraries
 from dilqur.data.documents import read
 from dilqur.evals.labelled_examples import draw
 from dilqur.evals.model_names import named_models
@@ -44,8 +44,9 @@ from dilqur.evals.splits import read_splits
 from dilqur.models.config import read_config
 from dilqur.pipeline.inputs import FilePath, ModelPath
 from dilqur.pipeline.interrupt import Interrupt
-from dilqur.pipeline.settings_parser import parse, to_dict
-from dilqur.pipeline.stage import Stage, StageSettings
+from dilqur.pipeline.program import program
+from dilqur.pipeline.settings_parser import to_dict
+from dilqur.pipeline.stage import StageSettings
 from dilqur.tokenizer.encoder_tokens import MASK
 
 LEARNING_RATES, SEEDS = [1e-5, 2e-5, 3e-5, 5e-5], [1, 2, 3, 4, 5]
@@ -111,7 +112,7 @@ class EncoderSettings(StageSettings):
 
 
 def check(settings):
-    """InputError for what can be seen without torch and without the examples."""
+    """The Splits of the examples, None for masked words. Raises InputError."""
     named_models(settings)
     if settings.random_control and RANDOM_WEIGHTS in named_models(settings):
         raise InputError(f"names: {RANDOM_WEIGHTS} is what random_control is called")
@@ -136,6 +137,7 @@ def check(settings):
         raise InputError("test: without it the seeds are folds, and there must be three at least")
     if settings.metric == "entity_f1" and settings.task != "token_classification":
         raise InputError("metric entity_f1: of token_classification alone")
+    return None if settings.task == "masked_words" else read_splits(settings)
 
 
 # -- fine-tuning on labels --------------------------------------------------------------------------------------------
@@ -185,9 +187,8 @@ def fine_tune_all(settings, stage, splits, models):
     return runs
 
 
-def classification(settings, stage, models):
+def classification(settings, stage, models, splits):
     """The result of a task with labels; None where the run was asked to stop."""
-    splits = read_splits(settings)
     if splits.test_in_train:
         print(f"warning: {splits.test_in_train:,} of the test examples are in train, too", file=sys.stderr)
     keep_identity(settings, stage, models)
@@ -296,16 +297,8 @@ def table(result):
     return "\n\n".join(parts) + "\n"
 
 
-@program
-def main():
-    settings = parse(EncoderSettings, __doc__)
-    stage = Stage(settings, __file__)
-    stage.refuse_finished()
-    check(settings)
-    if settings.check:
-        if settings.task != "masked_words":
-            read_splits(settings)
-        return print(f"{stage.name}: ok")
+@program(EncoderSettings, check)
+def main(settings, stage, splits=None):
     stage.open()
     quiet_libraries()
     from dilqur.evals.plots import plot_scores
@@ -314,17 +307,18 @@ def main():
     if settings.random_control:
         models[RANDOM_WEIGHTS] = next(iter(models.values()))
     result = (
-        masked_words(settings, models) if settings.task == "masked_words" else classification(settings, stage, models)
+        masked_words(settings, models)
+        if settings.task == "masked_words"
+        else classification(settings, stage, models, splits)
     )
     if result is None:
-        return None
+        return
     text = table(result)
     with atomic_file(stage.folder / "results.md", "w", encoding="utf-8") as file:
         file.write(text)
     plot_scores(result, stage.folder / "scores.png")
     stage.finish(result)
     print(text, end="")
-    return None
 
 
 if __name__ == "__main__":

@@ -11,34 +11,27 @@ EuroBertForMaskedLM, the same function, with no code of ours.
 
 import functools
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from dilqur.common.errors import InputError, program
-from dilqur.common.quiet import quiet_libraries
+from dilqur.common.errors import InputError
+from dilqur.common.startup import quiet_libraries
 from dilqur.data.mlm_masking import COUNTS, RULES, Masking
 from dilqur.estimate.cost_model import encoder_flops_per_token, parameter_sizes
-from dilqur.models.config import neobert_width, read_encoder_config
+from dilqur.models.config import NEOBERT_KEYS, neobert_width, new_model_config, read_encoder_config
 from dilqur.models.safetensors_io import stored_tensors
 from dilqur.pipeline.inputs import TokenizerPath
-from dilqur.pipeline.settings_parser import parse
-from dilqur.pipeline.stage import Stage
+from dilqur.pipeline.program import program
 from dilqur.tokenizer.encoder_tokens import MASK
 from dilqur.tokenizer.text_tokenizer import TextTokenizer
 from dilqur.training.loop import train
 from dilqur.training.settings import TrainingSettings, check_new_model, check_training
 
-# a NeoBERTConfig's, with its defaults; here so that a recipe is checked without torch
-MODEL_KEYS = {
-    "model_type": "neobert",
-    "hidden_size": 768, "num_hidden_layers": 28, "num_attention_heads": 12, "intermediate_size": 3072, "vocab_size": 30_522,
-    "max_length": 1024, "norm_eps": 1e-5, "rope_theta": 10_000.0, "embedding_init_range": 0.02, "decoder_init_range": 0.02,
-}  # fmt: skip
-
 
 @dataclass(kw_only=True)
 class MlmSettings(TrainingSettings):
+    encoder: ClassVar = True
     model_config: dict | None = field(
         default=None, metadata={"help": "keys of a NeoBERTConfig, to begin with random weights"}
     )
@@ -56,6 +49,10 @@ class MlmSettings(TrainingSettings):
     mask_count: Literal[COUNTS] = field(
         default="independent", metadata={"help": "each by itself, or the rounded share of each sample"}
     )
+
+    @property
+    def labelled_fraction(self):
+        return self.mlm_probability
 
     def masking(self):
         how = (self.mlm_probability, self.mask_rule, self.mask_count)
@@ -83,9 +80,9 @@ def check(settings):
         check_new_model(settings)
         if settings.max_position_embeddings:
             raise InputError("max_position_embeddings: of a new model that is max_length in model_config")
-        if unknown := sorted(set(new) - set(MODEL_KEYS)):
-            raise InputError(f"model_config: {unknown[0]}: not a key of a NeoBERT; there are {', '.join(MODEL_KEYS)}")
-        config = {**MODEL_KEYS, **new}
+        if unknown := sorted(set(new) - set(NEOBERT_KEYS)):
+            raise InputError(f"model_config: {unknown[0]}: not a key of a NeoBERT; there are {', '.join(NEOBERT_KEYS)}")
+        config = new_model_config("mlm", new)
         numbers = {key: value for key, value in config.items() if key != "model_type"}
         if wrong := [key for key, value in numbers.items() if not isinstance(value, (int, float)) or value <= 0]:
             raise InputError(f"model_config: {wrong[0]} {config[wrong[0]]!r}: give a number above 0")
@@ -118,11 +115,11 @@ def check(settings):
         raise InputError(f"max_length {settings.max_length} is more than the model's {longest} positions: give {key}")
 
 
-def readings(settings):
+def readings(settings, _):
     """Of a new model: how many parameters it has, and would have if intermediate_size were the layer's width; else ""."""
     if not settings.model_config:
         return ""
-    config = {**MODEL_KEYS, **settings.model_config}
+    config = new_model_config("mlm", settings.model_config)
     size = config["intermediate_size"]
     ours, other = (sum(parameter_sizes({**config, "model_type": kind}).values()) for kind in ("neobert", "eurobert"))
     return (
@@ -159,14 +156,8 @@ def loss_and_correct(model, batch):
     return out.loss, (out.logits.argmax(-1) == labels).sum()
 
 
-@program
-def main():
-    settings = parse(MlmSettings, __doc__)
-    stage = Stage(settings, __file__)
-    stage.refuse_finished()
-    check(settings)
-    if settings.check:
-        return print(f"{stage.name}: ok{readings(settings)}")
+@program(MlmSettings, check, kind="mlm", about=readings)
+def main(settings, stage):
 
     quiet_libraries()
     from dilqur.models.neobert_folder import write_encoder
@@ -181,7 +172,6 @@ def main():
     shape = (config.hidden_size, config.ffn_width, config.num_hidden_layers, config.vocab_size)
     flops = encoder_flops_per_token(*shape, settings.max_length, settings.mlm_probability)
     train(settings, stage, model, masked_loss, write_model, flops, loss_and_correct)
-    return None
 
 
 if __name__ == "__main__":

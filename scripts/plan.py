@@ -20,12 +20,12 @@ from typing import Annotated
 from pydantic import Field
 
 from dilqur.common.constants import Positive
-from dilqur.common.errors import InputError, program
+from dilqur.common.errors import InputError
 from dilqur.estimate.failures import NODE_MTBF_S
 from dilqur.estimate.hardware import GPUS, gpu_of
 from dilqur.estimate.set_up import Site, fastest, set_up
 from dilqur.estimate.strategy import names, strategy_of
-from dilqur.pipeline.settings_parser import parse
+from dilqur.pipeline.program import program
 from dilqur.preflight.recipe_stages import training_stages
 
 SHORT_S = 0.02  # a step starts some thousand kernels, at some 5 µs each
@@ -226,16 +226,18 @@ def show(stage, planned):
             )
 
 
-@program
-def main():
-    settings = parse(PlanSettings, __doc__, positional="recipe", config_is_positional=True)
+def check(settings):
+    """([(TrainingStage, its plan)], {stage: why it is not planned}). Raises InputError."""
     stages, left = training_stages(settings.recipe, settings.run_dir, settings.model_config)
     if not stages:
         why = "; ".join(f"{name}: {reason}" for name, reason in left.items()) or "no stage of it trains a model"
         raise InputError(f"{settings.recipe}: {why}")
-    planned = [(stage, plan(settings, stage)) for stage in stages]
-    if settings.check:
-        return print("plan: ok")
+    return [(stage, plan(settings, stage)) for stage in stages], left
+
+
+@program(PlanSettings, check, positional="recipe", config_is_positional=True)
+def main(settings, checked):
+    planned, left = checked
     if settings.json:
         out = [
             {
@@ -257,7 +259,6 @@ def main():
         show(stage, rows)
     for name, reason in left.items():
         print(f"\n{name}: not planned: {reason}")
-    return None
 
 
 if __name__ == "__main__":

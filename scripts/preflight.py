@@ -17,8 +17,7 @@ from typing import Annotated
 from pydantic import Field
 
 from dilqur.common.constants import ROOT
-from dilqur.common.errors import program
-from dilqur.pipeline.settings_parser import parse
+from dilqur.pipeline.program import program
 from dilqur.preflight.batch_file import check_file, read_batch_file
 from dilqur.preflight.cluster import check_slurm, check_submit
 from dilqur.preflight.findings import Findings
@@ -83,12 +82,11 @@ def check_stage(findings, planned, known, wanted):
                 failed.add(check)
 
 
-@program
-def main():
-    settings = parse(PreflightSettings, __doc__, positional="recipe", config_is_positional=True)
-    folder, rows, chosen = rows_of(Path(settings.recipe))
-    if settings.check:
-        return print("preflight: ok")
+@program(
+    PreflightSettings, lambda settings: rows_of(Path(settings.recipe)), positional="recipe", config_is_positional=True
+)
+def main(settings, checked):
+    folder, rows, chosen = checked
 
     # -- this machine, and the cluster it belongs to ------------------------------------------------------------------
 

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Annotated
 
 from dilqur.common.atomic import atomic_file
-from dilqur.common.errors import InputError, program
+from dilqur.common.errors import InputError
 from dilqur.data.documents import read_jsonl
 from dilqur.evals.scores import RANDOM_WEIGHTS
 from dilqur.pipeline.inputs import Input
 from dilqur.pipeline.manifest import file_identity, read_manifest
-from dilqur.pipeline.settings_parser import parse
-from dilqur.pipeline.stage import Stage, StageSettings
+from dilqur.pipeline.program import program
+from dilqur.pipeline.stage import StageSettings
 
 TRAINING = ("cpt.py", "mlm.py")
 EQUAL = 0.05  # a difference in text seen that counts as none
@@ -592,20 +592,24 @@ def page(title, run_dir, found, *claims):
 """
 
 
-@program
-def main():
-    settings = parse(ReportSettings, __doc__)
-    stage = Stage(settings, __file__)
+def find_stages(stage):
+    """Note every finished stage of the run folder as an input: with one more, the report is not of the whole run any longer."""
     if not stage.run_dir:
         raise InputError("--run_dir missing: give it, or a recipe (--config)")
-    found = finished_stages(stage.run_dir, settings.stages, [row.name for row in stage.pipeline])
-    settings.stages = [folder.name for folder in found]  # with one more the report is not of the whole run any longer
+    found = finished_stages(stage.run_dir, stage.settings.stages, [row.name for row in stage.pipeline])
+    stage.settings.stages = [folder.name for folder in found]
     stage.inputs = {str(folder): "run" for folder in found}
-    stage.refuse_finished()
-    if not found:
-        raise InputError(f"{stage.run_dir}: no stage has finished in there: nothing to report")
-    if settings.check:
-        return print(f"{stage.name}: ok")
+
+
+def check(settings):
+    """The folders of the finished stages. Raises InputError where there are none."""
+    if not settings.stages:
+        raise InputError(f"{settings.run_dir}: no stage has finished in there: nothing to report")
+    return [Path(settings.run_dir) / name for name in settings.stages]
+
+
+@program(ReportSettings, check, inputs=find_stages)
+def main(settings, stage, found):
     stage.open()
 
     fertility, bpb, encoder = fertility_claim(found), bpb_claim(found, stage.run_dir), encoder_claims(found)
@@ -626,7 +630,6 @@ def main():
     if speeds:
         print("tokens/s       " + ", ".join(f"{speed:,.0f} {name}" for name, speed in speeds.items()))
     print(f"report         {stage.folder}/report.html")
-    return None
 
 
 if __name__ == "__main__":

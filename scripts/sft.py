@@ -18,22 +18,20 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from dilqur.assistant.conversations import conversations
 from dilqur.common.atomic import atomic_folder
-from dilqur.common.constants import IGNORE_INDEX, Positive
-from dilqur.common.errors import InputError, program
-from dilqur.common.paths import expand
-from dilqur.common.quiet import quiet_libraries
+from dilqur.common.constants import Positive
+from dilqur.common.errors import InputError
+from dilqur.common.startup import quiet_libraries
 from dilqur.data.batches import split_batch
-from dilqur.data.documents import is_validation, read_jsonl
 from dilqur.estimate.lora import ONE_GPU
-from dilqur.models.config import read_config
+from dilqur.estimate.strategy import planned_strategy
+from dilqur.models.config import check_length, read_config
 from dilqur.pipeline.inputs import Documents, ModelPath
-from dilqur.pipeline.settings_parser import parse
-from dilqur.pipeline.stage import Stage, StageSettings
-from dilqur.tokenizer.llama3 import CHAT_TEMPLATE, EOS, EOT, PAD, encode_chat
+from dilqur.pipeline.program import program
+from dilqur.pipeline.stage import StageSettings
+from dilqur.tokenizer.llama3 import CHAT_TEMPLATE, EOS, EOT, PAD
 from dilqur.tokenizer.text_tokenizer import TextTokenizer
-
-ROLES = ("system", "user", "assistant")
 
 
 @dataclass(kw_only=True)
@@ -80,60 +78,6 @@ class SftSettings(StageSettings):
     seed: Annotated[int, Field(ge=0)] = field(
         default=42, metadata={"help": "decides the order, the dropout and the adapter's start"}
     )
-
-
-# -- conversations ----------------------------------------------------------------------------------------------------
-
-
-def problem_with(record):
-    """What is wrong with one conversation, or None."""
-    messages = record.get("messages")
-    if not isinstance(messages, list) or not messages:
-        return f"no messages (keys: {', '.join(record) or 'none'})"
-    for message in messages:
-        if (
-            not isinstance(message, dict)
-            or not isinstance(message.get("content"), str)
-            or message.get("role") not in ROLES
-        ):
-            return f'a message is {{"role": {" | ".join(ROLES)}, "content": text}}, not {json.dumps(message, ensure_ascii=False)[:60]}'
-    return None if messages[-1]["role"] == "assistant" else "the last message is not the assistant's: nothing to learn"
-
-
-def conversations(settings, tokenizer):
-    """({"train": rows, "validation": rows}, counts): rows are {"input_ids", "labels"}, lists of int of the same length."""
-    rows, counts = {"train": [], "validation": []}, {"read": 0, "too_long": 0, "bad_record": 0, "trained_tokens": 0}
-
-    def bad(message):
-        if settings.on_error == "stop":
-            raise InputError(message)
-        counts["bad_record"] += 1
-        print(f"skipped: {message}", file=sys.stderr)
-
-    for file in expand(settings.input):
-        for line, record in read_jsonl(file, bad):
-            counts["read"] += 1
-            if problem := problem_with(record):
-                bad(f"{file}:{line}: {problem}; --on_error skip goes on without it and counts it")
-                continue
-            ids, mask = encode_chat(tokenizer, record["messages"])
-            if len(ids) > settings.max_length:
-                counts["too_long"] += 1
-                continue
-            labels = [token if trained else IGNORE_INDEX for token, trained in zip(ids, mask, strict=True)]
-            split = (
-                "validation"
-                if is_validation(record["messages"][0]["content"], settings.validation_fraction)
-                else "train"
-            )
-            rows[split].append({"input_ids": ids, "labels": labels})
-            counts["trained_tokens"] += sum(mask)
-    if not rows["train"]:
-        raise InputError(
-            f"{' '.join(settings.input)}: no conversation to train on ({counts['read']} read, {counts['too_long']} longer "
-            f"than max_length {settings.max_length})"
-        )
-    return rows, counts
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -189,29 +133,21 @@ def merge(settings, adapter, folder):
     tokenizer.save_pretrained(folder)
 
 
-@program
-def main():
-    settings = parse(SftSettings, __doc__)
-    stage = Stage(settings, __file__)
-    stage.refuse_finished()
+def check(settings):
+    """The model's TextTokenizer, and (per-device batch, accumulation steps). Raises InputError."""
     tokenizer = TextTokenizer(settings.model_name_or_path)
     for token in (EOT, PAD):
         tokenizer.control_id(token)
-    positions = read_config(settings.model_name_or_path).get("max_position_embeddings")
-    if positions and settings.max_length > positions:
-        raise InputError(
-            f"max_length {settings.max_length} is more than the {positions} positions of {settings.model_name_or_path}"
-        )
-    if (
-        os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-        or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
-    ):
+    check_length(read_config(settings.model_name_or_path), settings.max_length, settings.model_name_or_path)
+    if planned_strategy() not in ("single", "ddp"):
         raise InputError(ONE_GPU)
-    batch, accumulation = split_batch(
-        settings.global_batch_size, settings.per_device_train_batch_size, int(os.environ.get("WORLD_SIZE", 1))
-    )
-    if settings.check:
-        return print(f"{stage.name}: ok")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    return tokenizer, split_batch(settings.global_batch_size, settings.per_device_train_batch_size, world)
+
+
+@program(SftSettings, check, kind="sft")
+def main(settings, stage, checked):
+    tokenizer, (batch, accumulation) = checked
     quiet_libraries()
     import torch
     from datasets import Dataset
@@ -273,7 +209,6 @@ def main():
         )
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
-    return None
 
 
 if __name__ == "__main__":

@@ -18,17 +18,17 @@ from typing import Literal
 
 from dilqur.common.atomic import atomic_files
 from dilqur.common.constants import Positive
-from dilqur.common.errors import InputError, program
+from dilqur.common.errors import InputError
 from dilqur.common.markdown import markdown, number
-from dilqur.common.quiet import quiet_libraries
+from dilqur.common.startup import quiet_libraries
 from dilqur.data.documents import ReadingSettings, read_input
 from dilqur.models.config import read_config
 from dilqur.models.safetensors_io import read_tensor, rewrite, stored_tensors
 from dilqur.pipeline.inputs import Documents, ModelPath, TokenizerPath
-from dilqur.pipeline.settings_parser import parse
-from dilqur.pipeline.stage import Stage, StageSettings
+from dilqur.pipeline.program import program
+from dilqur.pipeline.stage import StageSettings
 from dilqur.tokenizer.llama3 import EOT, PAD
-from dilqur.tokenizer.text_tokenizer import TextTokenizer
+from dilqur.tokenizer.text_tokenizer import TextTokenizer, padded_size
 from dilqur.transplant.vocabulary_map import VocabularyMap
 
 SPARSITY = 64
@@ -186,14 +186,9 @@ def table(classes):
     return markdown(heads, [[name, f"{row['count']:,}", *norms[name]] for name, row in first.items()])
 
 
-@program
-def main():
-    settings = parse(TransplantSettings, __doc__)
-    stage = Stage(settings, __file__)
-    stage.refuse_finished()
-    old, new, vocabulary, tensors = check(settings)
-    if settings.check:
-        return print(f"{stage.name}: ok")
+@program(TransplantSettings, check, kind="transplant")
+def main(settings, stage, checked):
+    old, new, vocabulary, tensors = checked
     stage.open()
     quiet_libraries()
     import torch
@@ -214,7 +209,7 @@ def main():
         examples = Examples(old, vocabulary)
         levels = new_levels(vocabulary, count_tokens(settings, new) if settings.input else None)
 
-    rows = -(-new.size // settings.pad_to_multiple_of) * settings.pad_to_multiple_of
+    rows = padded_size(new.size, settings.pad_to_multiple_of)
     tables, explained, replaced = {}, {}, {}
 
     def make(matrix, name):
@@ -262,7 +257,6 @@ def main():
         f"{stage.folder}: {rows:,} rows, {copied:,} copied, {result['made']:,} made by {settings.method}, "
         f"{result['padding_rows']} padding; {parameters:,} parameters"
     )
-    return None
 
 
 if __name__ == "__main__":

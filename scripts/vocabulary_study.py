@@ -19,15 +19,15 @@ from pydantic import Field
 
 from dilqur.common.atomic import atomic_files, write_json
 from dilqur.common.bootstrap import interval, resampled_ratios
-from dilqur.common.errors import InputError, program
+from dilqur.common.errors import InputError
 from dilqur.common.markdown import between, markdown, number
 from dilqur.data.documents import read_jsonl
 from dilqur.estimate.cost_model import training_flops_per_token
 from dilqur.models.config import read_config
 from dilqur.pipeline.inputs import FilePath
 from dilqur.pipeline.manifest import read_manifest
-from dilqur.pipeline.settings_parser import parse
-from dilqur.pipeline.stage import Stage, StageSettings
+from dilqur.pipeline.program import program
+from dilqur.pipeline.stage import StageSettings
 
 EQUAL = 0.05  # a difference in bytes or in compute that counts as none
 REFERENCE = "mean"  # the initialisation that the others are measured against, in steps
@@ -296,13 +296,8 @@ def page(results):
     return "\n\n".join(parts) + "\n"
 
 
-@program
-def main():
-    settings = parse(StudySettings, __doc__)
-    stage = Stage(settings, __file__)
-    stage.refuse_finished()
-    if settings.check:
-        return print(f"{stage.name}: ok")
+@program(StudySettings)
+def main(settings, stage):
     stage.open()
     bits = BitsPerByte(settings.bpb, settings.seed)
     if settings.control not in bits.groups:
@@ -340,7 +335,6 @@ def main():
         write_json(part / "results.json", results)
     stage.finish(results)
     print(text)
-    return None
 
 
 if __name__ == "__main__":

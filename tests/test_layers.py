@@ -6,7 +6,7 @@ from conftest import ROOT
 
 ROOMS = (
     "common", "pipeline", "data", "tokenizer", "models", "kernels", "checkpoint", "estimate", "cleaning", "transplant", "training",
-    "evals", "preflight", "benchmarking",
+    "assistant", "evals", "preflight", "benchmarking",
 )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dilqur.common.atomic import write_json
+from dilqur.common.constants import ROOT
 
 LOOK_S = 0.1
 OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemoryError|DefaultCPUAllocator: can't allocate|MemoryError", re.I)
@@ -40,10 +41,9 @@ def command_line(program, recipe, folder, num_processes=1, strategy=None):
     return [sys.executable, *launcher, "--num_processes", str(num_processes), "--main_process_port", "0", *words]
 
 
-def environment(num_processes, gpus, cache):
+def launch_environment(num_processes, gpus, cache):
     """Variables as slurm/launch.sh sets them, where they are not set already. gpus: what CUDA_VISIBLE_DEVICES would call each that there
     is; the run sees as many as it has processes."""
-    root = str(Path(__file__).resolve().parents[2])
     threads = max(1, len(os.sched_getaffinity(0)) // num_processes)
     usual = {
         "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
@@ -52,7 +52,7 @@ def environment(num_processes, gpus, cache):
     if "PYTORCH_ALLOC_CONF" not in os.environ:  # another name of it, over which this one would win
         usual["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     out = {**usual, **os.environ, "PYTHONUNBUFFERED": "1"}
-    out["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    out["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     if gpus:
         listed = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(gpus)).split(",")
         out["CUDA_VISIBLE_DEVICES"] = ",".join(listed[:num_processes])

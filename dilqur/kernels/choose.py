@@ -90,13 +90,12 @@ class Machine:
         """Of this process. config: the model's. batch_size: sequences of a micro-batch."""
         import torch
 
-        on_gpu, encoder = torch.cuda.is_available(), hasattr(settings, "mlm_probability")
-        tokens = batch_size * settings.max_length * (settings.mlm_probability if encoder else 1)
+        labels = batch_size * settings.max_length * settings.labelled_fraction
         return cls(
-            gpu=on_gpu,
+            gpu=torch.cuda.is_available(),
             strategy=strategy,
-            encoder=encoder,
-            logits_bytes=int(4 * tokens * config.vocab_size),
+            encoder=settings.encoder,
+            logits_bytes=int(4 * labels * config.vocab_size),
             model_type=config.model_type,
             triton=triton_runs(),
             liger=importlib.util.find_spec("liger_kernel") is not None,
@@ -115,7 +114,7 @@ def check_kernels(settings, strategy):
         raise InputError(
             "use_liger_kernel has a loss and layers of its own: give that, or kernels: auto or a loss_kernel"
         )
-    if s.use_liger_kernel and hasattr(s, "mlm_probability"):
+    if s.use_liger_kernel and s.encoder:
         raise InputError(
             "use_liger_kernel: Liger has no layers for a NeoBERT: leave it out, or give loss_kernel: liger"
         )

@@ -8,9 +8,29 @@ from dilqur.common.errors import InputError
 LAYOUTS = ("eurobert", "neobert")  # values of model_type
 
 
+# a NeoBERTConfig's, with its defaults
+NEOBERT_KEYS = {
+    "model_type": "neobert",
+    "hidden_size": 768, "num_hidden_layers": 28, "num_attention_heads": 12, "intermediate_size": 3072, "vocab_size": 30_522,
+    "max_length": 1024, "norm_eps": 1e-5, "rope_theta": 10_000.0, "embedding_init_range": 0.02, "decoder_init_range": 0.02,
+}  # fmt: skip
+
+
+def new_model_config(kind, keys):
+    """The config, a dict, of a model that a program of `kind` makes of `keys`: of an encoder with its defaults."""
+    return {**NEOBERT_KEYS, **keys} if kind == "mlm" else dict(keys)
+
+
 def is_encoder(folder):
     """Does a folder's config.json say that it holds one?"""
     return read_config(folder).get("model_type") in LAYOUTS
+
+
+def check_length(config, max_length, path):
+    """Raise InputError where samples of `max_length` tokens have more positions than the model in `path`, whose config this is."""
+    positions = config.get("max_position_embeddings")
+    if positions and max_length > positions:
+        raise InputError(f"max_length {max_length} is more than the {positions} positions of {path}")
 
 
 def read_encoder_config(folder):

@@ -33,20 +33,17 @@ def _bare(hint):
     return _bare(get_args(hint)[0]) if get_origin(hint) in (Required, NotRequired) else hint
 
 
-def _from_hub_cache(value, key):
-    """The local snapshot of a Hub model. Nothing is fetched: compute nodes have no network."""
-    if value.count("/") == 1 and not value.startswith((".", "/")):
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
+def in_hub_cache(name):
+    """The local snapshot of a Hub model, or None. Nothing is fetched: compute nodes have no network."""
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-        try:
-            return Path(snapshot_download(value, local_files_only=True))
-        except (LocalEntryNotFoundError, ValueError, OSError):
-            raise InputError(
-                f"{key}: {value}: no such folder, and not in the local Hugging Face cache; on a machine "
-                f"with network: hf download {value}"
-            ) from None
-    raise InputError(f"{key}: {value}: no such folder")
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError, OSError):
+        return None
 
 
 def files_of(path, kind):

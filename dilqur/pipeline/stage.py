@@ -29,7 +29,7 @@ from dilqur.common.atomic import write_json
 from dilqur.common.errors import AlreadyFinished, InputError
 from dilqur.common.hashing import file_checksum
 from dilqur.common.paths import expand, matches, tokenizer_file, tokenizer_paths
-from dilqur.pipeline.inputs import Input, _bare, _documents, _from_hub_cache, _read
+from dilqur.pipeline.inputs import Input, _bare, _documents, _read, in_hub_cache
 from dilqur.pipeline.manifest import file_identity, git_commit, hardware, package_versions, read_manifest, unchanged
 from dilqur.pipeline.rows import STAGE_NAME, read_pipeline
 from dilqur.pipeline.settings_parser import to_dict
@@ -119,7 +119,13 @@ class Stage:
         if kind == "model":
             path = path / "model" if (path / "model" / "config.json").exists() else path
             if not path.exists():
-                path = _from_hub_cache(value, key)
+                path = in_hub_cache(value)
+                if path is None:
+                    hub = value.count("/") == 1 and not value.startswith((".", "/"))
+                    cached = (
+                        ", and not in the local Hugging Face cache; on a machine with network: hf download " + value
+                    )
+                    raise InputError(f"{key}: {value}: no such folder{cached if hub else ''}")
             elif not (path / "config.json").exists():
                 raise InputError(f"{key}: {value}: no config.json in {path}: not a Hugging Face model folder")
         elif kind == "shards" and not (path / "manifest.json").exists():

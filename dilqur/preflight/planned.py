@@ -1,19 +1,22 @@
 """A stage that has not run yet: its recipe, what it reads, as far as that is there, and the model it will make."""
 
-import json
 import os
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from pathlib import Path
 
 from dilqur.common.errors import InputError
 from dilqur.estimate.cost_model import UnknownArchitecture, parameter_sizes
-from dilqur.models.config import read_config
+from dilqur.models.config import new_model_config, read_config
+from dilqur.models.published_configs import PUBLISHED
+from dilqur.pipeline.inputs import in_hub_cache
+from dilqur.pipeline.program import Program
 from dilqur.pipeline.rows import PipelineRow, read_pipeline
 from dilqur.pipeline.stage import Stage
 from dilqur.preflight.batch_file import BatchFile
 from dilqur.preflight.findings import Skipped
 from dilqur.tokenizer.llama3 import SPECIAL_TOKENS
-from dilqur.tokenizer.text_tokenizer import TextTokenizer
+from dilqur.tokenizer.text_tokenizer import TextTokenizer, padded_size
 
 
 class Probe(Stage):
@@ -47,7 +50,7 @@ class Planned:
     arguments: list
     batch_file: BatchFile
     processes: int
-    module: object = None
+    program: Program = None
     settings: object = None
     keys: dict | None = None
     stage: Probe = None
@@ -100,13 +103,6 @@ def existing(path):
     return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
 
 
-def read_json(path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as problem:
-        raise InputError(f"{path}: damaged ({problem}): fetch it again") from None
-
-
 def parameters(planned):
     """(trained, all) parameters. Raises InputError for a pattern of unfrozen_parameters that matches none of them."""
     try:
@@ -127,31 +123,53 @@ def parameters(planned):
     return sum(n for name, n in sizes.items() if any(fnmatch(name, p) for p in patterns)), sum(sizes.values())
 
 
-def find_config(planned, plans):
-    """The config of the model that `planned` reads or makes, as far as it can be known now: a dict, or None."""
-    settings, later, folder = planned.settings, planned.stage.later, planned.stage.folder
-    if (folder / "manifest.json").exists() and (
-        made := [*folder.glob("config.json"), *folder.glob("model/config.json")]
-    ):
-        return read_json(made[0])
-    path = getattr(settings, "model_name_or_path", None)
+def model_config_of(name, plans, places, stated=None):
+    """The config, a dict, of the model that the stage `name` reads or makes: of its folder, of the stage above that will make it, of the
+    folder or the Hub's cache its path names, `stated`, or that of a published model of the name. Raises InputError where none says it.
+
+    plans: {stage: Planned}. places: (run folder, recipe folder).
+    """
+    planned = plans[name]
+    for made in (places[0] / name, places[0] / name / "model"):
+        if (made / "config.json").exists():
+            return read_config(made)
+    if new := planned.keys.get("model_config"):
+        return new_model_config(planned.program.kind, new)
+    path = planned.keys.get("model_name_or_path")
     if not isinstance(path, str):
-        config, defaults = getattr(settings, "model_config", None), getattr(planned.module, "MODEL_KEYS", {})
-        return config and {**defaults, **config}
-    config = plans[later[path]].config if path in later else read_config(path)
-    if not config or not hasattr(settings, "pad_to_multiple_of"):
+        raise InputError(f"{name}: reads no one model")
+    if path.partition("/")[0] in plans:
+        config = model_config_of(path.partition("/")[0], plans, places, stated)
+    elif there := next((found for found in candidates(path, places) if (found / "config.json").exists()), None):
+        config = read_config(there)
+    elif cached := in_hub_cache(path):
+        config = read_config(cached)
+    elif stated:
+        config = dict(stated)
+    elif known := next((name for name in PUBLISHED if Path(path).name.lower() in (name, f"{name}-instruct")), None):
+        config = PUBLISHED[known]
+    else:
+        raise InputError(
+            f"model_name_or_path: {path} is not there and its shape is not known: fetch it, or give --model_config"
+        )
+    if planned.program.kind != "transplant":
         return config
-    size = ids_of(settings.tokenizer, later, plans) or config["vocab_size"]  # a transplant: the new tokenizer's, padded
-    return {**config, "vocab_size": -(-size // settings.pad_to_multiple_of) * settings.pad_to_multiple_of}
+    size = ids_of(planned.keys["tokenizer"], plans, places) or config["vocab_size"]
+    return {**config, "vocab_size": padded_size(size, planned.keys["pad_to_multiple_of"])}
 
 
-def ids_of(tokenizer, later, plans):
-    """How many ids the tokenizer at this path has or, where a stage is to make it, will have; None where it makes several."""
-    if tokenizer not in later:
-        return TextTokenizer(tokenizer).size
-    plan = plans[later[tokenizer]]
-    size, base, new = (getattr(plan.settings, key, None) for key in ("vocab_size", "base_tokenizer", "new_tokens"))
-    if base and len(new) == 1:
-        size = ids_of(base, plan.stage.later, plans)
-        return size and size + new[0]
-    return size and size + len(SPECIAL_TOKENS)
+def ids_of(tokenizer, plans, places):
+    """How many ids a tokenizer has or, where a stage will make it, will have; None where that makes several, or it is not there."""
+    for path in candidates(tokenizer, places):
+        if (path / "tokenizer.json").exists() or path.is_file():
+            return TextTokenizer(path).size
+    keys = plans[tokenizer].keys if tokenizer in plans else {}
+    if base := keys.get("base_tokenizer"):
+        size = ids_of(base, plans, places)
+        return size + keys["new_tokens"][0] if size and len(keys["new_tokens"]) == 1 else None
+    return keys["vocab_size"] + len(SPECIAL_TOKENS) if keys.get("vocab_size") else None
+
+
+def candidates(path, places):
+    """Where what a recipe calls so may lie: in the run folder, beside the recipe, or as it stands."""
+    return [*(place / path for place in places), Path(path)]

@@ -64,10 +64,10 @@ def check_memory(planned, known):
     """A GPU holds its share of weights, gradients and AdamW's moments, and the activations of a micro-batch."""
     card, whose = card_of(planned, known)
     settings = planned.settings
-    if not card or not planned.config or not hasattr(settings, "bf16"):
+    if not card or not planned.config or getattr(settings, "bf16", None) is None:
         return None
     _, total = parameters(planned)
-    adapter = hasattr(settings, "lora_r")
+    adapter = planned.program.kind == "sft"
     if not isinstance(settings, TrainingSettings) and not adapter:
         need, what = (2 if settings.bf16 else 4) * total, f"a model of about {total:,} parameters"
         if need > card:
@@ -94,11 +94,7 @@ def check_memory(planned, known):
 
 def check_main_memory(planned, known):
     """A node holds the processes, the model while it is loaded, and the copy of the state that a checkpoint is written from."""
-    if (
-        not planned.config
-        or not hasattr(planned.settings, "bf16")
-        or not isinstance(planned.settings, TrainingSettings)
-    ):
+    if not planned.config or not isinstance(planned.settings, TrainingSettings):
         return None
     try:
         job, strategy = job_in(planned)
@@ -186,7 +182,7 @@ def job_in(planned):
     settings, file = planned.settings, planned.batch_file
     nodes = file.nodes if file.nodes * file.gpus == planned.processes else 1
     strategy = strategy_of(planned.strategy_file() or "ddp", nodes, planned.processes // nodes)
-    return (Job.of_adapter if hasattr(settings, "lora_r") else Job.of)(settings, planned.config), strategy
+    return (Job.of_adapter if planned.program.kind == "sft" else Job.of)(settings, planned.config), strategy
 
 
 def seconds_of_steps(folder):

@@ -6,15 +6,14 @@ Each takes (planned, known) and returns what it saw, None where it does not conc
 import contextlib
 import fcntl
 import functools
-import importlib.util
-import io
 import os
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from dilqur.assistant.conversations import problem_with
 from dilqur.common.constants import ROOT
+from dilqur.common.environment import environment
 from dilqur.common.errors import InputError
 from dilqur.common.paths import expand
 from dilqur.data.batches import split_batch
@@ -22,32 +21,32 @@ from dilqur.data.documents import read_jsonl
 from dilqur.data.token_shards import TokenShards
 from dilqur.estimate.strategy import planned_strategy, refuse_what_it_cannot
 from dilqur.models.safetensors_io import stored_tensors
-from dilqur.pipeline.settings_parser import parse, to_dict
+from dilqur.pipeline.program import load_program
+from dilqur.pipeline.settings_parser import to_dict
 from dilqur.pipeline.stage import StageSettings
 from dilqur.pipeline.status import writer_of
 from dilqur.preflight.findings import Later
-from dilqur.preflight.planned import Probe, existing, find_config
+from dilqur.preflight.planned import Probe, existing, model_config_of
 from dilqur.tokenizer.llama3 import encode_chat
 from dilqur.tokenizer.text_tokenizer import TextTokenizer
 from dilqur.training.settings import TrainingSettings, check_training
 
+TRAINING = ("cpt", "mlm", "sft")  # kinds of programs that train
+
 
 def check_recipe(planned, known):
     """The recipe parses, its keys are the program's, and no row above is the same run under another name."""
-    row, recipe, path = planned.row, Path(planned.arguments[1]), ROOT / planned.row.program
-    if not path.exists():
-        raise InputError(f"{path}: no such program; pipeline.txt gives it to {row.name}: correct its row")
+    row, recipe = planned.row, Path(planned.arguments[1])
+    try:
+        planned.program = load_program(row.program)
+    except InputError as problem:
+        raise InputError(f"{problem}; pipeline.txt gives it to {row.name}: correct its row") from None
     if not recipe.exists():
         there = ", ".join(sorted(file.stem for file in recipe.parent.glob("*.yaml"))) or "none"
         raise InputError(f"{recipe}: no such file, and the stage {row.name} reads it; recipes there: {there}")
-    spec = importlib.util.spec_from_file_location("_".join(path.parts[-2:]).removesuffix(".py"), path)
-    planned.module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(planned.module)
-    classes = [v for v in vars(planned.module).values() if isinstance(v, type) and issubclass(v, StageSettings)]
-    own = [c for c in classes if c.__module__ == spec.name]
-    if not own:
-        raise InputError(f"{path}: not a program that makes a stage: correct the row of {row.name} in pipeline.txt")
-    planned.settings = parse(own[0], "", planned.arguments)
+    if not issubclass(planned.program.settings, StageSettings):
+        raise InputError(f"{row.program}: makes no stage: correct the row of {row.name} in pipeline.txt")
+    planned.settings = planned.program.parse(planned.arguments)
     if planned.settings.stage not in (None, row.name):
         raise InputError(f"stage: {planned.settings.stage}: pipeline.txt calls it {row.name}: leave the key out")
     planned.keys = to_dict(planned.settings)
@@ -59,8 +58,11 @@ def check_recipe(planned, known):
 
 def check_inputs(planned, known):
     """What it reads is there and may be read, in the local Hugging Face cache, or made by a stage above."""
-    planned.stage = Probe(planned.settings, planned.module.__file__)
-    planned.config = find_config(planned, known.plans)
+    planned.stage = Probe(planned.settings, planned.program.file)
+    if isinstance(planned.keys.get("model_name_or_path"), str) or planned.keys.get("model_config"):
+        places = (planned.stage.run_dir, Path(planned.arguments[1]).parent)
+        with contextlib.suppress(InputError):  # its shape is not known
+            planned.config = model_config_of(planned.row.name, known.plans, places)
     for path in planned.stage.inputs:
         if path not in planned.stage.later and not os.access(path, os.R_OK | (os.X_OK if Path(path).is_dir() else 0)):
             raise PermissionError(13, "permission denied", path)
@@ -83,18 +85,18 @@ def check_model(planned, known):
         tokenizer = load_tokenizer(path)
         if tokenizer.bos_id is None or tokenizer.eos_id is None:
             raise InputError(f"{tokenizer.path}: no BOS or no EOS token: name them in tokenizer_config.json beside it")
-        if hasattr(planned.module, "conversations"):
+        if planned.program.kind == "sft":
             encode_chat(tokenizer, [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
     return f"{len(planned.there('model'))} whole, with BOS and EOS" if planned.there("model") else None
 
 
 def check_conversations(planned, known):
     """The first conversation of every file is one."""
-    if not hasattr(planned.module, "conversations"):
+    if planned.program.kind != "sft":
         return None
     for file in expand(planned.there("documents")):
         line, record = next(read_jsonl(file), (1, {}))
-        if problem := planned.module.problem_with(record):
+        if problem := problem_with(record):
             raise InputError(f"{file}:{line}: {problem}")
     return "the first of every file is whole"
 
@@ -102,12 +104,7 @@ def check_conversations(planned, known):
 def check_fit(planned, known):
     """The program's own --check: shards' tokenizer = model's, token ids < its rows, pad ≠ eos, lengths, steps."""
     if not planned.stage.later:
-        arguments, sys.argv = sys.argv, [planned.module.__file__, *planned.arguments, "--check"]
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                planned.module.main.__wrapped__()  # without @program: it raises
-        finally:
-            sys.argv = arguments
+        planned.program.prepare([*planned.arguments, "--check"])
         return "recipe, data and model belong together"
     settings = planned.settings
     if not isinstance(settings, TrainingSettings) or "shards" in [planned.stage.inputs[p] for p in planned.stage.later]:
@@ -125,14 +122,14 @@ def check_strategy(planned, known):
         there = ", ".join(sorted(file.stem for file in (ROOT / "accelerate_configs").glob("*.yaml")))
         raise InputError(f"DILQUR_STRATEGY: {strategy}: no such file; in accelerate_configs/ there are: {there}")
     launched = {"WORLD_SIZE": str(planned.processes), "DILQUR_STRATEGY": str(ROOT / strategy)}
-    with environment(launched):
+    with environment(**launched):
         refuse_what_it_cannot(planned.settings, planned_strategy())
     return f"{strategy} on {planned.processes} processes"
 
 
 def check_batch(planned, known):
     """global_batch_size divides."""
-    if not hasattr(planned.settings, "global_batch_size"):
+    if planned.program.kind not in TRAINING:
         return None
     total, ceiling = planned.settings.global_batch_size, planned.settings.per_device_train_batch_size
     batch, accumulation = split_batch(total, ceiling, planned.processes)
@@ -158,18 +155,6 @@ def check_output(planned, known):
         except OSError as problem:
             return f"{nearest} can be written to but not locked ({problem.strerror}): never start a stage twice"
     return f"{nearest} can be written to and locked"
-
-
-@contextlib.contextmanager
-def environment(values):
-    """os.environ with these values for a while."""
-    before = dict(os.environ)
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 @functools.cache

@@ -99,6 +99,11 @@ class TextTokenizer:
                 )
 
 
+def padded_size(size, multiple):
+    """Rows of an embedding matrix for `size` ids: up to a multiple of `multiple`."""
+    return -(-size // multiple) * multiple
+
+
 @contextlib.contextmanager
 def encoding_with(tokenizer):
     """Inside it, a text that `tokenizer`, a TextTokenizer, has no tokens for (nor an unknown token) is an InputError."""

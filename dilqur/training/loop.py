@@ -43,7 +43,7 @@ def train(settings, stage, model, compute_loss, write_model, flops_per_token=Non
 
     from dilqur.checkpoint.format import CheckpointReader, complete_checkpoints
     from dilqur.checkpoint.writer import CheckpointWriter, best_checkpoint
-    from dilqur.common.reproducibility import make_deterministic
+    from dilqur.common.startup import make_deterministic
     from dilqur.estimate.cost_model import peak_flops
     from dilqur.kernels.apply import apply_kernels
     from dilqur.training.distributed import (

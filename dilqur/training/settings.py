@@ -40,6 +40,8 @@ class TrainingSettings(KernelSettings, StageSettings):
     """What every run on this loop can be told. `harmless`: keys that do not change the result; `may_change`: what a resumed
     run may have otherwise than the first one."""
 
+    encoder: ClassVar = False
+    labelled_fraction: ClassVar = 1.0  # of the tokens that have a label
     harmless: ClassVar = (
         "per_device_train_batch_size", "save_steps", "save_total_limit", "eval_steps", "max_eval_samples", "logging_steps",
         "report_to", "dataloader_num_workers", "local_dir", "resume_from_checkpoint", "stop_at_step", "max_minutes",

@@ -25,7 +25,7 @@ def numbers(folder, *names):
     return [tuple(r.get(name) for name in names) for r in records]
 
 
-POISONED = ROOT / "tests" / "faults" / "poisoned_cpt.py"
+POISONED = ROOT / "tests" / "support" / "poisoned_cpt.py"
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

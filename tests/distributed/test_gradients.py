@@ -115,7 +115,7 @@ def sft_gradient(server, made, tiny_model, tmp_path_factory):
         flags = f"--global_batch_size {BATCH} --per_device_train_batch_size {per_device} --num_train_epochs 1".split()
         flags += ["--lora_dropout", 0, "--learning_rate", "1e-4", "--max_length", 128, "--bf16", "false"]
         where = ("--model_name_or_path", tiny_model, "--input", folder / "chats.jsonl", "--output_dir", folder / name)
-        what = {"program": ROOT / "tests" / "distributed" / "sft_gradients.py", "GRADIENTS": str(folder / f"{name}.pt")}
+        what = {"program": ROOT / "tests" / "support" / "sft_gradients.py", "GRADIENTS": str(folder / f"{name}.pt")}
         with server.launch(strategy, (*where, *flags), folder / f"{name}.log", world, **what) as process:
             assert process.wait(300) == 0, (folder / f"{name}.log").read_text()
         found = torch.load(folder / f"{name}.pt", weights_only=True)

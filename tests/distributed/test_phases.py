@@ -24,7 +24,7 @@ def first_step(server, tmp_path_factory, made, tiny_model):
         (folder / f"{name}-evidence").mkdir()
         unfrozen = ("--unfrozen_parameters", *patterns) if patterns else ()
         flags = (*data, *shape, *halves, *unfrozen, "--output_dir", folder / name)
-        log, program = folder / f"{name}.log", ROOT / "tests" / "distributed" / "phase_evidence.py"
+        log, program = folder / f"{name}.log", ROOT / "tests" / "support" / "phase_evidence.py"
         where = {"processes": PROCESSES, "program": program, "EVIDENCE": str(folder / f"{name}-evidence")}
         with server.launch(strategy, flags, log, **where) as process:
             assert process.wait(300) == 0, log.read_text()

@@ -25,7 +25,7 @@ def test_weights_gradients_moments_and_the_checkpoint_are_as_planned(
     data = ("--model_name_or_path", tiny_model, "--datasets", f"{{path: {made}/shards}}", "--learning_rate", "1e-3")
     shape = f"--max_length 64 --global_batch_size 8 --max_steps 1 --per_device_train_batch_size 2 --bf16 {str(bf16).lower()}"
     where = {"processes": PROCESSES, "EVIDENCE": str(tmp_path / "evidence")}
-    program, log = ROOT / "tests" / "distributed" / "state_evidence.py", tmp_path / "log"
+    program, log = ROOT / "tests" / "support" / "state_evidence.py", tmp_path / "log"
     flags = (*data, *shape.split(), "--output_dir", tmp_path / "run")
     with server.launch(strategy, flags, log, program=program, **where) as process:
         assert process.wait(300) == 0, log.read_text()

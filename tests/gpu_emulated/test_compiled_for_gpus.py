@@ -12,7 +12,6 @@ recipe, it prints {case: {kernel: [[warps, bytes of shared memory, bytes of mach
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 import types
@@ -84,14 +83,16 @@ def compile_for(architecture, recipe):
 
     from dilqur.kernels import apply as apply_kernels
     from dilqur.kernels.choose import PLAIN
-    from dilqur.preflight.recipe_stages import PUBLISHED
+    from dilqur.models.published_configs import PUBLISHED
     from dilqur.training.optimizer import freeze_all_but
     from dilqur.training.settings import TrainingSettings
 
     apply_kernels.triton_runs = lambda: True
     torch.Tensor.item = lambda tensor: 1  # how many labels count: all else that is asked of a tensor's contents
     torch.equal = lambda one, other: False  # is the gradient of the loss 1? It was divided by the tokens of a batch
-    causal_loss = runpy.run_path(str(ROOT / "scripts" / "cpt.py"))["causal_loss"]
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from cpt import causal_loss
+
     model_name, dtypes = RECIPES[recipe]
     config = LlamaConfig(**{**PUBLISHED[model_name], "vocab_size": 100_352, "num_hidden_layers": 1})
 

@@ -37,7 +37,7 @@ from dilqur.models.safetensors_io import tensor_bytes
 
 PROGRAM, LENGTH, SEED = "scripts/convert_checkpoint.py", 64, 42
 ROUNDING = 1e-6  # relative: a loss is a mean over 512 tokens in fp32, summed in another order (one unit in the last place: 1e-7)
-SCRIPT = ROOT / "tests" / "programs" / "train_elsewhere.py"
+SCRIPT = ROOT / "tests" / "support" / "train_elsewhere.py"
 LAUNCHES = {  # name: (accelerate config, how)
     "zero2": ("zero2", "accelerate"),
     "zero3": ("zero3", "accelerate"),

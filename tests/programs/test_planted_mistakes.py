@@ -214,7 +214,7 @@ def weights_cut_short(site):
 
 def weights_that_are_missing(site):
     (site.own_model() / "model.safetensors").unlink()
-    return "model", "model.safetensors: not there: fetch or convert the model again"
+    return "model", "no weights in it (no .safetensors); fetch the model again"
 
 
 def a_conversation_without_an_answer(site):

@@ -18,5 +18,7 @@ def settings(**keys):
         "intra_document_masking": False,
         "deterministic": False,
         "max_length": LENGTH,
+        "encoder": False,
+        "labelled_fraction": 1.0,
     }
     return types.SimpleNamespace(**{**plain, **run, **keys})

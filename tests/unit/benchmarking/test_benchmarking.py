@@ -16,7 +16,7 @@ from dilqur.benchmarking.figures import largest_batch, loss_parity, over_rounds,
 from dilqur.benchmarking.kernel_evidence import evidence
 from dilqur.benchmarking.time_limit import NoTime, TimeLimit
 from dilqur.benchmarking.variants import read_variants, recipe_values, same_training
-from dilqur.benchmarking.watched_run import Outcome, command_line, environment, remembered, run_until
+from dilqur.benchmarking.watched_run import Outcome, command_line, launch_environment, remembered, run_until
 from dilqur.benchmarking.what_failed import failed_tests, rows_without_figures
 from dilqur.common.errors import InputError
 from dilqur.estimate.job import Job
@@ -236,15 +236,17 @@ def test_one_process_needs_no_launcher():
 def test_a_run_has_the_environment_of_the_launcher_and_a_sites_own_values_win(monkeypatch):
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
-    found = environment(1, ["0", "1"], "cache")
+    found = launch_environment(1, ["0", "1"], "cache")
     assert found["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True" and found["CUDA_VISIBLE_DEVICES"] == "0"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-a,MIG-b")
-    assert environment(1, ["MIG-a", "MIG-b"], "cache")["CUDA_VISIBLE_DEVICES"] == "MIG-a"
+    assert launch_environment(1, ["MIG-a", "MIG-b"], "cache")["CUDA_VISIBLE_DEVICES"] == "MIG-a"
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
-    assert environment(1, [], "cache")["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:64"
+    assert launch_environment(1, [], "cache")["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:64"
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
-    assert "PYTORCH_CUDA_ALLOC_CONF" not in environment(1, [], "cache"), "over the other name torch takes this one"
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in launch_environment(1, [], "cache"), (
+        "over the other name torch takes this one"
+    )
 
 
 # -- the time -----------------------------------------------------------------------------------------------------------

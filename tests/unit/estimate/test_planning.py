@@ -19,7 +19,7 @@ from dilqur.estimate.set_up import fastest, set_up
 from dilqur.estimate.step_time import seconds, step_time, traffic
 from dilqur.estimate.strategy import names, strategy_of
 from dilqur.kernels.choose import share_recomputed
-from dilqur.preflight.recipe_stages import PUBLISHED
+from dilqur.models.published_configs import PUBLISHED
 
 GIB = 2**30
 BASE = Job(PUBLISHED["llama-3.2-1b"], liger=True)  # with Llama 3's 128,256 tokens

@@ -15,7 +15,7 @@ from dilqur.estimate.lora import ONE_GPU, adapter_activations
 from dilqur.estimate.memory import state_of
 from dilqur.estimate.set_up import set_up
 from dilqur.estimate.strategy import names, strategy_of
-from dilqur.preflight.recipe_stages import PUBLISHED
+from dilqur.models.published_configs import PUBLISHED
 
 LLAMA = {**TINY, "num_hidden_layers": 16}
 ROWS, LENGTH, SHORT = 2, 64, 44
