@@ -21,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -124,7 +124,7 @@ def in_turn(flags, steps_a_turn):
     import torch
 
     settings = parse(cpt.CptSettings, "", flags)
-    stage, (model, _) = Stage(settings, __file__), cpt.load_model(settings)
+    stage = Stage(settings, __file__)
     bare, on_gpu = BareLoop(settings), torch.cuda.is_available()
     turns, calls, resumed = [], 0, None
 
@@ -146,18 +146,17 @@ def in_turn(flags, steps_a_turn):
         return cpt.causal_loss(model, batch, tokens)
 
     with contextlib.redirect_stdout(io.StringIO()):  # the log's lines are written, but not shown
-        train(settings, stage, model, loss_after_a_turn)
+        train(settings, stage, loss_after_a_turn)
     lines = (stage.folder / "metrics.jsonl").read_text().splitlines()
     losses = [(json.loads(line)["loss"], loss) for line, loss in zip(lines, bare.losses(), strict=False)]
     return turns, losses
 
 
-def train(settings, stage, model, compute_loss):
-    from dilqur.estimate.cost_model import training_flops_per_token
+def train(settings, stage, compute_loss):
     from dilqur.training.loop import train
 
-    flops = training_flops_per_token(model.config.to_dict(), settings.max_length)
-    train(settings, stage, model, compute_loss, lambda reader, folder: None, flops)
+    task = cpt.make_task(settings)
+    train(settings, stage, replace(task, compute_loss=compute_loss, write_model=lambda reader, folder: None))
 
 
 class BareLoop:
@@ -208,8 +207,7 @@ def profile_of(flags):
     settings = parse(cpt.CptSettings, "", flags)
     profiler, text = cProfile.Profile(), io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()):
-        model, _ = cpt.load_model(settings)
-        profiler.runcall(train, settings, Stage(settings, __file__), model, cpt.causal_loss)
+        profiler.runcall(train, settings, Stage(settings, __file__), cpt.causal_loss)
     pstats.Stats(profiler, stream=text).sort_stats("cumulative").print_stats("dilqur|accelerate|optim|autograd", 40)
     return text.getvalue()
 

@@ -22,7 +22,6 @@ from dilqur.models.config import read_config
 from dilqur.models.safetensors_io import stored_tensors
 from dilqur.pipeline.inputs import TokenizerPath
 from dilqur.pipeline.program import program
-from dilqur.training.loop import train
 from dilqur.training.settings import TrainingSettings, check_model, check_new_model, check_training
 
 
@@ -79,14 +78,13 @@ def causal_loss(model, batch, tokens, **more):
     return model(**batch, shift_labels=batch["labels"], num_items_in_batch=tokens, use_cache=False, **more).loss
 
 
-@program(CptSettings, check, kind="cpt")
-def main(settings, stage):
-
-    quiet_libraries()
+def make_task(settings):
+    """What the loop trains: model, loss, how the result is written, FLOPs."""
     import torch
 
     from dilqur.checkpoint.export_hf_folder import write_folder
     from dilqur.models.parameters import parameters_of
+    from dilqur.training.run import Task
 
     model, weights = load_model(settings)
     parameters, config = parameters_of(model), model.config
@@ -97,12 +95,20 @@ def main(settings, stage):
 
     loss, flops, only = causal_loss, None, settings.unfrozen_parameters
     if settings.use_liger_kernel and triton_runs():
-        # skip_logits: else Liger makes them all in an evaluation; accum_dtype: else it adds up the head's gradient in bfloat16
+        # skip_logits: else Liger makes them all in an evaluation; accum_dtype: else it sums the head's gradient in bfloat16
         loss = functools.partial(causal_loss, skip_logits=True, accum_dtype=torch.float32)
     with contextlib.suppress(UnknownArchitecture):
         if not only or all("embed" in name or "lm_head" in name for name in only):
             flops = training_flops_per_token(config.to_dict(), settings.max_length, embeddings_only=bool(only))
-    train(settings, stage, model, loss, write_model, flops, weights=weights)
+    return Task(model, loss, write_model, flops, weights=weights)
+
+
+@program(CptSettings, check, kind="cpt")
+def main(settings, stage):
+    quiet_libraries()
+    from dilqur.training.loop import train
+
+    train(settings, stage, make_task(settings))
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def fine_tune_all(settings, stage, splits, models):
                 chooses = score(*(sums.sum(0) for sums in counted[0]))
                 with atomic_file(kept) as file:
                     np.savez(file, validation=chooses, numerators=counted[1][0], denominators=counted[1][1])
-                interrupt.reserve("a fine-tuning", time.monotonic() - began)
+                interrupt.observe_duration("a fine-tuning", time.monotonic() - began)
             with np.load(kept) as run:
                 figures = float(run["validation"]), run["numerators"], run["denominators"]
             runs.setdefault(name, {}).setdefault(rate, []).append(figures)

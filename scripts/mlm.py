@@ -25,7 +25,6 @@ from dilqur.pipeline.inputs import TokenizerPath
 from dilqur.pipeline.program import program
 from dilqur.tokenizer.encoder_tokens import MASK
 from dilqur.tokenizer.text_tokenizer import TextTokenizer
-from dilqur.training.loop import train
 from dilqur.training.settings import TrainingSettings, check_new_model, check_training
 
 
@@ -156,11 +155,10 @@ def loss_and_correct(model, batch):
     return out.loss, (out.logits.argmax(-1) == labels).sum()
 
 
-@program(MlmSettings, check, kind="mlm", about=readings)
-def main(settings, stage):
-
-    quiet_libraries()
+def make_task(settings):
+    """What the loop trains: model, losses, how the result is written, FLOPs."""
     from dilqur.models.neobert_folder import write_encoder
+    from dilqur.training.run import Task
 
     model = load_model(settings)
     config = model.config
@@ -171,7 +169,15 @@ def main(settings, stage):
 
     shape = (config.hidden_size, config.ffn_width, config.num_hidden_layers, config.vocab_size)
     flops = encoder_flops_per_token(*shape, settings.max_length, settings.mlm_probability)
-    train(settings, stage, model, masked_loss, write_model, flops, loss_and_correct)
+    return Task(model, masked_loss, write_model, flops, loss_and_correct)
+
+
+@program(MlmSettings, check, kind="mlm", about=readings)
+def main(settings, stage):
+    quiet_libraries()
+    from dilqur.training.loop import train
+
+    train(settings, stage, make_task(settings))
 
 
 if __name__ == "__main__":

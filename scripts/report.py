@@ -352,7 +352,7 @@ def training(found, run_dir):
 <p>A loss a token, in nats, compares only between stages of one tokenizer: longer tokens are fewer and harder to guess. In bits
 a byte (loss / ln 2 / bytes of text a token) it compares between tokenizers too. There a line begins where the stage before it
 ended; a base trained from random weights is left out. Bounded by: what had the largest share of the time after the first two steps
-(dilqur/training/bottleneck.py).</p>"""
+(dilqur/training/profiling.py).</p>"""
 
 
 def bits_per_byte(found, run_dir):
@@ -602,10 +602,11 @@ def find_stages(stage):
 
 
 def check(settings):
-    """The folders of the finished stages. Raises InputError where there are none."""
+    """{folder: manifest} of the finished stages. Raises InputError where there are none."""
     if not settings.stages:
         raise InputError(f"{settings.run_dir}: no stage has finished in there: nothing to report")
-    return [Path(settings.run_dir) / name for name in settings.stages]
+    folders = [Path(settings.run_dir) / name for name in settings.stages]
+    return {folder: read_manifest(folder) for folder in folders}
 
 
 @program(ReportSettings, check, inputs=find_stages)

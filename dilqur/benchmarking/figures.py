@@ -2,7 +2,7 @@
 
 import statistics
 
-from dilqur.training.step_phases import PHASES
+from dilqur.training.profiling import PHASES
 
 
 def round_figures(records, first, last):

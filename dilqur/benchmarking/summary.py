@@ -4,15 +4,16 @@ from dilqur.benchmarking.figures import loss_parity, over_rounds, utilisation
 from dilqur.benchmarking.variants import same_training
 from dilqur.estimate.cost_model import UnknownArchitecture, peak_flops
 from dilqur.estimate.job import Job, is_encoder
-from dilqur.models.config import read_config
+from dilqur.models.config import new_model_config, read_config
 from dilqur.pipeline.settings_parser import to_dict
 
 
-def flops_of(settings, defaults):
+def flops_of(settings, kind):
     """({"half": a token's floating-point operations, a causal mask saving half of the attention, "whole": with all of it, as PaLM
-    counts}, parameters); ({}, None) of a model whose sizes are not known. An encoder's attention is whole in both. defaults: keys of a
-    model_config that a recipe may leave out."""
-    config = {**defaults, **(settings.model_config or read_config(settings.model_name_or_path))}
+    counts}, parameters); ({}, None) of a model whose sizes are not known. An encoder's attention is whole in both. kind: of the
+    program."""
+    new = settings.model_config
+    config = new_model_config(kind, new) if new else read_config(settings.model_name_or_path)
     try:
         job = Job.of(settings, config)
         if settings.unfrozen_parameters and not job.embeddings_only:
@@ -35,7 +36,7 @@ def summarise(benchmark, rows):
     for variant in benchmark.variants:
         row, resolved = rows[variant.name], benchmark.resolve(variant)
         figures, keys = over_rounds(row["rounds"]), to_dict(resolved)
-        flops, size = flops_of(resolved, benchmark.module.get("MODEL_KEYS", {}))
+        flops, size = flops_of(resolved, benchmark.kind)
         used = (
             utilisation(figures["tokens_per_second"]["median"], flops, settings.num_processes, peak)
             if figures

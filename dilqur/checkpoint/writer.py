@@ -33,7 +33,7 @@ from dilqur.checkpoint.local_shards import owned_slices, refresh, set_optimizer_
 from dilqur.common.errors import EveryRankError, InputError
 from dilqur.models.safetensors_io import tensor_bytes
 
-LAST_WORDS_S = 25
+JOIN_TIMEOUT_S = 25
 
 
 class SaveFailed(EveryRankError):
@@ -94,7 +94,7 @@ class CheckpointWriter:
     def __exit__(self, kind, *exception):
         """Where training fails, what this rank is writing may still become a checkpoint; but the other ranks must not wait for it."""
         if kind and self._thread:
-            self._thread.join(LAST_WORDS_S)
+            self._thread.join(JOIN_TIMEOUT_S)
 
     @property
     def failed(self):

@@ -18,7 +18,7 @@ CLOCK_S = 1.0  # a file's time comes from a coarser clock than time.time(), and 
 
 class Interrupt:
     """Asked between steps, and between the batches of an evaluation. margin_s: seconds before the job's end that saving a
-    checkpoint may need; `reserve` raises it when steps and saves are seen to take longer."""
+    checkpoint may need; `observe_duration` raises it when steps and saves are seen to take longer."""
 
     def __init__(self, folder, max_minutes=None, stop_at_step=None, margin_s=300):
         self.stop_file, self.requeue_file = Path(folder) / "STOP", Path(folder) / "REQUEUE"
@@ -36,7 +36,7 @@ class Interrupt:
     def _note(self, number, frame):
         self.signalled = signal.Signals(number).name
 
-    def reserve(self, what, seconds):
+    def observe_duration(self, what, seconds):
         """A step or a save took so long: begin to stop early enough for twice both."""
         self._longest[what] = max(seconds, self._longest.get(what, 0.0))
         self.margin_s = max(self.margin_s, 2 * sum(self._longest.values()))

@@ -18,7 +18,7 @@ import shutil
 import socket
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -80,8 +80,9 @@ class Stage:
         self.folder = Path(settings.output_dir) if settings.output_dir else None
         self.pipeline = read_pipeline(recipe.parent) if recipe else []
         self.started, self.inputs, self._lock = time.time(), {}, None
-        for name, hint in get_type_hints(type(settings), include_extras=True).items():
-            setattr(settings, name, self._resolve(hint, getattr(settings, name), name))
+        hints = get_type_hints(type(settings), include_extras=True)
+        for name in [key.name for key in fields(settings)]:
+            setattr(settings, name, self._resolve(hints[name], getattr(settings, name), name))
 
     # -- paths ------------------------------------------------------------------------------------------------------
 

@@ -257,7 +257,7 @@ def _sum_the_norm_in_float64():
 # -- a step -----------------------------------------------------------------------------------------------------------
 
 
-def settle(accelerator, model, loss_of_a_batch):
+def warm_up_ddp_buckets(accelerator, model, loss_of_a_batch):
     """Before a checkpoint is loaded: a backward whose gradients are thrown away, where the strategy adds up otherwise after it.
 
     DDP puts its buckets into the order in which gradients came, so that on three ranks and more the sums of the first step are

@@ -30,7 +30,7 @@ class Evaluation:
 
         interrupted: function without arguments, asked on every rank before every batch. batches: no more than so many. Bits a byte: all
         predicted tokens' bits / the bytes of text they stand for, by the mean tokens a byte of the shards; of whole shards that is exact.
-        Of masked tokens they are pseudo bits: each is foretold from both sides, and from a text without the others that are hidden.
+        Of masked tokens it is a pseudo-likelihood: bidirectional, not comparable with a causal model's.
         """
         import torch
         from accelerate.utils import send_to_device
@@ -56,8 +56,8 @@ class Evaluation:
                         model.train()
                         return None
                     count += int((batch["labels"] != IGNORE_INDEX).sum())
-                    loss, foretold = self.measure(model, send_to_device(batch, self.accelerator.device))
-                    total, correct = total + float(loss), correct + int(foretold)
+                    loss, correct_labels = self.measure(model, send_to_device(batch, self.accelerator.device))
+                    total, correct = total + float(loss), correct + int(correct_labels)
                 total, count, correct = gather_over_ranks(self.accelerator, total, count, correct).sum(0).tolist()
                 nats, tokens, right = nats + total, tokens + count, right + correct
                 utf8_bytes += count * samples.shards[0].bytes_per_token

@@ -7,7 +7,7 @@ tokens_per_second        loss-bearing (valid) tokens over all ranks / seconds of
 mfu                      floating-point operations the model needs for them / what the GPUs could do (dilqur/estimate/cost_model.py)
 step_seconds             slowest rank's; step_seconds_median: the median over ranks. Evaluation and saving are not in it
 data_wait_seconds        that the slowest rank waited for its batch
-forward_seconds, backward_seconds, optimizer_seconds    slowest rank's, where they run (dilqur/training/step_phases.py)
+forward_seconds, backward_seconds, optimizer_seconds    slowest rank's, where they run (dilqur/training/profiling.py)
 peak_memory_gb           largest over ranks since the start, GiB
 skipped_steps            so far: their loss or gradients were not finite
 checkpoint_stall_seconds, eval_loss, eval_bits_per_byte, eval_accuracy, eval_seconds    in the steps after which it was done

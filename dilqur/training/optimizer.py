@@ -70,3 +70,12 @@ def learning_rate_at(step, schedule, peak, warmup_steps, max_steps, min_ratio=0.
         t = (step - warmup_steps) / max(1, max_steps - warmup_steps)
         fall = {"cosine": (1 + math.cos(math.pi * t)) / 2, "linear": 1 - t, "constant": 1.0}[schedule]
     return peak * (min_ratio + (1 - min_ratio) * fall)
+
+
+def set_learning_rate(optimizer, step, settings, max_steps):
+    """Set the learning rate of step `step` (from 0) in all groups of `optimizer`, as `settings` schedule it, and return it."""
+    schedule = (settings.lr_scheduler_type, settings.learning_rate, settings.warmup_steps, max_steps)
+    rate = learning_rate_at(step, *schedule, settings.min_lr_ratio, settings.lr_decay_steps or 0)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate

@@ -1,8 +1,46 @@
-"""`profile: true`: a torch profiler trace of a few early steps of rank 0, the operations that took longest, and whether the
-kernels that were asked for are in it."""
+"""Where the time of a step goes: its phases in every step, and with `profile: true` a trace of a few early ones."""
+
+import time
 
 from dilqur.common.atomic import write_json
 from dilqur.common.errors import InputError
+
+PHASES = ("forward", "backward", "optimizer")
+
+
+class StepPhases:
+    """How long the phases take, where they run, without a wait that would not be there anyway: `begin()`, then `end(phase)` after each;
+    `seconds()` when the GPU is through with the step: [float] of PHASES, summed.
+
+    On a GPU the marks are events that it passes: they are read when the step is over, for which the loop waits by itself. A phase is then
+    what lies between two marks on the GPU's main stream: also the time in which it waits there for the network or for the program.
+    """
+
+    def __init__(self, on_gpu):
+        self.on_gpu, self.marks = on_gpu, []
+
+    def begin(self):
+        self.end(None)
+
+    def end(self, phase):
+        if self.on_gpu:
+            import torch
+
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        else:
+            now = time.perf_counter()
+        self.marks.append((phase, now))
+
+    def seconds(self):
+        total, before = dict.fromkeys(PHASES, 0.0), None
+        for phase, now in self.marks:
+            if phase:
+                total[phase] += before.elapsed_time(now) / 1e3 if self.on_gpu else now - before
+            before = now
+        self.marks = []
+        return list(total.values())
+
 
 WAIT, WARMUP, ACTIVE = 2, 1, 3  # steps: not looked at, profiled and thrown away, kept
 

@@ -33,20 +33,20 @@ class Saving:
         try:
             self.writer.save(model, optimizer, step, trainer)
         except SaveFailed as problem:
-            self._forgive(problem)
+            self._apply_failure_policy(problem)
             self.writer.save(model, optimizer, step, trainer)
         self.last, self._time = step, time.monotonic()
-        self.interrupt.reserve("a save", self.writer.seconds)
+        self.interrupt.observe_duration("a save", self.writer.seconds)
         return time.perf_counter() - began
 
-    def hear_of_failure(self):
+    def on_write_error(self):
         """A rank's writer has met an error: all ranks come here at the same step. Raises as `save`."""
         try:
             self.writer.wait()
         except SaveFailed as problem:
-            self._forgive(problem)
+            self._apply_failure_policy(problem)
 
-    def _forgive(self, problem):
+    def _apply_failure_policy(self, problem):
         if self.settings.on_save_failure == "stop":
             raise problem
         self.last = None

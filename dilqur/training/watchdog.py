@@ -13,12 +13,12 @@ import threading
 import time
 from pathlib import Path
 
-TOLD_TO_END_S = 45
+SIGTERM_GRACE_S = 45
 GIL_HELD_S = 120  # if Python's own thread cannot run either, faulthandler's does, this much later
 
 
 class Watchdog:
-    """Tell it what comes next by `at`; when nothing has been told for `minutes` (None: never), or for TOLD_TO_END_S seconds
+    """Tell it what comes next by `at`; when nothing has been told for `minutes` (None: never), or for SIGTERM_GRACE_S seconds
     after the launcher has told this rank to end, because another has failed, it writes
     FOLDER/hang-rank-00003.txt, leaves a REQUEUE marker, and exits with code 1: the launcher ends the other ranks."""
 
@@ -55,7 +55,7 @@ class Watchdog:
         while not self._ended.wait(often):
             quiet = time.monotonic() - self.since
             told_to_end = self.interrupt and self.interrupt.signalled == "SIGTERM" and not self._patient
-            if quiet > (TOLD_TO_END_S if told_to_end else self.seconds):
+            if quiet > (SIGTERM_GRACE_S if told_to_end else self.seconds):
                 who = f"rank {self.rank} on {socket.gethostname()}"
                 line = f"{who}: nothing happened for {quiet / 60:.1f} minutes, while {self.doing}"
                 self._file.write(f"{line}\n\n")

@@ -20,7 +20,6 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import yaml
 
@@ -114,7 +113,7 @@ def peak_of(settings, model, loss, weights, world):
             """Without hooks on what is frozen: torch refuses them."""
             return super()._track_module_params_and_buffers(module, all(p.requires_grad for p in module.parameters()))
 
-    # as dilqur/training/loop.py has it
+    # as dilqur/training/set_up.py has it
     batch, accumulation = split_batch(settings.global_batch_size, settings.per_device_train_batch_size, world)
     accumulation = min(2, accumulation)  # the second finds the gradients of the first, and so do all others
     fp32 = settings.dtype == "float32"
@@ -162,7 +161,6 @@ def main():
     ((stage,), _) = training_stages(asked.recipe, os.devnull)  # no run folder: nothing is there yet
     import cpt
 
-    found = {}
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps({"model_type": "llama", **stage.job.config}))
         settings = replace(stage.settings, model_name_or_path=folder, **asked.keys)
@@ -170,13 +168,8 @@ def main():
         do_without_numbers()
         compute_as_on_a_gpu()
 
-        def train(settings, stage, model, loss, *_, weights, **__):
-            found.update(peak_of(settings, model, loss, weights, asked.world))
-
-        # no run is begun, no data read: main goes on with these settings and hands what it made to `train`
-        cpt.parse, cpt.check, cpt.train = lambda *_: settings, lambda _: None, train
-        cpt.Stage = lambda *_: SimpleNamespace(refuse_finished=lambda: None)
-        cpt.main()
+        task = cpt.make_task(settings)
+        found = peak_of(settings, task.model, task.compute_loss, task.weights, asked.world)
     print(json.dumps({f"{kind}_gb": size / 1e9 for kind, size in found.items()}))
 
 

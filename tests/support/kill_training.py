@@ -32,7 +32,7 @@ def keep_ledger(folder):
     import os
 
     import dilqur.data.batches
-    import dilqur.training.loop
+    import dilqur.training.set_up
 
     original = dilqur.data.batches.training_batches
 
@@ -56,7 +56,7 @@ def keep_ledger(folder):
                 yield micro_batches
 
     folder.mkdir()
-    dilqur.training.loop.training_batches = recorded
+    dilqur.training.set_up.training_batches = recorded
 
 
 def drawn_in_the_surviving_steps(folder):

@@ -18,19 +18,20 @@ import json
 import os
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-import dilqur.training.distributed
 import dilqur.training.loop
+import dilqur.training.set_up
 from dilqur.checkpoint.local_shards import MOMENTS, base_optimizer, flat_partitions, zero_optimizer
 
 ROOT = Path(__file__).parents[2]
-train = dilqur.training.loop.train
-settle, clip_and_step = dilqur.training.distributed.settle, dilqur.training.distributed.clip_and_step
+train, clip_and_step = dilqur.training.loop.train, dilqur.training.loop.clip_and_step
+warm_up_ddp_buckets = dilqur.training.set_up.warm_up_ddp_buckets
 counter, seen, settled = None, {}, False
 
 
-def counted_train(settings, stage, model, compute_loss, *rest, **named):
+def counted_train(settings, stage, task):
     def loss(model, batch, tokens):
         global counter
         if settled and counter is None:
@@ -40,15 +41,15 @@ def counted_train(settings, stage, model, compute_loss, *rest, **named):
             counter.__enter__()  # until the optimizer's turn: forward and backward of all micro-batches
         if settled and not seen:
             counter.tokens = getattr(counter, "tokens", 0) + batch["input_ids"].numel()
-        return compute_loss(model, batch, tokens)
+        return task.compute_loss(model, batch, tokens)
 
-    train(settings, stage, model, loss, *rest, **named)
+    train(settings, stage, replace(task, compute_loss=loss))
 
 
-def settle_uncounted(*arguments):
+def warm_up_uncounted(*arguments):
     """Its backward is thrown away, and no part of the step."""
     global settled
-    settle(*arguments)
+    warm_up_ddp_buckets(*arguments)
     settled = True
 
 
@@ -103,7 +104,7 @@ def elements(tensor):
     return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).numel()
 
 
-dilqur.training.loop.train = counted_train
-dilqur.training.distributed.settle, dilqur.training.distributed.clip_and_step = settle_uncounted, watched_step
+dilqur.training.loop.train, dilqur.training.loop.clip_and_step = counted_train, watched_step
+dilqur.training.set_up.warm_up_ddp_buckets = warm_up_uncounted
 sys.argv[0] = str(ROOT / "scripts" / "cpt.py")
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -8,6 +8,7 @@ import os
 import runpy
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import dilqur.training.loop
@@ -18,12 +19,12 @@ steps = {int(step) for step in poison["steps"].split(",")}
 train = dilqur.training.loop.train
 
 
-def poisoned_train(settings, stage, model, compute_loss, *rest, **named):
+def poisoned_train(settings, stage, task):
     calls = 0
 
     def loss(model, batch, tokens):
         nonlocal calls
-        value = compute_loss(model, batch, tokens)
+        value = task.compute_loss(model, batch, tokens)
         if tokens == 1:  # not a step: an evaluation, or what is thrown away before the first
             return value
         calls += 1
@@ -37,7 +38,7 @@ def poisoned_train(settings, stage, model, compute_loss, *rest, **named):
             time.sleep(3600)
         return value + float(poison["value"]) if hit else value
 
-    train(settings, stage, model, loss, *rest, **named)
+    train(settings, stage, replace(task, compute_loss=loss))
 
 
 dilqur.training.loop.train = poisoned_train

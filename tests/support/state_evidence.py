@@ -12,12 +12,13 @@ import runpy
 import sys
 from pathlib import Path
 
-import dilqur.training.distributed
+import dilqur.training.loop
+import dilqur.training.set_up
 from dilqur.checkpoint.local_shards import MOMENTS, base_optimizer, flat_partitions, zero_optimizer
 
 ROOT = Path(__file__).parents[2]
-prepare, backward = dilqur.training.distributed.prepare, dilqur.training.distributed.backward
-clip_and_step = dilqur.training.distributed.clip_and_step
+prepare, backward = dilqur.training.set_up.prepare, dilqur.training.loop.backward
+clip_and_step = dilqur.training.loop.clip_and_step
 seen, most, prepared = {}, [0], []
 
 
@@ -69,7 +70,7 @@ def watched_step(accelerator, model, optimizer, max_norm):
     return norm
 
 
-dilqur.training.distributed.backward, dilqur.training.distributed.clip_and_step = watched_backward, watched_step
-dilqur.training.distributed.prepare = watched_prepare
+dilqur.training.loop.backward, dilqur.training.loop.clip_and_step = watched_backward, watched_step
+dilqur.training.set_up.prepare = watched_prepare
 sys.argv[0] = str(ROOT / "scripts" / "cpt.py")
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from dilqur.training.step_phases import PHASES, StepPhases
+from dilqur.training.profiling import PHASES, StepPhases
 
 
 @pytest.mark.parametrize(
