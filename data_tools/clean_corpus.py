@@ -33,9 +33,9 @@ import re
 import shutil
 import sys
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Required
+from typing import Annotated, Literal, Required
 
 import numpy as np
 import orjson
@@ -50,13 +50,14 @@ from dilqur.cleaning.filter_corpus import BlockFilter, InputFile, filter_files, 
 from dilqur.cleaning.split_corpus import judge, write_files
 from dilqur.common.constants import Fraction
 from dilqur.common.errors import InputError
-from dilqur.common.parallel import ParallelSettings, cores, part_of
+from dilqur.common.parallel import cores, part_of
 from dilqur.common.paths import COMPRESSIONS, FORMATS, expand, warn_of_left_out
 from dilqur.data.documents import ReadingSettings
 from dilqur.pipeline.inputs import Documents
 from dilqur.pipeline.manifest import file_identity
+from dilqur.pipeline.parts import ParallelSettings
 from dilqur.pipeline.program import program
-from dilqur.pipeline.settings_parser import to_dict
+from dilqur.pipeline.settings_parser import keys_that, setting, to_dict
 from dilqur.pipeline.stage import StageSettings
 
 PER_SOURCE = (ReadingSettings, FilterSettings)
@@ -69,31 +70,26 @@ Source.__pydantic_config__ = {"extra": "forbid"}
 
 @dataclass(kw_only=True)
 class CleanSettings(StageSettings, ReadingSettings, FilterSettings, ParallelSettings):
-    harmless: ClassVar = ("memory_gb", *ParallelSettings.harmless)
-
-    input: list[Documents] | None = field(default=None, metadata={"help": "files, folders or globs"})
-    sources: list[Source] | None = field(
-        default=None, metadata={"help": "instead: {name, input, license, and any of the keys of reading and filtering}"}
+    input: list[Documents] | None = setting("files, folders or globs", default=None)
+    sources: list[Source] | None = setting(
+        "instead: {name, input, license, and any of the keys of reading and filtering}", default=None
     )
-    id_field: str = field(
-        default="id", metadata={"help": "key of a document's id, text or number; without one it gets SOURCE/FILE:LINE"}
+    id_field: str = setting(
+        "key of a document's id, text or number; without one it gets SOURCE/FILE:LINE", default="id"
     )
-    url_field: str = field(default="url", metadata={"help": "key of its address, for blocked_urls"})
-    unique_ids: bool = field(default=False, metadata={"help": "drop a document whose id came before"})
-    near_duplicate_threshold: Annotated[float, Field(ge=0.3, le=1)] | None = field(
-        default=None,
-        metadata={"help": "drop what shares so much with an earlier document, e.g. 0.65; none: exact copies only"},
+    url_field: str = setting("key of its address, for blocked_urls", default="url")
+    unique_ids: bool = setting("drop a document whose id came before", default=False)
+    near_duplicate_threshold: Annotated[float, Field(ge=0.3, le=1)] | None = setting(
+        "drop what shares so much with an earlier document, e.g. 0.65; none: exact copies only", default=None
     )
-    memory_gb: Annotated[float, Field(ge=0.5)] = field(
-        default=4.0, metadata={"help": "memory the search for copies may take"}
+    memory_gb: Annotated[float, Field(ge=0.5)] = setting(
+        "memory the search for copies may take", default=4.0, on_resume="free"
     )
-    validation_fraction: Fraction = field(
-        default=0.0, metadata={"help": "share of the documents held out, by hash of text; near copies together"}
+    validation_fraction: Fraction = setting(
+        "share of the documents held out, by hash of text; near copies together", default=0.0
     )
-    write_dropped: bool = field(
-        default=False, metadata={"help": "write what is dropped, with the reason, to dropped/FILE.jsonl.zst"}
-    )
-    output_format: Literal["jsonl.zst", "parquet"] = field(default="jsonl.zst", metadata={"help": "what to write"})
+    write_dropped: bool = setting("write what is dropped, with the reason, to dropped/FILE.jsonl.zst", default=False)
+    output_format: Literal["jsonl.zst", "parquet"] = setting("what to write", default="jsonl.zst")
 
 
 RESULTS = ("train", "validation", "dropped", "report.json", "report.md", "lengths.png")
@@ -246,9 +242,9 @@ def refuse_running(folder):
 def specs_of(sources, files):
     """A hash for each file, of all that decides what the filters make of it: its source's settings and name, what is in the
     files that these name, and its own name. Of a source that changes only its own files are filtered again."""
-    of_sources = []
+    of_sources, free = [], keys_that(CleanSettings, "free")
     for s in sources:
-        values = {k: v for k, v in to_dict(s).items() if k not in (*s.harmless, "input", "sources")}
+        values = {k: v for k, v in to_dict(s).items() if k not in (*free, "input", "sources")}
         named = {
             *expand([*(s.boilerplate_files or []), *(s.benchmarks or [])]),
             *(s.blocked_urls or []),

@@ -20,7 +20,7 @@ import itertools
 import json
 import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Required
 
@@ -37,6 +37,7 @@ from dilqur.data.documents import ReadingSettings, Skipped, read
 from dilqur.evals.model_names import display_names
 from dilqur.pipeline.inputs import Documents, TokenizersPath
 from dilqur.pipeline.program import program
+from dilqur.pipeline.settings_parser import setting
 from dilqur.pipeline.stage import StageSettings
 from dilqur.tokenizer.fertility import RULES, Batch, Counter, SetCounts, rounded
 from dilqur.tokenizer.sweep import knee, nested_families
@@ -64,22 +65,20 @@ class Parallel(TypedDict, total=False):
 
 @dataclass(kw_only=True)
 class EvalTokenizerSettings(StageSettings, ReadingSettings):
-    tokenizer: list[TokenizersPath] = field(metadata={"help": "folders with a tokenizer.json, such files, or sweeps"})
-    names: list[str] | None = field(default=None, metadata={"help": "what to call them; none: their folders' names"})
-    input: list[Documents] | None = field(
-        default=None, metadata={"help": "text no tokenizer was trained on; each file, folder or glob is a document set"}
+    tokenizer: list[TokenizersPath] = setting("folders with a tokenizer.json, such files, or sweeps")
+    names: list[str] | None = setting("what to call them; none: their folders' names", default=None)
+    input: list[Documents] | None = setting(
+        "text no tokenizer was trained on; each file, folder or glob is a document set", default=None
     )
-    document_sets: list[DocumentSet] | None = field(default=None, metadata={"help": "instead: {name: …, input: […]}"})
-    parallel: list[Parallel] | None = field(
-        default=None, metadata={"help": "{name: …, input: …, reference: …}: files whose lines translate each other"}
+    document_sets: list[DocumentSet] | None = setting("instead: {name: …, input: […]}", default=None)
+    parallel: list[Parallel] | None = setting(
+        "{name: …, input: …, reference: …}: files whose lines translate each other", default=None
     )
-    sample_words: list[str] | None = field(
-        default=None, metadata={"help": "words to show split; none: frequent ones of the text, short and long"}
+    sample_words: list[str] | None = setting(
+        "words to show split; none: frequent ones of the text, short and long", default=None
     )
-    seed: Annotated[int, Field(ge=0)] = field(
-        default=42, metadata={"help": "of the draws that the intervals come from"}
-    )
-    json: bool = field(default=False, metadata={"help": "one JSON object on standard output"})
+    seed: Annotated[int, Field(ge=0)] = setting("of the draws that the intervals come from", default=42)
+    json: bool = setting("one JSON object on standard output", default=False, recorded=False)
 
 
 # -- what is measured, on what ----------------------------------------------------------------------------------------

@@ -19,9 +19,9 @@ import collections
 import contextlib
 import itertools
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Required
+from typing import Required
 
 import numpy as np
 import orjson
@@ -32,7 +32,7 @@ from typing_extensions import TypedDict
 from dilqur.common.atomic import write_json
 from dilqur.common.constants import Positive
 from dilqur.common.errors import InputError
-from dilqur.common.parallel import ParallelSettings, cores, ordered_map, part_of
+from dilqur.common.parallel import cores, ordered_map, part_of
 from dilqur.common.paths import expand, identity_of, warn_of_left_out
 from dilqur.common.progress import Progress
 from dilqur.data.blocks import BLOCK_BYTES, blocks
@@ -41,7 +41,9 @@ from dilqur.data.pack_journal import Journal, all_there
 from dilqur.data.shard_writer import ShardWriter, remove_leftovers, summary
 from dilqur.pipeline.inputs import Documents, TokenizerPath
 from dilqur.pipeline.manifest import unchanged
+from dilqur.pipeline.parts import ParallelSettings
 from dilqur.pipeline.program import program
+from dilqur.pipeline.settings_parser import setting
 from dilqur.pipeline.stage import StageSettings
 from dilqur.tokenizer.engines import ENGINES, agree, choose_engine
 from dilqur.tokenizer.text_tokenizer import TextTokenizer
@@ -61,22 +63,17 @@ class Dataset(TypedDict, total=False):
 
 @dataclass(kw_only=True)
 class PackSettings(StageSettings, ReadingSettings, ParallelSettings):
-    harmless: ClassVar = ("engine", *ParallelSettings.harmless)
-
-    tokenizer: TokenizerPath = field(metadata={"help": "folder with a tokenizer.json, or that file"})
-    input: list[Documents] | None = field(
-        default=None, metadata={"help": "files, folders or globs: one dataset in OUTPUT_DIR"}
-    )
-    datasets: list[Dataset] | None = field(default=None, metadata={"help": "{name: …, input: […]}: a folder for each"})
-    id_field: str | None = field(
-        default=None, metadata={"help": "key or column of a document's id, to be kept in ids-*.jsonl"}
-    )
-    add_bos: bool = field(default=True, metadata={"help": "begin each document with the tokenizer's BOS"})
-    add_eos: bool = field(default=True, metadata={"help": "end each document with the tokenizer's EOS"})
-    shard_tokens: Positive = field(default=1 << 28, metadata={"help": "tokens a shard (268 M are 1 GB)"})
-    engine: str = field(
+    tokenizer: TokenizerPath = setting("folder with a tokenizer.json, or that file")
+    input: list[Documents] | None = setting("files, folders or globs: one dataset in OUTPUT_DIR", default=None)
+    datasets: list[Dataset] | None = setting("{name: …, input: […]}: a folder for each", default=None)
+    id_field: str | None = setting("key or column of a document's id, to be kept in ids-*.jsonl", default=None)
+    add_bos: bool = setting("begin each document with the tokenizer's BOS", default=True)
+    add_eos: bool = setting("end each document with the tokenizer's EOS", default=True)
+    shard_tokens: Positive = setting("tokens a shard (268 M are 1 GB)", default=1 << 28)
+    engine: str = setting(
+        f"{', '.join(ENGINES)}: a fast one is used only where it gives the ids of tokenizers",
         default="auto",
-        metadata={"help": f"{', '.join(ENGINES)}: a fast one is used only where it gives the ids of tokenizers"},
+        on_resume="free",
     )
 
 

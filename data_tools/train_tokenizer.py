@@ -17,8 +17,8 @@ were count as well (`unseen_words`). `--source_temperature 1 --count_exponent 1 
 
 import re
 import sys
-from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal, Required
+from dataclasses import dataclass
+from typing import Annotated, Literal, Required
 
 import regex
 from pydantic import Field
@@ -31,6 +31,7 @@ from dilqur.common.paths import COMPRESSIONS, FORMATS, expand
 from dilqur.data.documents import ReadingSettings
 from dilqur.pipeline.inputs import Documents, TokenizerPath
 from dilqur.pipeline.program import program
+from dilqur.pipeline.settings_parser import setting
 from dilqur.pipeline.stage import StageSettings
 from dilqur.tokenizer import encoder_tokens as bert_tokens
 from dilqur.tokenizer.bpe_training import (
@@ -62,56 +63,43 @@ class StatedSource(TypedDict, total=False):
 
 @dataclass(kw_only=True)
 class TokenizerSettings(StageSettings, ReadingSettings):
-    harmless: ClassVar = ("num_proc",)
-
-    input: list[Documents] | None = field(
+    input: list[Documents] | None = setting(
+        "files, folders or globs to learn the merges from; files of one name are one source", default=None
+    )
+    sources: list[StatedSource] | None = setting(
+        "instead: {name: …, input: […], weight: share of the words}; weight for all or none", default=None
+    )
+    source_temperature: Annotated[float, Field(ge=0, le=1)] = setting(
+        "without weights a source counts (its words) ** this: 1 as it is, 0 all alike", default=0.5
+    )
+    vocab_size: Size | None = setting("bytes and merges, without the control tokens", default=None)
+    vocab_sizes: list[Size] | None = setting(
+        "several, each a multiple of 128: trained once, in OUTPUT_DIR/SIZE", default=None
+    )
+    base_tokenizer: TokenizerPath | None = setting("extend this one: byte-level BPE", default=None)
+    new_tokens: list[Annotated[int, Field(ge=1)]] | None = setting(
+        "tokens to add to base_tokenizer; several: each in OUTPUT_DIR/NUMBER", default=None
+    )
+    pre_tokenizer: Literal["llama3", "llama3_marks"] | None = setting(
+        "what cuts text into words; llama3_marks for scripts with combining vowels; none: llama3, or the base's",
         default=None,
-        metadata={"help": "files, folders or globs to learn the merges from; files of one name are one source"},
     )
-    sources: list[StatedSource] | None = field(
-        default=None,
-        metadata={"help": "instead: {name: …, input: […], weight: share of the words}; weight for all or none"},
+    control_tokens: Literal["llama3", "encoder"] = setting(
+        "Llama 3's 256; encoder: 128, with [CLS], [SEP], [MASK] and [PAD]", default="llama3"
     )
-    source_temperature: Annotated[float, Field(ge=0, le=1)] = field(
-        default=0.5, metadata={"help": "without weights a source counts (its words) ** this: 1 as it is, 0 all alike"}
+    min_frequency: Annotated[int, Field(ge=1)] = setting("a pair seen less often is not merged", default=1)
+    count_exponent: Annotated[float, Field(gt=0, le=1)] = setting("a word seen n times counts n ** this", default=0.75)
+    unseen_words: Annotated[float, Field(ge=0)] = setting(
+        "sightings that a certain word counts for, seen or not; 0: only what was seen", default=3.0
     )
-    vocab_size: Size | None = field(default=None, metadata={"help": "bytes and merges, without the control tokens"})
-    vocab_sizes: list[Size] | None = field(
-        default=None, metadata={"help": "several, each a multiple of 128: trained once, in OUTPUT_DIR/SIZE"}
+    mixed_scripts: bool = setting("sources may be in different scripts", default=False)
+    sample_bytes: Annotated[int, Field(ge=1)] = setting(
+        "on disk; of a larger corpus a sample is counted, an equal part of each source", default=2_000_000_000
     )
-    base_tokenizer: TokenizerPath | None = field(default=None, metadata={"help": "extend this one: byte-level BPE"})
-    new_tokens: list[Annotated[int, Field(ge=1)]] | None = field(
-        default=None, metadata={"help": "tokens to add to base_tokenizer; several: each in OUTPUT_DIR/NUMBER"}
+    num_proc: Annotated[int, Field(ge=1)] | None = setting(
+        "processes that count words; none: one a core", default=None, on_resume="free"
     )
-    pre_tokenizer: Literal["llama3", "llama3_marks"] | None = field(
-        default=None,
-        metadata={
-            "help": "what cuts text into words; llama3_marks for scripts with combining vowels; none: llama3, or the base's"
-        },
-    )
-    control_tokens: Literal["llama3", "encoder"] = field(
-        default="llama3", metadata={"help": "Llama 3's 256; encoder: 128, with [CLS], [SEP], [MASK] and [PAD]"}
-    )
-    min_frequency: Annotated[int, Field(ge=1)] = field(
-        default=1, metadata={"help": "a pair seen less often is not merged"}
-    )
-    count_exponent: Annotated[float, Field(gt=0, le=1)] = field(
-        default=0.75, metadata={"help": "a word seen n times counts n ** this"}
-    )
-    unseen_words: Annotated[float, Field(ge=0)] = field(
-        default=3.0, metadata={"help": "sightings that a certain word counts for, seen or not; 0: only what was seen"}
-    )
-    mixed_scripts: bool = field(default=False, metadata={"help": "sources may be in different scripts"})
-    sample_bytes: Annotated[int, Field(ge=1)] = field(
-        default=2_000_000_000,
-        metadata={"help": "on disk; of a larger corpus a sample is counted, an equal part of each source"},
-    )
-    num_proc: Annotated[int, Field(ge=1)] | None = field(
-        default=None, metadata={"help": "processes that count words; none: one a core"}
-    )
-    model_max_length: Annotated[int, Field(ge=1)] = field(
-        default=131_072, metadata={"help": "noted in tokenizer_config.json"}
-    )
+    model_max_length: Annotated[int, Field(ge=1)] = setting("noted in tokenizer_config.json", default=131_072)
 
 
 def check(settings):

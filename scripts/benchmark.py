@@ -19,8 +19,8 @@ import shlex
 import shutil
 import signal
 import sys
-from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from dataclasses import dataclass
+from typing import Annotated
 
 from pydantic import Field
 
@@ -33,7 +33,7 @@ from dilqur.common.errors import InputError
 from dilqur.pipeline.inputs import FilePath
 from dilqur.pipeline.manifest import git_commit, hardware, package_versions
 from dilqur.pipeline.program import program
-from dilqur.pipeline.settings_parser import to_dict
+from dilqur.pipeline.settings_parser import setting, to_dict
 from dilqur.pipeline.stage import StageSettings
 from dilqur.preflight.node_facts import node_facts
 
@@ -42,36 +42,30 @@ Minutes = Annotated[float, Field(gt=0)] | None
 
 @dataclass(kw_only=True)
 class BenchmarkSettings(StageSettings):
-    harmless: ClassVar = ("timeout_minutes", "max_minutes", "cut_minutes")  # of a finished one
-    recipe: FilePath = field(metadata={"help": "of scripts/cpt.py or scripts/mlm.py: what is measured"})
-    keys: dict = field(default_factory=dict, metadata={"help": "{KEY: VALUE} over the recipe, for all variants"})
-    variants: list[dict] = field(
-        metadata={"help": "NAME: {KEY: VALUE}, …; the first is what the others are compared with"}
+    recipe: FilePath = setting("of scripts/cpt.py or scripts/mlm.py: what is measured")
+    keys: dict = setting("{KEY: VALUE} over the recipe, for all variants", default_factory=dict)
+    variants: list[dict] = setting("NAME: {KEY: VALUE}, …; the first is what the others are compared with")
+    strategies: list[str] | None = setting("accelerate configs; each variant under each", default=None)
+    num_processes: Positive = setting("GPUs of this node; without a GPU, processes", default=1)
+    accumulation: Positive | None = setting(
+        "micro-batches a step, from which global_batch_size follows; none: the recipe's own", default=None
     )
-    strategies: list[str] | None = field(default=None, metadata={"help": "accelerate configs; each variant under each"})
-    num_processes: Positive = field(default=1, metadata={"help": "GPUs of this node; without a GPU, processes"})
-    accumulation: Positive | None = field(
-        default=None,
-        metadata={"help": "micro-batches a step, from which global_batch_size follows; none: the recipe's own"},
+    synthetic: bool = setting("random weights and tokens instead of the recipe's inputs", default=False)
+    model_config: dict | None = setting("with synthetic: the shape, keys of its config", default=None)
+    toy: bool = setting("the same with a tiny model and few steps, to try it on a CPU", default=False)
+    rounds: Positive = setting("times every variant is timed, in turn", default=3)
+    warmup_steps: Positive = setting("steps before the clock starts", default=10)
+    timed_steps: Positive = setting("steps by the clock", default=20)
+    parity_steps: Count = setting("steps whose losses are compared; 0: none", default=200)
+    profile: bool = setting("look, in a run of its own, at which kernels ran", default=True)
+    largest_batch: Positive | None = setting(
+        "find the largest batch a device holds, up to this; none: do not", default=None
     )
-    synthetic: bool = field(
-        default=False, metadata={"help": "random weights and tokens instead of the recipe's inputs"}
+    timeout_minutes: Positive = setting("that a run may take", default=30, on_resume="free")
+    max_minutes: Minutes = setting(
+        "after which no run begins: what comes last is left out; none: all are made", default=None, on_resume="free"
     )
-    model_config: dict | None = field(default=None, metadata={"help": "with synthetic: the shape, keys of its config"})
-    toy: bool = field(default=False, metadata={"help": "the same with a tiny model and few steps, to try it on a CPU"})
-    rounds: Positive = field(default=3, metadata={"help": "times every variant is timed, in turn"})
-    warmup_steps: Positive = field(default=10, metadata={"help": "steps before the clock starts"})
-    timed_steps: Positive = field(default=20, metadata={"help": "steps by the clock"})
-    parity_steps: Count = field(default=200, metadata={"help": "steps whose losses are compared; 0: none"})
-    profile: bool = field(default=True, metadata={"help": "look, in a run of its own, at which kernels ran"})
-    largest_batch: Positive | None = field(
-        default=None, metadata={"help": "find the largest batch a device holds, up to this; none: do not"}
-    )
-    timeout_minutes: Positive = field(default=30, metadata={"help": "that a run may take"})
-    max_minutes: Minutes = field(
-        default=None, metadata={"help": "after which no run begins: what comes last is left out; none: all are made"}
-    )
-    cut_minutes: Minutes = field(default=None, metadata={"help": "after which the run in progress is cut"})
+    cut_minutes: Minutes = setting("after which the run in progress is cut", default=None, on_resume="free")
 
 
 def check(settings):

@@ -20,7 +20,7 @@ import socket
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +28,7 @@ from pydantic import Field
 
 from dilqur.common.errors import EveryRankError, InputError
 from dilqur.pipeline.program import program
+from dilqur.pipeline.settings_parser import setting
 from dilqur.preflight import node_verdicts as verdict
 from dilqur.preflight.findings import Findings
 from dilqur.preflight.node_facts import node_facts
@@ -40,24 +41,20 @@ GRACE_S = 5  # srun ends all nodes with the first that fails: let the first node
 
 @dataclass(kw_only=True)
 class CheckNodesSettings:
-    num_machines: Annotated[int, Field(ge=1)] = field(default=1, metadata={"help": "nodes, as of accelerate launch"})
-    num_processes: Annotated[int, Field(ge=1)] = field(default=1, metadata={"help": "of all nodes together: the GPUs"})
-    machine_rank: Annotated[int, Field(ge=0)] = field(default=0, metadata={"help": "this node's, from 0"})
-    main_process_ip: str = field(default="127.0.0.1", metadata={"help": "the first node's address"})
-    main_process_port: int = field(default=0, metadata={"help": "and port; 0: a free one, with one node"})
-    machines: list[str] = field(default_factory=list, metadata={"help": "names of the nodes, for the messages"})
-    run_dir: str = field(default="runs", metadata={"help": "the folder that all nodes share"})
-    local_dir: str | None = field(
-        default=None, metadata={"help": "the node's own; DILQUR_LOCAL_DIR, or the temporary one"}
+    num_machines: Annotated[int, Field(ge=1)] = setting("nodes, as of accelerate launch", default=1)
+    num_processes: Annotated[int, Field(ge=1)] = setting("of all nodes together: the GPUs", default=1)
+    machine_rank: Annotated[int, Field(ge=0)] = setting("this node's, from 0", default=0)
+    main_process_ip: str = setting("the first node's address", default="127.0.0.1")
+    main_process_port: int = setting("and port; 0: a free one, with one node", default=0)
+    machines: list[str] = setting("names of the nodes, for the messages", default_factory=list)
+    run_dir: str = setting("the folder that all nodes share", default="runs", recorded=False)
+    local_dir: str | None = setting("the node's own; DILQUR_LOCAL_DIR, or the temporary one", default=None)
+    min_bus_bandwidth: Annotated[float, Field(gt=0)] | None = setting(
+        "GB/s that an all-reduce has to reach", default=None
     )
-    min_bus_bandwidth: Annotated[float, Field(gt=0)] | None = field(
-        default=None, metadata={"help": "GB/s that an all-reduce has to reach"}
-    )
-    timeout_s: Annotated[int, Field(ge=1)] = field(
-        default=60, metadata={"help": "how long a node waits for the others"}
-    )
-    json: bool = field(default=False, metadata={"help": "one JSON object on standard output"})
-    check: bool = field(default=False, metadata={"help": "check the arguments, run nothing"})
+    timeout_s: Annotated[int, Field(ge=1)] = setting("how long a node waits for the others", default=60)
+    json: bool = setting("one JSON object on standard output", default=False, recorded=False)
+    check: bool = setting("check the arguments, run nothing", default=False, recorded=False)
 
 
 def start_processes(settings, port):

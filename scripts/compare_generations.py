@@ -10,7 +10,7 @@ arXiv:1908.04319): 1 − distinct 4-grams / 4-grams, over words, so that tokeniz
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field
@@ -24,6 +24,7 @@ from dilqur.data.documents import read
 from dilqur.evals.model_names import display_names
 from dilqur.pipeline.inputs import Documents, ModelPath
 from dilqur.pipeline.program import program
+from dilqur.pipeline.settings_parser import setting
 from dilqur.pipeline.stage import StageSettings
 from dilqur.tokenizer.llama3 import EOT, encode_chat
 from dilqur.tokenizer.text_tokenizer import TextTokenizer
@@ -31,19 +32,15 @@ from dilqur.tokenizer.text_tokenizer import TextTokenizer
 
 @dataclass(kw_only=True)
 class CompareSettings(StageSettings):
-    model_name_or_path: list[ModelPath] = field(
-        metadata={"help": "model folders or stages, in the order of the columns"}
-    )
-    chat_models: list[str] = field(default_factory=list, metadata={"help": "names among them that are assistants"})
-    input: list[Documents] = field(metadata={"help": "prompts, one a line or record"})
-    text_field: str = field(default="text", metadata={"help": "key that holds a prompt in .jsonl"})
-    max_new_tokens: Annotated[int, Field(ge=1)] = field(default=128, metadata={"help": "longest answer in tokens"})
-    temperature: Annotated[float, Field(ge=0)] = field(default=0.0, metadata={"help": "0: always the likeliest token"})
-    top_p: Annotated[float, Field(gt=0, le=1)] = field(
-        default=1.0, metadata={"help": "with a temperature: nucleus sampling"}
-    )
-    bf16: bool = field(default=False, metadata={"help": "run the models in bfloat16"})
-    seed: Annotated[int, Field(ge=0)] = field(default=42, metadata={"help": "for sampling"})
+    model_name_or_path: list[ModelPath] = setting("model folders or stages, in the order of the columns")
+    chat_models: list[str] = setting("names among them that are assistants", default_factory=list)
+    input: list[Documents] = setting("prompts, one a line or record")
+    text_field: str = setting("key that holds a prompt in .jsonl", default="text")
+    max_new_tokens: Annotated[int, Field(ge=1)] = setting("longest answer in tokens", default=128)
+    temperature: Annotated[float, Field(ge=0)] = setting("0: always the likeliest token", default=0.0)
+    top_p: Annotated[float, Field(gt=0, le=1)] = setting("with a temperature: nucleus sampling", default=1.0)
+    bf16: bool = setting("run the models in bfloat16", default=False)
+    seed: Annotated[int, Field(ge=0)] = setting("for sampling", default=42)
 
 
 def repetition(text, n=4):

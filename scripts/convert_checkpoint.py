@@ -16,7 +16,7 @@ One process, no GPU, one tensor in memory at a time. docs/checkpoints-converting
 import json
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -30,6 +30,7 @@ from dilqur.models.config import LAYOUTS, is_encoder
 from dilqur.pipeline.inputs import Input, ModelPath
 from dilqur.pipeline.manifest import file_identity
 from dilqur.pipeline.program import program
+from dilqur.pipeline.settings_parser import setting
 from dilqur.pipeline.stage import StageSettings
 
 CheckpointPath = Annotated[str, Input("file")]
@@ -37,35 +38,29 @@ CheckpointPath = Annotated[str, Input("file")]
 
 @dataclass(kw_only=True)
 class ConvertSettings(StageSettings):
-    checkpoint: CheckpointPath | None = field(
-        default=None,
-        metadata={"help": "folder of a checkpoint, ours or another program's; of a folder of ours, the newest in it"},
+    checkpoint: CheckpointPath | None = setting(
+        "folder of a checkpoint, ours or another program's; of a folder of ours, the newest in it", default=None
     )
-    model_name_or_path: ModelPath | None = field(
-        default=None,
-        metadata={"help": "alone: the folder to make a checkpoint of; with checkpoint: the model its run began with"},
+    model_name_or_path: ModelPath | None = setting(
+        "alone: the folder to make a checkpoint of; with checkpoint: the model its run began with", default=None
     )
-    dtype: Literal["bfloat16", "float32"] | None = field(
-        default=None, metadata={"help": "of the weights of a Hugging Face folder; none: as they were trained"}
+    dtype: Literal["bfloat16", "float32"] | None = setting(
+        "of the weights of a Hugging Face folder; none: as they were trained", default=None
     )
-    with_optimizer: bool = field(
-        default=False, metadata={"help": "put moments and step into the Hugging Face folder, too, for the way back"}
+    with_optimizer: bool = setting(
+        "put moments and step into the Hugging Face folder, too, for the way back", default=False
     )
-    step: Annotated[int, Field(ge=0)] | None = field(
-        default=None, metadata={"help": "the step a new checkpoint counts as; none: as its optimizer says, else 0"}
+    step: Annotated[int, Field(ge=0)] | None = setting(
+        "the step a new checkpoint counts as; none: as its optimizer says, else 0", default=None
     )
-    trust_pickle: bool = field(
-        default=False,
-        metadata={"help": "load another program's pickles: they can run any code, so know where they are from"},
+    trust_pickle: bool = setting(
+        "load another program's pickles: they can run any code, so know where they are from", default=False
     )
-    encoder_layout: Literal[LAYOUTS] | None = field(
-        default=None,
-        metadata={
-            "help": "of an encoder: a folder transformers loads (eurobert), or one with the published names (neobert)"
-        },
+    encoder_layout: Literal[LAYOUTS] | None = setting(
+        "of an encoder: a folder transformers loads (eurobert), or one with the published names (neobert)", default=None
     )
-    verify: bool = field(default=False, metadata={"help": "read every byte of the checkpoint, write nothing"})
-    json: bool = field(default=False, metadata={"help": "one JSON object on standard output"})
+    verify: bool = setting("read every byte of the checkpoint, write nothing", default=False)
+    json: bool = setting("one JSON object on standard output", default=False, recorded=False)
 
 
 # -- what can be seen in a second -------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ the same command goes on from the newest complete checkpoint. At the end OUTPUT_
 
 import contextlib
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from dilqur.common.errors import InputError
 from dilqur.common.startup import quiet_libraries
@@ -22,16 +22,15 @@ from dilqur.models.config import read_config
 from dilqur.models.safetensors_io import stored_tensors
 from dilqur.pipeline.inputs import TokenizerPath
 from dilqur.pipeline.program import program
+from dilqur.pipeline.settings_parser import setting
 from dilqur.training.settings import TrainingSettings, check_model, check_new_model, check_training
 
 
 @dataclass(kw_only=True)
 class CptSettings(TrainingSettings):
-    model_config: dict | None = field(
-        default=None, metadata={"help": "keys of a LlamaConfig, to begin with random weights instead"}
-    )
-    tokenizer: TokenizerPath | None = field(
-        default=None, metadata={"help": "with model_config: the tokenizer that goes into model/"}
+    model_config: dict | None = setting("keys of a LlamaConfig, to begin with random weights instead", default=None)
+    tokenizer: TokenizerPath | None = setting(
+        "with model_config: the tokenizer that goes into model/", default=None, on_resume="may_change"
     )
 
 

@@ -17,7 +17,7 @@ OUTPUT_DIR/documents.npz: `nats` (documents, models), float64; `utf8_bytes` (doc
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
@@ -33,27 +33,24 @@ from dilqur.evals.model_names import named_models
 from dilqur.models.config import check_length, read_config
 from dilqur.pipeline.inputs import Documents, ModelPath
 from dilqur.pipeline.program import program
+from dilqur.pipeline.settings_parser import setting
 from dilqur.pipeline.stage import StageSettings
 from dilqur.tokenizer.text_tokenizer import TextTokenizer
 
 
 @dataclass(kw_only=True)
 class BpbSettings(StageSettings):
-    model_name_or_path: list[ModelPath] = field(metadata={"help": "model folders or stages"})
-    names: list[str] | None = field(default=None, metadata={"help": "what to call them; none: their folders' names"})
-    input: list[Documents] = field(metadata={"help": "held-out documents: files, folders or globs"})
-    text_field: str = field(default="text", metadata={"help": "key or column that holds the text"})
-    sample_by: Literal["line", "paragraph", "document"] = field(
-        default="line", metadata={"help": "one document of a .txt"}
-    )
-    max_length: Annotated[int, Field(ge=2)] = field(default=2048, metadata={"help": "tokens a model sees at once"})
-    stride: Annotated[int, Field(ge=1)] | None = field(
-        default=None, metadata={"help": "new tokens a window; none: max_length / 2"}
-    )
-    per_device_eval_batch_size: Annotated[int, Field(ge=1)] = field(default=8, metadata={"help": "windows at a time"})
-    bf16: bool = field(default=False, metadata={"help": "run the models in bfloat16"})
-    seed: Annotated[int, Field(ge=0)] = field(default=42, metadata={"help": "of the draws for the intervals"})
-    json: bool = field(default=False, metadata={"help": "one JSON object on standard output"})
+    model_name_or_path: list[ModelPath] = setting("model folders or stages")
+    names: list[str] | None = setting("what to call them; none: their folders' names", default=None)
+    input: list[Documents] = setting("held-out documents: files, folders or globs")
+    text_field: str = setting("key or column that holds the text", default="text")
+    sample_by: Literal["line", "paragraph", "document"] = setting("one document of a .txt", default="line")
+    max_length: Annotated[int, Field(ge=2)] = setting("tokens a model sees at once", default=2048)
+    stride: Annotated[int, Field(ge=1)] | None = setting("new tokens a window; none: max_length / 2", default=None)
+    per_device_eval_batch_size: Annotated[int, Field(ge=1)] = setting("windows at a time", default=8)
+    bf16: bool = setting("run the models in bfloat16", default=False)
+    seed: Annotated[int, Field(ge=0)] = setting("of the draws for the intervals", default=42)
+    json: bool = setting("one JSON object on standard output", default=False, recorded=False)
 
 
 def load(path, bf16):

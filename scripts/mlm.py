@@ -10,7 +10,7 @@ EuroBertForMaskedLM, the same function, with no code of ours.
 """
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -23,6 +23,7 @@ from dilqur.models.config import NEOBERT_KEYS, neobert_width, new_model_config, 
 from dilqur.models.safetensors_io import stored_tensors
 from dilqur.pipeline.inputs import TokenizerPath
 from dilqur.pipeline.program import program
+from dilqur.pipeline.settings_parser import setting
 from dilqur.tokenizer.encoder_tokens import MASK
 from dilqur.tokenizer.text_tokenizer import TextTokenizer
 from dilqur.training.settings import TrainingSettings, check_new_model, check_training
@@ -31,23 +32,18 @@ from dilqur.training.settings import TrainingSettings, check_new_model, check_tr
 @dataclass(kw_only=True)
 class MlmSettings(TrainingSettings):
     encoder: ClassVar = True
-    model_config: dict | None = field(
-        default=None, metadata={"help": "keys of a NeoBERTConfig, to begin with random weights"}
+    model_config: dict | None = setting("keys of a NeoBERTConfig, to begin with random weights", default=None)
+    tokenizer: TokenizerPath | None = setting(
+        "with model_config: the tokenizer that goes into model/", default=None, on_resume="may_change"
     )
-    tokenizer: TokenizerPath | None = field(
-        default=None, metadata={"help": "with model_config: the tokenizer that goes into model/"}
+    max_position_embeddings: Annotated[int, Field(ge=1)] | None = setting(
+        "with model_name_or_path: its longest context from now on (RoPE has no weights)", default=None
     )
-    max_position_embeddings: Annotated[int, Field(ge=1)] | None = field(
-        default=None,
-        metadata={"help": "with model_name_or_path: its longest context from now on (RoPE has no weights)"},
+    mlm_probability: Annotated[float, Field(gt=0, lt=1)] = setting(
+        "share of the tokens that are to be guessed", default=0.2
     )
-    mlm_probability: Annotated[float, Field(gt=0, lt=1)] = field(
-        default=0.2, metadata={"help": "share of the tokens that are to be guessed"}
-    )
-    mask_rule: Literal[RULES] = field(default="mask", metadata={"help": "what is shown instead of them"})
-    mask_count: Literal[COUNTS] = field(
-        default="independent", metadata={"help": "each by itself, or the rounded share of each sample"}
-    )
+    mask_rule: Literal[RULES] = setting("what is shown instead of them", default="mask")
+    mask_count: Literal[COUNTS] = setting("each by itself, or the rounded share of each sample", default="independent")
 
     @property
     def labelled_fraction(self):

@@ -10,7 +10,7 @@ what each batch file asks for on this site. What only nodes can tell: scripts/ch
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +18,7 @@ from pydantic import Field
 
 from dilqur.common.constants import ROOT
 from dilqur.pipeline.program import program
+from dilqur.pipeline.settings_parser import setting
 from dilqur.preflight.batch_file import check_file, read_batch_file
 from dilqur.preflight.cluster import check_slurm, check_submit
 from dilqur.preflight.findings import Findings
@@ -40,14 +41,12 @@ from dilqur.preflight.stage_checks import (
 
 @dataclass(kw_only=True)
 class PreflightSettings:
-    recipe: str = field(metadata={"help": "folder with a pipeline.txt, or a recipe in one (also as --config)"})
-    run_dir: str | None = field(default=None, metadata={"help": "run folder; runs/NAME for recipes/NAME"})
-    num_processes: Annotated[int, Field(ge=1)] | None = field(
-        default=None, metadata={"help": "GPUs in all; those of the batch file"}
-    )
-    verify: bool = field(default=False, metadata={"help": "read every shard and compare the checksums"})
-    json: bool = field(default=False, metadata={"help": "one JSON object on standard output"})
-    check: bool = field(default=False, metadata={"help": "check the arguments, print nothing else"})
+    recipe: str = setting("folder with a pipeline.txt, or a recipe in one (also as --config)")
+    run_dir: str | None = setting("run folder; runs/NAME for recipes/NAME", default=None, recorded=False)
+    num_processes: Annotated[int, Field(ge=1)] | None = setting("GPUs in all; those of the batch file", default=None)
+    verify: bool = setting("read every shard and compare the checksums", default=False)
+    json: bool = setting("one JSON object on standard output", default=False, recorded=False)
+    check: bool = setting("check the arguments, print nothing else", default=False, recorded=False)
 
 
 CHECKS = (

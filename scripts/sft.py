@@ -13,7 +13,7 @@ is the LoRA adapter and OUTPUT_DIR/model the fp32 model with it merged in. A kil
 import json
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -29,6 +29,7 @@ from dilqur.estimate.strategy import planned_strategy
 from dilqur.models.config import check_length, read_config
 from dilqur.pipeline.inputs import Documents, ModelPath
 from dilqur.pipeline.program import program
+from dilqur.pipeline.settings_parser import setting
 from dilqur.pipeline.stage import StageSettings
 from dilqur.tokenizer.llama3 import CHAT_TEMPLATE, EOS, EOT, PAD
 from dilqur.tokenizer.text_tokenizer import TextTokenizer
@@ -36,48 +37,30 @@ from dilqur.tokenizer.text_tokenizer import TextTokenizer
 
 @dataclass(kw_only=True)
 class SftSettings(StageSettings):
-    model_name_or_path: ModelPath = field(metadata={"help": "model folder, or the stage that made it"})
-    input: list[Documents] = field(metadata={"help": "conversations: .jsonl, plain, .gz or .zst"})
-    on_error: Literal["stop", "skip"] = field(
-        default="stop", metadata={"help": "at a bad record: stop, or skip and count it"}
-    )
-    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = field(
-        default=0.0, metadata={"help": "share held out for eval_loss"}
-    )
-    max_length: Positive = field(
-        default=1024, metadata={"help": "longest conversation in tokens; longer ones are left out and counted"}
-    )
-    bf16: bool = field(
-        default=False, metadata={"help": "base weights and products in bfloat16; the adapter stays fp32"}
-    )
-    global_batch_size: Positive = field(default=16, metadata={"help": "conversations a step over all GPUs"})
-    per_device_train_batch_size: Positive = field(
-        default=4, metadata={"help": "most conversations a GPU holds at once: a ceiling"}
-    )
-    num_train_epochs: Annotated[float, Field(gt=0)] = field(
-        default=3.0, metadata={"help": "times the conversations are seen"}
-    )
-    learning_rate: Annotated[float, Field(gt=0)] = field(default=1e-4, metadata={"help": "peak of the schedule"})
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = field(
-        default="cosine", metadata={"help": "after the warm-up"}
-    )
-    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = field(
-        default=0.03, metadata={"help": "share of the steps for warm-up"}
-    )
-    weight_decay: Annotated[float, Field(ge=0)] = field(default=0.0, metadata={"help": "AdamW"})
-    max_grad_norm: Annotated[float, Field(gt=0)] = field(default=1.0, metadata={"help": "clip"})
-    lora_r: Positive = field(default=64, metadata={"help": "rank"})
-    lora_alpha: Positive = field(default=28, metadata={"help": "scale: alpha / r"})
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = field(default=0.05, metadata={"help": "on the adapter's input"})
-    lora_target_modules: list[str] = field(
+    model_name_or_path: ModelPath = setting("model folder, or the stage that made it")
+    input: list[Documents] = setting("conversations: .jsonl, plain, .gz or .zst")
+    on_error: Literal["stop", "skip"] = setting("at a bad record: stop, or skip and count it", default="stop")
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = setting("share held out for eval_loss", default=0.0)
+    max_length: Positive = setting("longest conversation in tokens; longer ones are left out and counted", default=1024)
+    bf16: bool = setting("base weights and products in bfloat16; the adapter stays fp32", default=False)
+    global_batch_size: Positive = setting("conversations a step over all GPUs", default=16)
+    per_device_train_batch_size: Positive = setting("most conversations a GPU holds at once: a ceiling", default=4)
+    num_train_epochs: Annotated[float, Field(gt=0)] = setting("times the conversations are seen", default=3.0)
+    learning_rate: Annotated[float, Field(gt=0)] = setting("peak of the schedule", default=1e-4)
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = setting("after the warm-up", default="cosine")
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = setting("share of the steps for warm-up", default=0.03)
+    weight_decay: Annotated[float, Field(ge=0)] = setting("AdamW", default=0.0)
+    max_grad_norm: Annotated[float, Field(gt=0)] = setting("clip", default=1.0)
+    lora_r: Positive = setting("rank", default=64)
+    lora_alpha: Positive = setting("scale: alpha / r", default=28)
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = setting("on the adapter's input", default=0.05)
+    lora_target_modules: list[str] = setting(
+        "layers that get an adapter",
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        metadata={"help": "layers that get an adapter"},
     )
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute activations: less memory, slower"})
-    report_to: list[Literal["tensorboard", "wandb"]] = field(default_factory=list, metadata={"help": "trackers"})
-    seed: Annotated[int, Field(ge=0)] = field(
-        default=42, metadata={"help": "decides the order, the dropout and the adapter's start"}
-    )
+    gradient_checkpointing: bool = setting("recompute activations: less memory, slower", default=False)
+    report_to: list[Literal["tensorboard", "wandb"]] = setting("trackers", default_factory=list)
+    seed: Annotated[int, Field(ge=0)] = setting("decides the order, the dropout and the adapter's start", default=42)
 
 
 # -- training ---------------------------------------------------------------------------------------------------------

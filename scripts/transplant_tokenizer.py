@@ -12,7 +12,7 @@ Hugging Face folder. docs/vocabulary-transplant.md says which method to take.
 
 import functools
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +26,7 @@ from dilqur.models.config import read_config
 from dilqur.models.safetensors_io import read_tensor, rewrite, stored_tensors
 from dilqur.pipeline.inputs import Documents, ModelPath, TokenizerPath
 from dilqur.pipeline.program import program
+from dilqur.pipeline.settings_parser import setting
 from dilqur.pipeline.stage import StageSettings
 from dilqur.tokenizer.llama3 import EOT, PAD
 from dilqur.tokenizer.text_tokenizer import TextTokenizer, padded_size
@@ -38,10 +39,8 @@ READS_TEXT = ("calibrated_piece_mean", "focus", "orthogonal_matching_pursuit")
 
 @dataclass(kw_only=True)
 class TransplantSettings(ReadingSettings, StageSettings):
-    model_name_or_path: ModelPath = field(
-        metadata={"help": "base model: its folder, a stage, or a Hub name in the local cache"}
-    )
-    tokenizer: TokenizerPath = field(metadata={"help": "folder of the new tokenizer"})
+    model_name_or_path: ModelPath = setting("base model: its folder, a stage, or a Hub name in the local cache")
+    tokenizer: TokenizerPath = setting("folder of the new tokenizer")
     method: Literal[
         "random",
         "mean",
@@ -50,24 +49,22 @@ class TransplantSettings(ReadingSettings, StageSettings):
         "calibrated_piece_mean",
         "focus",
         "orthogonal_matching_pursuit",
-    ] = field(default="piece_mean", metadata={"help": "how a new token's row starts"})
-    input: list[Documents] | None = field(
-        default=None, metadata={"help": f"text of the language, for {', '.join(READS_TEXT)}: files, folders or globs"}
+    ] = setting("how a new token's row starts", default="piece_mean")
+    input: list[Documents] | None = setting(
+        f"text of the language, for {', '.join(READS_TEXT)}: files, folders or globs", default=None
     )
-    max_input_tokens: Positive = field(default=20_000_000, metadata={"help": "tokens of input that are read"})
-    donor_model_name_or_path: ModelPath | None = field(
-        default=None,
-        metadata={"help": "orthogonal_matching_pursuit: a model that has the new tokenizer, instead of input"},
+    max_input_tokens: Positive = setting("tokens of input that are read", default=20_000_000)
+    donor_model_name_or_path: ModelPath | None = setting(
+        "orthogonal_matching_pursuit: a model that has the new tokenizer, instead of input", default=None
     )
-    sparsity: Positive | None = field(
-        default=None, metadata={"help": f"orthogonal_matching_pursuit: tokens that make up a new one; {SPARSITY}"}
+    sparsity: Positive | None = setting(
+        f"orthogonal_matching_pursuit: tokens that make up a new one; {SPARSITY}", default=None
     )
-    match_norms: Literal["none", "row", "class"] = field(
-        default="none",
-        metadata={"help": "scale what is made to the mean norm of the old rows: each row, or each class by one factor"},
+    match_norms: Literal["none", "row", "class"] = setting(
+        "scale what is made to the mean norm of the old rows: each row, or each class by one factor", default="none"
     )
-    pad_to_multiple_of: Positive = field(default=128, metadata={"help": "rows of the matrix, for tensor cores"})
-    seed: int = field(default=42, metadata={"help": "of random's noise and of the decomposition of input"})
+    pad_to_multiple_of: Positive = setting("rows of the matrix, for tensor cores", default=128)
+    seed: int = setting("of random's noise and of the decomposition of input", default=42)
 
 
 # -- what can be seen in a second -------------------------------------------------------------------------------------

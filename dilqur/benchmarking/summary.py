@@ -44,7 +44,7 @@ def summarise(benchmark, rows):
         )
         parity, note = None, None
         if variant.name != first and settings.parity_steps and row["losses"] and rows[first]["losses"]:
-            same = same_training(benchmark.values[first], benchmark.values[variant.name])
+            same = same_training(benchmark.program.settings, benchmark.values[first], benchmark.values[variant.name])
             parity = loss_parity(rows[first]["losses"], row["losses"], settings.parity_steps) if same else None
             note = None if parity else "a loss is missing" if same else "another training"
         out[variant.name] = {

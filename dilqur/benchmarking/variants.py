@@ -7,20 +7,11 @@ from pathlib import Path
 from typing import get_type_hints
 
 from dilqur.common.errors import InputError
-from dilqur.pipeline.settings_parser import check_value, read_yaml
+from dilqur.pipeline.settings_parser import check_value, keys_that, read_yaml
 
 OWN_KEYS = ("strategy", "trainer", "expect")  # of a variant, beside those of the recipe
-# with another of these a variant trains something else: its losses are not to be those of the first
-OTHER_TRAINING = (
-    "datasets", "max_length", "global_batch_size", "packing", "seed", "unfrozen_parameters", "model_config", "learning_rate",
-    "intra_document_masking", "mlm_probability", "mask_count",
-)  # fmt: skip
-# a benchmark trains for so many steps and leaves no result: these keys of a recipe are not its own
-LEFT_OUT = {
-    "num_train_epochs": None, "eval_datasets": None, "eval_steps": None, "load_best_model_at_end": False, "report_to": [],
-    "dataset_changes": None, "mirror_to": None, "save_steps": 10**9, "save_minutes": None, "save_keep_every": None,
-    "logging_steps": 1, "resume_from_checkpoint": "none", "stop_at_step": None, "max_minutes": None, "profile": False,
-}  # fmt: skip
+# of the keys that define a training, those that change its losses by rounding alone
+PRECISION = ("bf16", "dtype", "fp8")
 # so small that any machine runs it in seconds
 TOY = {"max_length": 64, "per_device_train_batch_size": 2, "dataloader_num_workers": 0}
 
@@ -90,9 +81,13 @@ def recipe_values(settings_class, recipe, common, variant, num_processes, accumu
     if accumulation:
         each = values.get("per_device_train_batch_size", defaults["per_device_train_batch_size"])
         values["global_batch_size"] = accumulation * num_processes * each
-    return {**values, **LEFT_OUT}
+    metadata = {f.name: f.metadata for f in fields(settings_class)}
+    return values | {
+        name: about["benchmark"] for name, about in metadata.items() if about.get("benchmark", ...) is not ...
+    }
 
 
-def same_training(one, other):
-    """Are two variants' settings ({key: value}) such that their losses should be the same?"""
-    return all(one.get(key) == other.get(key) for key in OTHER_TRAINING)
+def same_training(settings_class, one, other):
+    """Are two variants' settings ({key: value}) such that their losses should be the same, but for rounding?"""
+    defines = keys_that(settings_class, None) - {*PRECISION} | {"datasets"}
+    return all(one.get(name) == other.get(name) for name in defines)

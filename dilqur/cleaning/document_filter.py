@@ -8,7 +8,7 @@ are that paper's (see dilqur/cleaning/text_quality.py).
 """
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -29,84 +29,54 @@ from dilqur.common.constants import Fraction, Positive
 from dilqur.common.errors import InputError
 from dilqur.common.paths import expand
 from dilqur.pipeline.inputs import Documents, FilePath
+from dilqur.pipeline.settings_parser import setting
 
 EXCERPT = 200  # characters of a document that a report shows
 
 
 @dataclass(kw_only=True)
 class FilterSettings:
-    dotted_i: bool = field(
-        default=False, metadata={"help": "i and ı with U+0307 become i, I with it becomes İ (az, tr)"}
+    dotted_i: bool = setting("i and ı with U+0307 become i, I with it becomes İ (az, tr)", default=False)
+    replace: dict | None = setting("characters that stand for others, e.g. {ǝ: ə}", default=None)
+    boilerplate_patterns: list[str] | None = setting(
+        "regular expressions; lines they touch are taken out", default=None
     )
-    replace: dict | None = field(default=None, metadata={"help": "characters that stand for others, e.g. {ǝ: ə}"})
-    boilerplate_patterns: list[str] | None = field(
-        default=None, metadata={"help": "regular expressions; lines they touch are taken out"}
+    boilerplate_files: list[Documents] | None = setting(
+        ".txt files of lines to take out; files, folders or globs", default=None
     )
-    boilerplate_files: list[Documents] | None = field(
-        default=None, metadata={"help": ".txt files of lines to take out; files, folders or globs"}
+    min_chars: Positive = setting("shortest document kept", default=50)
+    max_chars: Positive = setting(
+        "longest document kept; twice as long it goes before its boilerplate lines", default=1_000_000
     )
-    min_chars: Positive = field(default=50, metadata={"help": "shortest document kept"})
-    max_chars: Positive = field(
-        default=1_000_000,
-        metadata={"help": "longest document kept; twice as long it goes before its boilerplate lines"},
+    min_letter_share: Fraction = setting("least share of letters among visible characters", default=0.0)
+    max_digit_share: Fraction = setting("most digits", default=1.0)
+    max_symbol_share: Fraction = setting("most symbols (currency, arrows, emoji)", default=1.0)
+    max_upper_case_share: Fraction = setting("most capitals among the letters", default=1.0)
+    min_alphabetic_word_share: Fraction = setting("least words with a letter (Gopher: 0.8)", default=0.0)
+    min_mean_word_length: Annotated[float, Field(ge=0)] = setting("Gopher: 3", default=0.0)
+    max_mean_word_length: Annotated[float, Field(gt=0)] = setting("Gopher: 10", default=1000.0)
+    script: str | None = setting("Unicode name of the script, e.g. Latin", default=None)
+    min_script_share: Fraction = setting("least letters in it, where `script` is given", default=0.5)
+    max_bullet_line_share: Fraction = setting("most lines that begin with a bullet (Gopher: 0.9)", default=1.0)
+    max_ellipsis_line_share: Fraction = setting("most lines that end with … (Gopher: 0.3)", default=1.0)
+    min_sentence_line_share: Fraction = setting("least lines that end a sentence (FineWeb: 0.12)", default=0.0)
+    max_short_line_share: Fraction = setting("most lines of at most 30 characters (FineWeb: 0.67)", default=1.0)
+    max_repeated_line_share: Fraction = setting("most of a text's characters in repeated lines", default=0.3)
+    max_repeated_ngram_share: Fraction = setting(
+        "most of a text's words in repeated 5-grams (laws repeat their phrases)", default=0.4
     )
-    min_letter_share: Fraction = field(
-        default=0.0, metadata={"help": "least share of letters among visible characters"}
+    language: str | None = setting("language to keep, as the identifier names it (az); none: all", default=None)
+    min_language_probability: Fraction = setting("how sure of it the identifier must be", default=0.0)
+    language_model: FilePath | None = setting("py3langid or fastText model; none: py3langid's own", default=None)
+    blocked_urls: list[FilePath] | None = setting("files of hosts and addresses to leave out", default=None)
+    blocked_hashes: list[FilePath] | None = setting("files of SHA-256 of texts to leave out", default=None)
+    benchmarks: list[Documents] | None = setting("files whose texts no document may quote", default=None)
+    benchmark_words: Annotated[int, Field(ge=5)] = setting("words in a row that are a quotation", default=13)
+    pii: dict[str, Literal["mask", "drop", "count"]] | None = setting(
+        "personal data: {email: mask, phone: mask, card: drop, …}", default=None
     )
-    max_digit_share: Fraction = field(default=1.0, metadata={"help": "most digits"})
-    max_symbol_share: Fraction = field(default=1.0, metadata={"help": "most symbols (currency, arrows, emoji)"})
-    max_upper_case_share: Fraction = field(default=1.0, metadata={"help": "most capitals among the letters"})
-    min_alphabetic_word_share: Fraction = field(
-        default=0.0, metadata={"help": "least words with a letter (Gopher: 0.8)"}
-    )
-    min_mean_word_length: Annotated[float, Field(ge=0)] = field(default=0.0, metadata={"help": "Gopher: 3"})
-    max_mean_word_length: Annotated[float, Field(gt=0)] = field(default=1000.0, metadata={"help": "Gopher: 10"})
-    script: str | None = field(default=None, metadata={"help": "Unicode name of the script, e.g. Latin"})
-    min_script_share: Fraction = field(default=0.5, metadata={"help": "least letters in it, where `script` is given"})
-    max_bullet_line_share: Fraction = field(
-        default=1.0, metadata={"help": "most lines that begin with a bullet (Gopher: 0.9)"}
-    )
-    max_ellipsis_line_share: Fraction = field(
-        default=1.0, metadata={"help": "most lines that end with … (Gopher: 0.3)"}
-    )
-    min_sentence_line_share: Fraction = field(
-        default=0.0, metadata={"help": "least lines that end a sentence (FineWeb: 0.12)"}
-    )
-    max_short_line_share: Fraction = field(
-        default=1.0, metadata={"help": "most lines of at most 30 characters (FineWeb: 0.67)"}
-    )
-    max_repeated_line_share: Fraction = field(
-        default=0.3, metadata={"help": "most of a text's characters in repeated lines"}
-    )
-    max_repeated_ngram_share: Fraction = field(
-        default=0.4, metadata={"help": "most of a text's words in repeated 5-grams (laws repeat their phrases)"}
-    )
-    language: str | None = field(
-        default=None, metadata={"help": "language to keep, as the identifier names it (az); none: all"}
-    )
-    min_language_probability: Fraction = field(default=0.0, metadata={"help": "how sure of it the identifier must be"})
-    language_model: FilePath | None = field(
-        default=None, metadata={"help": "py3langid or fastText model; none: py3langid's own"}
-    )
-    blocked_urls: list[FilePath] | None = field(
-        default=None, metadata={"help": "files of hosts and addresses to leave out"}
-    )
-    blocked_hashes: list[FilePath] | None = field(
-        default=None, metadata={"help": "files of SHA-256 of texts to leave out"}
-    )
-    benchmarks: list[Documents] | None = field(
-        default=None, metadata={"help": "files whose texts no document may quote"}
-    )
-    benchmark_words: Annotated[int, Field(ge=5)] = field(
-        default=13, metadata={"help": "words in a row that are a quotation"}
-    )
-    pii: dict[str, Literal["mask", "drop", "count"]] | None = field(
-        default=None, metadata={"help": "personal data: {email: mask, phone: mask, card: drop, …}"}
-    )
-    pii_patterns: dict[str, str] | None = field(
-        default=None, metadata={"help": "further kinds of it: {name: regular expression}"}
-    )
-    pii_region: str | None = field(default=None, metadata={"help": "country of phone numbers without a +, e.g. AZ"})
+    pii_patterns: dict[str, str] | None = setting("further kinds of it: {name: regular expression}", default=None)
+    pii_region: str | None = setting("country of phone numbers without a +, e.g. AZ", default=None)
 
 
 class DocumentFilter:

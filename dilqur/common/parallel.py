@@ -10,50 +10,13 @@ import os
 import signal
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar
-
-from pydantic import Field
 
 from dilqur.common.errors import InputError
 
 AHEAD = 4  # items handed out for each process before the oldest result is asked for: no process waits, and memory stays flat
 
 _function = None  # what a worker process runs: set before the fork, so that a loaded tokenizer is shared and not copied
-
-
-@dataclass(kw_only=True)
-class ParallelSettings:
-    """How a program's work is spread; the result does not depend on it."""
-
-    harmless: ClassVar = ("num_proc", "shard", "of", "finish")
-
-    num_proc: Annotated[int, Field(ge=1)] | None = field(
-        default=None, metadata={"help": "worker processes; none: one a core"}
-    )
-    shard: Annotated[int, Field(ge=0)] | None = field(
-        default=None, metadata={"help": "do only this part of the files, counted from 0 …"}
-    )
-    of: Annotated[int, Field(ge=1)] | None = field(default=None, metadata={"help": "… of so many parts"})
-    finish: bool = field(default=False, metadata={"help": "all parts are done: put them together"})
-
-    def check_parts(self):
-        """InputError for --shard, --of and --finish that do not fit together."""
-        if (self.shard is not None or self.finish) and not self.of:
-            raise InputError("--of missing: the number of parts")
-        if self.of and (self.shard is None) == (not self.finish):
-            raise InputError("--of wants either --shard (do that part) or --finish true (put the parts together)")
-        if self.shard is not None and self.shard >= self.of:
-            raise InputError(f"--shard {self.shard}: parts are counted from 0 to {self.of - 1}")
-        if self.shard is not None and self.overwrite_output_dir:  # a key of StageSettings
-            raise InputError(
-                "--overwrite_output_dir with --shard: one part would remove the others; remove the folder by hand"
-            )
-        if self.finish and self.overwrite_output_dir:
-            raise InputError(
-                "--overwrite_output_dir with --finish: it would remove what is to be put together; leave it out"
-            )
 
 
 def ordered_map(function, items, num_proc):

@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -14,6 +14,7 @@ import xxhash
 from dilqur.common.errors import InputError
 from dilqur.common.paths import expand, kind_of
 from dilqur.data.blocks import MAX_RECORD_BYTES, blocks
+from dilqur.pipeline.settings_parser import setting
 
 _SKIP = "--on_error skip goes on without it and counts it"
 
@@ -22,12 +23,10 @@ _SKIP = "--on_error skip goes on without it and counts it"
 class ReadingSettings:
     """How a program that reads documents is told what one is."""
 
-    text_field: str = field(default="text", metadata={"help": "key or column that holds the text"})
-    sample_by: Literal["line", "paragraph", "document"] = field(
-        default="line", metadata={"help": "one document of a .txt"}
-    )
-    on_error: Literal["stop", "skip"] = field(
-        default="stop", metadata={"help": "at a bad record (broken JSON or UTF-8, no text): stop, or skip and count it"}
+    text_field: str = setting("key or column that holds the text", default="text")
+    sample_by: Literal["line", "paragraph", "document"] = setting("one document of a .txt", default="line")
+    on_error: Literal["stop", "skip"] = setting(
+        "at a bad record (broken JSON or UTF-8, no text): stop, or skip and count it", default="stop"
     )
 
 

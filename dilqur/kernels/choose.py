@@ -15,13 +15,14 @@ known before the first step, not of a stopwatch, so that two runs of one recipe 
 import importlib.util
 import os
 import shutil
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from dilqur.common.errors import InputError
 from dilqur.kernels.varlen_attention import attention_for
+from dilqur.pipeline.settings_parser import setting
 
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 LOSS_KERNELS = ("logits", "chunked", "liger")  # dilqur/kernels/fused_cross_entropy.py
@@ -38,37 +39,33 @@ FP8_SMALLEST = 1024  # a side of a matrix: below, casting costs more than the fa
 class KernelSettings:
     """The keys, for a run's settings to inherit. None: as `kernels` says."""
 
-    kernels: Literal["plain", "auto"] = field(
-        default="plain", metadata={"help": "auto: chosen for this machine; the four keys after it win over it"}
+    kernels: Literal["plain", "auto"] = setting(
+        "auto: chosen for this machine; the four keys after it win over it", default="plain", on_resume="may_change"
     )
-    attn_implementation: Literal[ATTENTION] | None = field(
-        default=None, metadata={"help": "as in transformers; plain: sdpa"}
+    attn_implementation: Literal[ATTENTION] | None = setting(
+        "as in transformers; plain: sdpa", default=None, on_resume="may_change"
     )
-    loss_kernel: Literal[LOSS_KERNELS] | None = field(
-        default=None, metadata={"help": "head and loss in one, but for logits (plain)"}
+    loss_kernel: Literal[LOSS_KERNELS] | None = setting(
+        "head and loss in one, but for logits (plain)", default=None, on_resume="may_change"
     )
-    torch_compile: bool | None = field(default=None, metadata={"help": "compile compile_unit; plain: false"})
-    compile_unit: Literal["layer", "model"] | None = field(
-        default=None, metadata={"help": "what becomes one graph: each layer, or all between embeddings and head"}
+    torch_compile: bool | None = setting("compile compile_unit; plain: false", default=None, on_resume="may_change")
+    compile_unit: Literal["layer", "model"] | None = setting(
+        "what becomes one graph: each layer, or all between embeddings and head", default=None, on_resume="may_change"
     )
-    use_liger_kernel: bool = field(
-        default=False, metadata={"help": "as in transformers: Liger's layers and loss, patched in; on a GPU only"}
+    use_liger_kernel: bool = setting(
+        "as in transformers: Liger's layers and loss, patched in; on a GPU only", default=False, on_resume="may_change"
     )
-    optim: Literal["adamw_torch", "adamw_torch_fused"] | None = field(
-        default=None, metadata={"help": "AdamW; none: fused on a GPU"}
+    optim: Literal["adamw_torch", "adamw_torch_fused"] | None = setting(
+        "AdamW; none: fused on a GPU", default=None, on_resume="may_change"
     )
-    fp8: bool = field(
-        default=False,
-        metadata={"help": "torchao's float8 products in large layers; Hopper and newer; another training"},
+    fp8: bool = setting("torchao's float8 products in large layers; Hopper and newer; another training", default=False)
+    gradient_checkpointing: bool = setting(
+        "recompute activations: less memory, a third slower", default=False, on_resume="may_change"
     )
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "recompute activations: less memory, a third slower"}
-    )
-    activation_memory_budget: Annotated[float, Field(ge=0, le=1)] | None = field(
+    activation_memory_budget: Annotated[float, Field(ge=0, le=1)] | None = setting(
+        "share of the activations that is kept, the rest recomputed: cheapest first if compiled, else by layer",
         default=None,
-        metadata={
-            "help": "share of the activations that is kept, the rest recomputed: cheapest first if compiled, else by layer"
-        },
+        on_resume="may_change",
     )
 
 

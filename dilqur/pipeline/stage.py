@@ -18,7 +18,7 @@ import shutil
 import socket
 import sys
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -32,24 +32,22 @@ from dilqur.common.paths import expand, matches, tokenizer_file, tokenizer_paths
 from dilqur.pipeline.inputs import Input, _bare, _documents, _read, in_hub_cache
 from dilqur.pipeline.manifest import file_identity, git_commit, hardware, package_versions, read_manifest, unchanged
 from dilqur.pipeline.rows import STAGE_NAME, read_pipeline
-from dilqur.pipeline.settings_parser import to_dict
+from dilqur.pipeline.settings_parser import keys_that, setting, to_dict
 
 
 @dataclass(kw_only=True)
 class StageSettings:
     """The keys every program has."""
 
-    run_dir: str | None = field(default=None, metadata={"help": "run folder; runs/NAME for recipes/NAME/STAGE.yaml"})
-    output_dir: str | None = field(
-        default=None, metadata={"help": "where the result goes; RUN_DIR/STAGE with a recipe"}
+    run_dir: str | None = setting("run folder; runs/NAME for recipes/NAME/STAGE.yaml", default=None, recorded=False)
+    output_dir: str | None = setting("where the result goes; RUN_DIR/STAGE with a recipe", default=None, recorded=False)
+    overwrite_output_dir: bool = setting(
+        "remove an earlier result of this program first", default=False, recorded=False
     )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "remove an earlier result of this program first"}
+    stage: str | None = setting(
+        "name of this stage in pipeline.txt, RECIPE@VARIANT; none: the recipe's", default=None, recorded=False
     )
-    stage: str | None = field(
-        default=None, metadata={"help": "name of this stage in pipeline.txt, RECIPE@VARIANT; none: the recipe's"}
-    )
-    check: bool = field(default=False, metadata={"help": "check the recipe and its inputs, run nothing (a second)"})
+    check: bool = setting("check the recipe and its inputs, run nothing (a second)", default=False, recorded=False)
 
 
 class Stage:
@@ -163,8 +161,8 @@ class Stage:
         if self.settings.overwrite_output_dir and not self.settings.check:
             return
         now, then = to_dict(self.settings), done["arguments"]
-        harmless = getattr(self.settings, "harmless", ())
-        changed = [k for k in now if k in then and now[k] != then[k] and k not in harmless]
+        free = keys_that(type(self.settings), "free")
+        changed = [k for k in now if k in then and now[k] != then[k] and k not in free]
         if changed:
             raise InputError(
                 f"{self.folder}: finished with {changed[0]} = {then[changed[0]]!r}, now {now[changed[0]]!r}; {again}"

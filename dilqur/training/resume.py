@@ -6,7 +6,7 @@ from pathlib import Path
 from dilqur.common.errors import EveryRankError, InputError
 from dilqur.data.batches import same_past
 from dilqur.models.safetensors_io import fingerprint
-from dilqur.pipeline.settings_parser import to_dict
+from dilqur.pipeline.settings_parser import keys_that, to_dict
 
 
 def checkpoint_to_resume(settings, complete):
@@ -106,17 +106,18 @@ def _way_out(folder, complete):
 
 
 def _refuse_other_run(settings, reader, identity):
-    """Only keys in `may_change` may differ. Raises InputError with the first that does, or where other data was seen.
+    """Only keys that may change on resume may differ. Raises InputError with the first that does, or where other data was seen.
 
     A checkpoint of another program, brought in by scripts/convert_checkpoint.py, has no recipe and no data: the run gives both.
     """
     then, now = reader.trainer, identity
+    fixed = keys_that(type(settings), None)
     if "imported" in then:
         return
     for key, value in now["recipe"].items():
         if key == "model_name_or_path" and "base" in then:
             continue  # what it is counts, not where it lies
-        if key in then["recipe"] and then["recipe"][key] != value and key not in settings.may_change:
+        if key in then["recipe"] and then["recipe"][key] != value and key in fixed:
             raise EveryRankError(
                 f"{reader.folder}: made with {key} = {then['recipe'][key]!r}, now {value!r}: that is another run; "
                 "choose another --output_dir, or put it back"

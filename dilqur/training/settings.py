@@ -1,7 +1,7 @@
 """What a run on the training loop can be told, and all that can be known to go wrong with it before torch is loaded."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Required
 
@@ -17,6 +17,7 @@ from dilqur.estimate.strategy import planned_strategy, refuse_what_it_cannot
 from dilqur.kernels.choose import KernelSettings, check_kernels
 from dilqur.pipeline.inputs import ModelPath, ShardsPath
 from dilqur.pipeline.manifest import read_manifest
+from dilqur.pipeline.settings_parser import setting
 from dilqur.pipeline.stage import StageSettings
 from dilqur.tokenizer.text_tokenizer import TextTokenizer
 from dilqur.training.optimizer import SCHEDULES
@@ -37,137 +38,120 @@ class DatasetChange(TypedDict):
 
 @dataclass(kw_only=True)
 class TrainingSettings(KernelSettings, StageSettings):
-    """What every run on this loop can be told. `harmless`: keys that do not change the result; `may_change`: what a resumed
-    run may have otherwise than the first one."""
+    """The keys of every run on this loop. Of datasets and tokenizer the fingerprints decide on resume, not the way they are called; of
+    dataset_changes those of steps that are not done yet."""
 
     encoder: ClassVar = False
     labelled_fraction: ClassVar = 1.0  # of the tokens that have a label
-    harmless: ClassVar = (
-        "per_device_train_batch_size", "save_steps", "save_total_limit", "eval_steps", "max_eval_samples", "logging_steps",
-        "report_to", "dataloader_num_workers", "local_dir", "resume_from_checkpoint", "stop_at_step", "max_minutes",
-        "save_minutes", "save_keep_every", "on_save_failure", "mirror_to", "hang_minutes", "profile",
-    )  # fmt: skip
-    # datasets, tokenizer: their fingerprints decide, not the way they are called; dataset_changes: those of steps not done yet
-    may_change: ClassVar = (
-        *harmless, "max_steps", "num_train_epochs", "eval_datasets", "datasets", "tokenizer", "dataset_changes", "kernels",
-        "attn_implementation", "loss_kernel", "torch_compile", "compile_unit", "use_liger_kernel", "optim",
-        "gradient_checkpointing", "activation_memory_budget", "reduce_dtype", "deterministic", "load_best_model_at_end",
-        "max_skipped_steps", "resume_without_optimizer",
-    )  # fmt: skip
+    model_name_or_path: ModelPath | None = setting("model folder, or the stage that made it", default=None)
+    bf16: bool = setting("bfloat16 products; weights and optimizer stay in `dtype`", default=False)
+    dtype: Literal["float32", "bfloat16"] = setting(
+        "of weights and optimizer; bfloat16: 8 bytes a parameter, stochastic rounding; ddp, fsdp2", default="float32"
+    )
+    reduce_dtype: Literal["float32", "bfloat16"] = setting(
+        "of the gradients on the network", default="float32", on_resume="may_change"
+    )
+    deterministic: bool = setting("the same bits on the same GPUs; slower", default=False, on_resume="may_change")
 
-    model_name_or_path: ModelPath | None = field(
-        default=None, metadata={"help": "model folder, or the stage that made it"}
+    datasets: list[DatasetShare] = setting(
+        "{path: token shards, weight: share of tokens}, …; or epochs instead of weight; or neither: by size",
+        on_resume="may_change",
     )
-    bf16: bool = field(default=False, metadata={"help": "bfloat16 products; weights and optimizer stay in `dtype`"})
-    dtype: Literal["float32", "bfloat16"] = field(
-        default="float32",
-        metadata={"help": "of weights and optimizer; bfloat16: 8 bytes a parameter, stochastic rounding; ddp, fsdp2"},
+    dataset_changes: list[DatasetChange] | None = setting(
+        "{step: after so many steps, datasets: the mixture from there on}, …",
+        default=None,
+        on_resume="may_change",
+        benchmark=None,
     )
-    reduce_dtype: Literal["float32", "bfloat16"] = field(
-        default="float32", metadata={"help": "of the gradients on the network"}
+    eval_datasets: list[DatasetShare] | None = setting(
+        "token shards held out, for eval_loss", default=None, on_resume="may_change", benchmark=None
     )
-    deterministic: bool = field(default=False, metadata={"help": "the same bits on the same GPUs; slower"})
+    continue_data: bool = setting("go on in the data where the stage of the model stopped", default=False)
+    local_dir: str | None = setting(
+        "folder on the node's own disk; the shards are copied to it first, once a node", default=None, on_resume="free"
+    )
+    max_length: Positive = setting("tokens a sample", default=2048)
+    packing: Literal["concat", "best_fit"] = setting(
+        "concat cuts the text every max_length tokens; best_fit keeps documents whole", default="concat"
+    )
+    intra_document_masking: bool = setting("the documents of one sample do not see each other", default=False)
+    global_batch_size: Positive = setting("sequences a step over all GPUs; accumulation is derived")
+    per_device_train_batch_size: Positive = setting(
+        "most sequences a GPU holds at once: a ceiling", default=8, on_resume="free"
+    )
+    dataloader_num_workers: Count = setting("processes that read ahead, for each GPU", default=0, on_resume="free")
 
-    datasets: list[DatasetShare] = field(
-        metadata={
-            "help": "{path: token shards, weight: share of tokens}, …; or epochs instead of weight; or neither: by size"
-        }
+    max_steps: Positive | None = setting("optimizer steps; or num_train_epochs", default=None, on_resume="may_change")
+    num_train_epochs: Annotated[float, Field(gt=0)] | None = setting(
+        "times the datasets are seen", default=None, on_resume="may_change", benchmark=None
     )
-    dataset_changes: list[DatasetChange] | None = field(
-        default=None, metadata={"help": "{step: after so many steps, datasets: the mixture from there on}, …"}
-    )
-    eval_datasets: list[DatasetShare] | None = field(
-        default=None, metadata={"help": "token shards held out, for eval_loss"}
-    )
-    continue_data: bool = field(
-        default=False, metadata={"help": "go on in the data where the stage of the model stopped"}
-    )
-    local_dir: str | None = field(
-        default=None, metadata={"help": "folder on the node's own disk; the shards are copied to it first, once a node"}
-    )
-    max_length: Positive = field(default=2048, metadata={"help": "tokens a sample"})
-    packing: Literal["concat", "best_fit"] = field(
-        default="concat",
-        metadata={"help": "concat cuts the text every max_length tokens; best_fit keeps documents whole"},
-    )
-    intra_document_masking: bool = field(
-        default=False, metadata={"help": "the documents of one sample do not see each other"}
-    )
-    global_batch_size: Positive = field(metadata={"help": "sequences a step over all GPUs; accumulation is derived"})
-    per_device_train_batch_size: Positive = field(
-        default=8, metadata={"help": "most sequences a GPU holds at once: a ceiling"}
-    )
-    dataloader_num_workers: Count = field(default=0, metadata={"help": "processes that read ahead, for each GPU"})
+    learning_rate: Annotated[float, Field(gt=0)] = setting("peak of the schedule")
+    lr_scheduler_type: Literal[SCHEDULES] = setting("after the warm-up", default="cosine")
+    min_lr_ratio: Fraction = setting("the schedule's floor, as a share of learning_rate", default=0.0)
+    lr_decay_steps: Positive | None = setting("of warmup_stable_decay: the last so many steps fall", default=None)
+    warmup_steps: Count = setting("steps of linear warm-up", default=0)
+    adam_beta1: Fraction = setting("AdamW", default=0.9)
+    adam_beta2: Fraction = setting("AdamW", default=0.95)
+    adam_epsilon: Annotated[float, Field(gt=0)] = setting("AdamW", default=1e-8)
+    weight_decay: Annotated[float, Field(ge=0)] = setting("on matrices; vectors have none", default=0.1)
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = setting("clip; none: do not", default=1.0)
+    unfrozen_parameters: list[str] | None = setting("train only names like these, e.g. *embed_tokens*", default=None)
 
-    max_steps: Positive | None = field(default=None, metadata={"help": "optimizer steps; or num_train_epochs"})
-    num_train_epochs: Annotated[float, Field(gt=0)] | None = field(
-        default=None, metadata={"help": "times the datasets are seen"}
+    save_steps: Positive = setting("steps between checkpoints", default=500, on_resume="free", benchmark=10**9)
+    save_minutes: Annotated[float, Field(gt=0)] | None = setting(
+        "and after so long without one", default=None, on_resume="free", benchmark=None
     )
-    learning_rate: Annotated[float, Field(gt=0)] = field(metadata={"help": "peak of the schedule"})
-    lr_scheduler_type: Literal[SCHEDULES] = field(default="cosine", metadata={"help": "after the warm-up"})
-    min_lr_ratio: Fraction = field(default=0.0, metadata={"help": "the schedule's floor, as a share of learning_rate"})
-    lr_decay_steps: Positive | None = field(
-        default=None, metadata={"help": "of warmup_stable_decay: the last so many steps fall"}
+    save_total_limit: Positive | None = setting("complete checkpoints kept; none: all", default=2, on_resume="free")
+    save_keep_every: Positive | None = setting(
+        "those of multiples of so many steps are kept for good", default=None, on_resume="free", benchmark=None
     )
-    warmup_steps: Count = field(default=0, metadata={"help": "steps of linear warm-up"})
-    adam_beta1: Fraction = field(default=0.9, metadata={"help": "AdamW"})
-    adam_beta2: Fraction = field(default=0.95, metadata={"help": "AdamW"})
-    adam_epsilon: Annotated[float, Field(gt=0)] = field(default=1e-8, metadata={"help": "AdamW"})
-    weight_decay: Annotated[float, Field(ge=0)] = field(
-        default=0.1, metadata={"help": "on matrices; vectors have none"}
+    on_save_failure: Literal["stop", "continue"] = setting(
+        "when a disk is full: stop, or go on without and try again", default="stop", on_resume="free"
     )
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = field(default=1.0, metadata={"help": "clip; none: do not"})
-    unfrozen_parameters: list[str] | None = field(
-        default=None, metadata={"help": "train only names like these, e.g. *embed_tokens*"}
+    mirror_to: str | None = setting(
+        "copy complete checkpoints there, a folder or an fsspec address like s3://…",
+        default=None,
+        on_resume="free",
+        benchmark=None,
     )
+    eval_steps: Positive | None = setting(
+        "steps between evaluations; none: at the end", default=None, on_resume="free", benchmark=None
+    )
+    max_eval_samples: Positive | None = setting("samples an evaluation; none: all", default=None, on_resume="free")
+    load_best_model_at_end: bool = setting(
+        "model/ from the checkpoint with the lowest eval_loss", default=False, on_resume="may_change", benchmark=False
+    )
+    max_skipped_steps: Positive = setting(
+        "stop after so many steps in a row whose loss or gradients were not finite", default=10, on_resume="may_change"
+    )
+    logging_steps: Positive = setting(
+        "steps between the lines of a log (metrics.jsonl has all)", default=1, on_resume="free", benchmark=1
+    )
+    report_to: list[Literal["tensorboard", "wandb"]] = setting(
+        "accelerate's trackers", default_factory=list, on_resume="free", benchmark=[]
+    )
+    seed: Count = setting("decides the order of the samples, and a new model's weights", default=42)
 
-    save_steps: Positive = field(default=500, metadata={"help": "steps between checkpoints"})
-    save_minutes: Annotated[float, Field(gt=0)] | None = field(
-        default=None, metadata={"help": "and after so long without one"}
+    resume_from_checkpoint: str = setting(
+        "auto (the newest complete one), none, or a folder", default="auto", on_resume="free", benchmark="none"
     )
-    save_total_limit: Positive | None = field(default=2, metadata={"help": "complete checkpoints kept; none: all"})
-    save_keep_every: Positive | None = field(
-        default=None, metadata={"help": "those of multiples of so many steps are kept for good"}
+    resume_without_optimizer: bool = setting(
+        "take only the weights of the checkpoint; the moments begin at zero", default=False, on_resume="may_change"
     )
-    on_save_failure: Literal["stop", "continue"] = field(
-        default="stop", metadata={"help": "when a disk is full: stop, or go on without and try again"}
+    stop_at_step: Positive | None = setting(
+        "save and stop after this step; start again to go on", default=None, on_resume="free", benchmark=None
     )
-    mirror_to: str | None = field(
-        default=None, metadata={"help": "copy complete checkpoints there, a folder or an fsspec address like s3://…"}
+    max_minutes: Annotated[float, Field(gt=0)] | None = setting(
+        "save and stop after so long", default=None, on_resume="free", benchmark=None
     )
-    eval_steps: Positive | None = field(default=None, metadata={"help": "steps between evaluations; none: at the end"})
-    max_eval_samples: Positive | None = field(default=None, metadata={"help": "samples an evaluation; none: all"})
-    load_best_model_at_end: bool = field(
-        default=False, metadata={"help": "model/ from the checkpoint with the lowest eval_loss"}
-    )
-    max_skipped_steps: Positive = field(
-        default=10, metadata={"help": "stop after so many steps in a row whose loss or gradients were not finite"}
-    )
-    logging_steps: Positive = field(
-        default=1, metadata={"help": "steps between the lines of a log (metrics.jsonl has all)"}
-    )
-    report_to: list[Literal["tensorboard", "wandb"]] = field(
-        default_factory=list, metadata={"help": "accelerate's trackers"}
-    )
-    seed: Count = field(default=42, metadata={"help": "decides the order of the samples, and a new model's weights"})
-
-    resume_from_checkpoint: str = field(
-        default="auto", metadata={"help": "auto (the newest complete one), none, or a folder"}
-    )
-    resume_without_optimizer: bool = field(
-        default=False, metadata={"help": "take only the weights of the checkpoint; the moments begin at zero"}
-    )
-    stop_at_step: Positive | None = field(
-        default=None, metadata={"help": "save and stop after this step; start again to go on"}
-    )
-    max_minutes: Annotated[float, Field(gt=0)] | None = field(
-        default=None, metadata={"help": "save and stop after so long"}
-    )
-    hang_minutes: Annotated[float, Field(gt=0)] | None = field(
+    hang_minutes: Annotated[float, Field(gt=0)] | None = setting(
+        "end a run in which nothing happens for so long, saying where it stands; none: never",
         default=60,
-        metadata={"help": "end a run in which nothing happens for so long, saying where it stands; none: never"},
+        on_resume="free",
     )
-    profile: bool = field(default=False, metadata={"help": "trace a few early steps with torch's profiler"})
+    profile: bool = setting(
+        "trace a few early steps with torch's profiler", default=False, on_resume="free", benchmark=False
+    )
 
     def masking(self):
         """The dilqur.data.mlm_masking.Masking of the samples, or None: the labels are the next tokens."""

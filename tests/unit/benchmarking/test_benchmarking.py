@@ -81,9 +81,11 @@ def test_a_key_that_the_program_does_not_know_is_refused(keys, said):
 
 def test_losses_are_compared_where_the_training_is_the_same():
     plain = values({})
-    assert same_training(plain, values({"torch_compile": True, "bf16": True, "gradient_checkpointing": True}))
-    assert not same_training(plain, values({"unfrozen_parameters": ["*embed*"]}))
-    assert not same_training(plain, values({"global_batch_size": 32}))
+    assert same_training(
+        TrainingSettings, plain, values({"torch_compile": True, "bf16": True, "gradient_checkpointing": True})
+    )
+    assert not same_training(TrainingSettings, plain, values({"unfrozen_parameters": ["*embed*"]}))
+    assert not same_training(TrainingSettings, plain, values({"global_batch_size": 32}))
 
 
 # -- figures ------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from dilqur.common.errors import InputError
-from dilqur.pipeline.settings_parser import parse, to_dict
+from dilqur.pipeline.settings_parser import parse, setting, to_dict
 
 
 class Dataset(TypedDict, total=False):
@@ -27,7 +27,7 @@ class Settings:
     max_steps: Annotated[int, Field(ge=1)] | None = None
     report_to: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
     datasets: list[Dataset] | None = None
-    output_dir: str | None = None
+    output_dir: str | None = setting("where the result goes", default=None, recorded=False)
 
 
 def settings(*flags, recipe=None, positional=None):
@@ -85,7 +85,7 @@ def test_what_says_only_where_and_whether_to_run_is_not_in_a_manifest():
     ("text", "line", "words"),
     [
         ("bf16: true\nlearnin_rate: 1\n", 2, "unknown key learnin_rate, did you mean learning_rate?"),
-        ("env: {CUDA_VISIBLE_DEVICES: 0}\n", 1, "unknown key env"),  # TRL would set the environment from it
+        ("env: {CUDA_VISIBLE_DEVICES: 0}\n", 1, "unknown key env"),
         ("max_steps: 1\n\n# again\nmax_steps: 2\n", 4, "max_steps is already set in line 1"),
         ("bf16: 7\n", 1, "bf16 should be a valid boolean, not 7"),
         ("bf16: 'true'\n", 1, "bf16 should be a valid boolean, not 'true'"),
@@ -120,7 +120,7 @@ def test_what_is_wrong_in_a_recipe_is_said_with_its_line(recipe, text, line, wor
             ["--learning", "1"],
             "unknown argument --learning",
         ),  # no abbreviations: a later key could change their meaning
-        (["--max_steps", "many"], "--max_steps: invalid int value: 'many'"),
+        (["--max_steps", "many"], "--max_steps should be a valid integer, not 'many'"),
         (["--max_steps", "0"], "--max_steps should be greater than or equal to 1"),
         (["--bf16", "7"], "--bf16"),
         (["--datasets", "{path: [}"], "not YAML"),
