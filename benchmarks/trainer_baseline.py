@@ -53,10 +53,10 @@ def main(settings, stage):
 
     from dilqur.data.batches import split_batch
     from dilqur.kernels.choose import triton_runs
+    from dilqur.training.checks import check_training
     from dilqur.training.distributed import allow_cpu, fsdp2_precision
     from dilqur.training.optimizer import learning_rate_at
     from dilqur.training.profiling import profiler
-    from dilqur.training.settings import check_training
 
     stage.folder.mkdir(parents=True, exist_ok=True)
     samples, start, steps = check_training(settings)

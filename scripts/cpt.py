@@ -13,17 +13,16 @@ import contextlib
 import functools
 from dataclasses import dataclass
 
-from dilqur.common.errors import InputError
 from dilqur.common.startup import quiet_libraries
 from dilqur.estimate.cost_model import UnknownArchitecture, training_flops_per_token
 from dilqur.estimate.strategy import ZERO, planned_strategy
 from dilqur.kernels.choose import triton_runs
 from dilqur.models.config import read_config
-from dilqur.models.safetensors_io import stored_tensors
 from dilqur.pipeline.inputs import TokenizerPath
 from dilqur.pipeline.program import program
 from dilqur.pipeline.settings_parser import setting
-from dilqur.training.settings import TrainingSettings, check_model, check_new_model, check_training
+from dilqur.training.checks import check_model, check_one_model, check_training
+from dilqur.training.settings import TrainingSettings
 
 
 @dataclass(kw_only=True)
@@ -37,15 +36,8 @@ class CptSettings(TrainingSettings):
 def check(settings):
     """InputError for whatever can be seen without torch."""
     samples, _, _ = check_training(settings)
-    if bool(settings.model_name_or_path) == bool(settings.model_config):
-        raise InputError("give model_name_or_path (a model to continue), or model_config and tokenizer (a new one)")
-    if settings.model_config:
-        check_new_model(settings)
-        check_model(settings, samples, settings.model_config, settings.tokenizer)
-    else:
-        config = read_config(settings.model_name_or_path)
-        check_model(settings, samples, config, settings.model_name_or_path)
-        stored_tensors(settings.model_name_or_path)  # all there, and no pickles
+    check_one_model(settings, "a model")
+    check_model(settings, samples, settings.model_config or read_config(settings.model_name_or_path))
 
 
 def load_model(settings):

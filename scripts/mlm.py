@@ -20,13 +20,13 @@ from dilqur.common.startup import quiet_libraries
 from dilqur.data.mlm_masking import COUNTS, RULES, Masking
 from dilqur.estimate.cost_model import encoder_flops_per_token, parameter_sizes
 from dilqur.models.config import NEOBERT_KEYS, neobert_width, new_model_config, read_encoder_config
-from dilqur.models.safetensors_io import stored_tensors
 from dilqur.pipeline.inputs import TokenizerPath
 from dilqur.pipeline.program import program
 from dilqur.pipeline.settings_parser import setting
 from dilqur.tokenizer.encoder_tokens import MASK
 from dilqur.tokenizer.text_tokenizer import TextTokenizer
-from dilqur.training.settings import TrainingSettings, check_new_model, check_training
+from dilqur.training.checks import check_model, check_one_model, check_training
+from dilqur.training.settings import TrainingSettings
 
 
 @dataclass(kw_only=True)
@@ -68,46 +68,36 @@ def tokens_of(path):
 
 def check(settings):
     """InputError for whatever can be seen without torch."""
-    if bool(settings.model_name_or_path) == bool(settings.model_config):
-        raise InputError("give model_name_or_path (an encoder to continue), or model_config and tokenizer (a new one)")
-    new = settings.model_config
-    if new:
-        check_new_model(settings)
-        if settings.max_position_embeddings:
-            raise InputError("max_position_embeddings: of a new model that is max_length in model_config")
-        if unknown := sorted(set(new) - set(NEOBERT_KEYS)):
-            raise InputError(f"model_config: {unknown[0]}: not a key of a NeoBERT; there are {', '.join(NEOBERT_KEYS)}")
-        config = new_model_config("mlm", new)
-        numbers = {key: value for key, value in config.items() if key != "model_type"}
-        if wrong := [key for key, value in numbers.items() if not isinstance(value, (int, float)) or value <= 0]:
-            raise InputError(f"model_config: {wrong[0]} {config[wrong[0]]!r}: give a number above 0")
-        if config["hidden_size"] % (2 * config["num_attention_heads"]):
-            raise InputError(
-                f"model_config: hidden_size {config['hidden_size']} does not divide into {config['num_attention_heads']} heads "
-                "of an even size"
-            )
+    check_one_model(settings, "an encoder")
+    if settings.model_config:
+        config, positions = check_new_config(settings), "max_length in model_config"
+    elif settings.tokenizer:
+        raise InputError("tokenizer: a model that is continued keeps its own: leave it out")
     else:
-        if settings.tokenizer:
-            raise InputError("tokenizer: a model that is continued keeps its own: leave it out")
         config = read_encoder_config(settings.model_name_or_path)
-        stored_tensors(settings.model_name_or_path)
+        positions = f"--max_position_embeddings {settings.max_length}"
     samples, _, _ = check_training(settings)
-    tokenizer = TextTokenizer(settings.tokenizer or settings.model_name_or_path)
-    if tokenizer.hash != samples.tokenizer_hash:
+    tokens_of(settings.tokenizer or settings.model_name_or_path)
+    longest = settings.max_position_embeddings or config.get("max_position_embeddings") or config.get("max_length")
+    check_model(settings, samples, {**config, "max_position_embeddings": longest}, f": give {positions}")
+
+
+def check_new_config(settings):
+    """The config of a new encoder, a dict. Raises InputError for keys and values that make none."""
+    if settings.max_position_embeddings:
+        raise InputError("max_position_embeddings: of a new model that is max_length in model_config")
+    if unknown := sorted(set(settings.model_config) - set(NEOBERT_KEYS)):
+        raise InputError(f"model_config: {unknown[0]}: not a key of a NeoBERT; there are {', '.join(NEOBERT_KEYS)}")
+    config = new_model_config("mlm", settings.model_config)
+    for name, value in config.items():
+        if name != "model_type" and (not isinstance(value, int | float) or value <= 0):
+            raise InputError(f"model_config: {name} {value!r}: give a number above 0")
+    if config["hidden_size"] % (2 * config["num_attention_heads"]):
         raise InputError(
-            f"datasets: {settings.datasets[0]['path']} was packed with another tokenizer than the one in {tokenizer.path}; "
-            "pack again with the encoder's"
+            f"model_config: hidden_size {config['hidden_size']} does not divide into {config['num_attention_heads']} heads "
+            "of an even size"
         )
-    if tokenizer.size > config["vocab_size"]:
-        raise InputError(f"vocab_size {config['vocab_size']} of the model: {tokenizer.path} has {tokenizer.size} ids")
-    longest = (
-        settings.max_position_embeddings
-        or config.get("max_position_embeddings")
-        or config.get("max_length", settings.max_length)
-    )
-    if settings.max_length > longest:
-        key = "max_length in model_config" if new else f"--max_position_embeddings {settings.max_length}"
-        raise InputError(f"max_length {settings.max_length} is more than the model's {longest} positions: give {key}")
+    return config
 
 
 def readings(settings, _):

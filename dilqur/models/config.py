@@ -26,11 +26,12 @@ def is_encoder(folder):
     return read_config(folder).get("model_type") in LAYOUTS
 
 
-def check_length(config, max_length, path):
-    """Raise InputError where samples of `max_length` tokens have more positions than the model in `path`, whose config this is."""
+def check_length(config, max_length, path, longer=""):
+    """Raise InputError where samples of `max_length` tokens have more positions than the model in `path`, whose config this is, has
+    positions. longer: how it gets more."""
     positions = config.get("max_position_embeddings")
     if positions and max_length > positions:
-        raise InputError(f"max_length {max_length} is more than the {positions} positions of {path}")
+        raise InputError(f"max_length {max_length} is more than the {positions} positions of {path}{longer}")
 
 
 def read_encoder_config(folder):

@@ -29,7 +29,8 @@ from dilqur.preflight.findings import Later
 from dilqur.preflight.planned import Probe, existing, model_config_of
 from dilqur.tokenizer.llama3 import encode_chat
 from dilqur.tokenizer.text_tokenizer import TextTokenizer
-from dilqur.training.settings import TrainingSettings, check_training
+from dilqur.training.checks import check_training
+from dilqur.training.settings import TrainingSettings
 
 TRAINING = ("cpt", "mlm", "sft")  # kinds of programs that train
 

@@ -5,7 +5,7 @@ import time
 
 from dilqur.common.constants import IGNORE_INDEX
 from dilqur.data.batches import evaluation_batches
-from dilqur.training.settings import held_out_samples
+from dilqur.training.stream import held_out_samples
 
 SANITY_BATCHES = 2  # before the first step: an evaluation that cannot work fails now and not in hours
 

@@ -17,6 +17,7 @@ from dilqur.estimate.cost_model import peak_flops
 from dilqur.kernels.apply import apply_kernels
 from dilqur.kernels.choose import Machine, choose, in_words
 from dilqur.pipeline.interrupt import Interrupt
+from dilqur.training.checks import check_training
 from dilqur.training.distributed import broadcast, make_accelerator, prepare, strategy, warm_up_ddp_buckets
 from dilqur.training.evaluation import Evaluation
 from dilqur.training.metrics import Metrics
@@ -25,7 +26,7 @@ from dilqur.training.profiling import StepPhases, profiler
 from dilqur.training.resume import checkpoint_to_resume, fetch_from_mirror, kernels_of, resume, run_identity
 from dilqur.training.run import Progress, Run
 from dilqur.training.saving import Saving
-from dilqur.training.settings import check_training, copy_to_node
+from dilqur.training.stream import copy_to_node
 from dilqur.training.summary import summary
 from dilqur.training.watchdog import Watchdog
 
