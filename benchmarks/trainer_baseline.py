@@ -17,8 +17,8 @@ import time
 from dilqur.common.constants import ROOT
 from dilqur.common.errors import InputError
 from dilqur.common.startup import quiet_libraries
-from dilqur.estimate.strategy import planned_strategy
 from dilqur.pipeline.program import program
+from dilqur.pipeline.strategy import planned_strategy
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import cpt
@@ -52,7 +52,7 @@ def main(settings, stage):
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, training_args
 
     from dilqur.data.batches import split_batch
-    from dilqur.kernels.choose import triton_runs
+    from dilqur.kernels.settings import triton_runs
     from dilqur.training.checks import check_training
     from dilqur.training.distributed import allow_cpu, fsdp2_precision
     from dilqur.training.optimizer import learning_rate_at

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 from dilqur.common.startup import quiet_libraries
 from dilqur.estimate.cost_model import UnknownArchitecture, training_flops_per_token
-from dilqur.estimate.strategy import ZERO, planned_strategy
-from dilqur.kernels.choose import triton_runs
+from dilqur.kernels.settings import triton_runs
 from dilqur.models.config import read_config
 from dilqur.pipeline.inputs import TokenizerPath
 from dilqur.pipeline.program import program
 from dilqur.pipeline.settings_parser import setting
+from dilqur.pipeline.strategy import ZERO, planned_strategy
 from dilqur.training.checks import check_model, check_one_model, check_training
 from dilqur.training.settings import TrainingSettings
 

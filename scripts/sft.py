@@ -25,12 +25,12 @@ from dilqur.common.errors import InputError
 from dilqur.common.startup import quiet_libraries
 from dilqur.data.batches import split_batch
 from dilqur.estimate.lora import ONE_GPU
-from dilqur.estimate.strategy import planned_strategy
 from dilqur.models.config import check_length, read_config
 from dilqur.pipeline.inputs import Documents, ModelPath
 from dilqur.pipeline.program import program
 from dilqur.pipeline.settings_parser import setting
 from dilqur.pipeline.stage import StageSettings
+from dilqur.pipeline.strategy import planned_strategy
 from dilqur.tokenizer.llama3 import CHAT_TEMPLATE, EOS, EOT, PAD
 from dilqur.tokenizer.text_tokenizer import TextTokenizer
 

@@ -6,7 +6,7 @@ from fnmatch import fnmatch
 from dilqur.data.batches import split_batch
 from dilqur.estimate.cost_model import activations, encoder_flops_per_token, parameter_sizes, training_flops_per_token
 from dilqur.estimate.lora import Lora, adapter_activations, adapter_flops_per_token, adapter_sizes
-from dilqur.kernels.choose import share_recomputed
+from dilqur.kernels.settings import share_recomputed
 from dilqur.models.config import neobert_width
 
 BYTES = {"float32": 4, "bfloat16": 2}

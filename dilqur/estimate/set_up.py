@@ -11,7 +11,8 @@ from dilqur.estimate.job import Job
 from dilqur.estimate.lora import ONE_GPU
 from dilqur.estimate.memory import Memory, memory_of, residual_bytes
 from dilqur.estimate.step_time import StepTime, step_time
-from dilqur.estimate.strategy import ORDER, Strategy, refuse_what_it_cannot
+from dilqur.estimate.strategy import ORDER, Strategy
+from dilqur.pipeline.strategy import refuse_what_it_cannot
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ import functools
 import torch
 
 from dilqur.common.errors import InputError
-from dilqur.kernels.choose import FP8_SMALLEST, KNOWN_MODELS, share_recomputed, triton_runs
+from dilqur.kernels.choose import KNOWN_MODELS
 from dilqur.kernels.fused_cross_entropy import fuse_loss
+from dilqur.kernels.settings import FP8_SMALLEST, share_recomputed, triton_runs
 from dilqur.kernels.varlen_attention import attention_for, register_document_attention
 
 

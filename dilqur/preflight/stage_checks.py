@@ -19,12 +19,12 @@ from dilqur.common.paths import expand
 from dilqur.data.batches import split_batch
 from dilqur.data.documents import read_jsonl
 from dilqur.data.token_shards import TokenShards
-from dilqur.estimate.strategy import planned_strategy, refuse_what_it_cannot
 from dilqur.models.safetensors_io import stored_tensors
 from dilqur.pipeline.program import load_program
 from dilqur.pipeline.settings_parser import to_dict
 from dilqur.pipeline.stage import StageSettings
 from dilqur.pipeline.status import writer_of
+from dilqur.pipeline.strategy import planned_strategy, refuse_what_it_cannot
 from dilqur.preflight.findings import Later
 from dilqur.preflight.planned import Probe, existing, model_config_of
 from dilqur.tokenizer.llama3 import encode_chat

@@ -6,10 +6,10 @@ from pathlib import Path
 from dilqur.checkpoint.mirror import check_address
 from dilqur.common.errors import InputError
 from dilqur.data.batches import split_batch
-from dilqur.estimate.strategy import planned_strategy, refuse_what_it_cannot
-from dilqur.kernels.choose import check_kernels
+from dilqur.kernels.settings import check_kernels
 from dilqur.models.config import check_length
 from dilqur.models.safetensors_io import stored_tensors
+from dilqur.pipeline.strategy import planned_strategy, refuse_what_it_cannot
 from dilqur.tokenizer.text_tokenizer import TextTokenizer
 from dilqur.training.stream import held_out_samples, samples_of_stage
 

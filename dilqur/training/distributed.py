@@ -33,7 +33,7 @@ import os
 from datetime import timedelta
 
 from dilqur.checkpoint.local_shards import base_optimizer, flat_partitions, trained_parameters, zero_optimizer
-from dilqur.estimate.strategy import ZERO
+from dilqur.pipeline.strategy import ZERO
 
 # -- which one, before anything is loaded -----------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from dilqur.common.constants import Count, Fraction, Positive
-from dilqur.kernels.choose import KernelSettings
+from dilqur.kernels.settings import KernelSettings
 from dilqur.pipeline.inputs import ModelPath, ShardsPath
 from dilqur.pipeline.settings_parser import setting
 from dilqur.pipeline.stage import StageSettings

@@ -209,8 +209,11 @@ def test_shards_of_another_tokenizer_are_refused(check, made_encoder, made):
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({"max_length": 32}, "max_length 64 is more than the model's 32 positions: give max_length in model_config"),
-        ({"vocab_size": 1000}, "vocab_size 1000 of the model"),
+        (
+            {"max_length": 32},
+            "max_length 64 is more than the 32 positions of model_config: give max_length in model_config",
+        ),
+        ({"vocab_size": 1000}, "the model has rows for 1000"),
         ({"hidden_sizes": 64}, "model_config: hidden_sizes: not a key of a NeoBERT"),
         ({"num_attention_heads": 5}, "hidden_size 64 does not divide into 5 heads"),
     ],

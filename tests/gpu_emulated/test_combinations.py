@@ -15,7 +15,8 @@ from conftest import ROOT
 from fork_launch import Server
 from test_shipped_recipes import CLOSE, SHRUNK, TINY_ENCODER, make_llama, numbers, small  # noqa: F401
 
-from dilqur.kernels.choose import KernelSettings, Machine, choose
+from dilqur.kernels.choose import Machine, choose
+from dilqur.kernels.settings import KernelSettings
 
 pytestmark = pytest.mark.long
 pytest.importorskip("triton", reason="Triton is not installed here")

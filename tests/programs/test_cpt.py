@@ -414,7 +414,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_what_would(cpt):
     [
         (("--num_train_epochs", 1), "max_steps or num_train_epochs"),
         (("--warmup_steps", 5), "leaves none of the 5 steps"),
-        (("--max_length", 4096), "more than the model's 2048 positions"),
+        (("--max_length", 4096), "more than the 2048 positions of"),
         (("--model_config", "{vocab_size: 1280}"), "give model_name_or_path"),
         (("--model_name_or_path", "nobody/nothing"), "nobody/nothing"),
         (("--learning_rat", "1e-3"), "did you mean --learning_rate?"),

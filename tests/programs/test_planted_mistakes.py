@@ -248,7 +248,7 @@ def padding_that_is_the_end_of_text(site):
 
 def samples_longer_than_the_model(site):
     site.own_model(max_position_embeddings=32)
-    return "fit", "max_length 64 is more than the model's 32 positions"
+    return "fit", "max_length 64 is more than the 32 positions of"
 
 
 def a_run_without_an_end(site):

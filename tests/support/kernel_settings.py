@@ -3,7 +3,7 @@
 import dataclasses
 import types
 
-from dilqur.kernels.choose import KernelSettings
+from dilqur.kernels.settings import KernelSettings
 
 LENGTH = 32  # tokens of a sample
 CAPTURED = "aot_eager_decomp_partition"  # all of torch.compile but the C++, which takes 20 s a graph

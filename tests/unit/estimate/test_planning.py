@@ -18,7 +18,7 @@ from dilqur.estimate.memory import memory_of, state_of
 from dilqur.estimate.set_up import fastest, set_up
 from dilqur.estimate.step_time import seconds, step_time, traffic
 from dilqur.estimate.strategy import names, strategy_of
-from dilqur.kernels.choose import share_recomputed
+from dilqur.kernels.settings import share_recomputed
 from dilqur.models.published_configs import PUBLISHED
 
 GIB = 2**30

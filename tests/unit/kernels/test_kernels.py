@@ -6,7 +6,8 @@ import pytest
 from kernel_settings import settings
 
 from dilqur.common.errors import InputError
-from dilqur.kernels.choose import PLAIN, Machine, check_kernels, choose, in_words
+from dilqur.kernels.choose import PLAIN, Machine, choose, in_words
+from dilqur.kernels.settings import check_kernels
 
 H100 = Machine(gpu=True, triton=True, strategy="fsdp2", encoder=False, logits_bytes=8 << 30)
 CPU = Machine(gpu=False, strategy="single", encoder=False, logits_bytes=8 << 20)
@@ -66,7 +67,7 @@ def test_a_resumed_run_keeps_what_it_began_with_where_that_can_be_had():
         and "it was model before, but that does not work under fsdp2" in why["compile_unit"]
     )
     chosen, why = choose(auto, on(encoder, strategy="zero3"), kept_whole)
-    assert chosen["torch_compile"] is False and "ZeRO-3's hooks" in why["torch_compile"]
+    assert chosen["torch_compile"] is False and "its hooks break the graph" in why["torch_compile"]
     assert choose(settings(kernels="auto", loss_kernel="chunked"), H100, kept)[0]["loss_kernel"] == "chunked"
     assert choose(settings(), H100, kept) == (PLAIN, {}), "plain is plain"
 
@@ -75,7 +76,7 @@ def test_the_table_at_a_runs_start_says_what_and_why():
     run = settings(kernels="auto", gradient_checkpointing=True, loss_kernel="chunked")
     first, *reasons = in_words(*choose(run, H100), run)
     assert first == ("kernels", "attention sdpa, loss chunked, compiled by layer, 100% of the activations recomputed")
-    assert ("", "compiled by layer: fuses what lies between the products") in reasons
+    assert ("", "compiled by layer: fuses pointwise operations") in reasons
     assert not any("chunked" in text for _, text in reasons), "what the recipe says needs no reason"
     assert in_words(PLAIN, {}, settings()) == [("kernels", "attention sdpa, loss logits, not compiled")]
 
