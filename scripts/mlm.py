@@ -11,13 +11,13 @@ EuroBertForMaskedLM, the same function, with no code of ours.
 
 import functools
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from dilqur.common.errors import InputError
 from dilqur.common.startup import quiet_libraries
-from dilqur.data.mlm_masking import COUNTS, RULES, Masking
+from dilqur.data.mlm_masking import Count, Masking, Rule
 from dilqur.estimate.cost_model import encoder_flops_per_token, parameter_sizes
 from dilqur.models.config import NEOBERT_KEYS, neobert_width, new_model_config, read_encoder_config
 from dilqur.pipeline.inputs import TokenizerPath
@@ -42,8 +42,8 @@ class MlmSettings(TrainingSettings):
     mlm_probability: Annotated[float, Field(gt=0, lt=1)] = setting(
         "share of the tokens that are to be guessed", default=0.2
     )
-    mask_rule: Literal[RULES] = setting("what is shown instead of them", default="mask")
-    mask_count: Literal[COUNTS] = setting("each by itself, or the rounded share of each sample", default="independent")
+    mask_rule: Rule = setting("what is shown instead of them", default="mask")
+    mask_count: Count = setting("each by itself, or the rounded share of each sample", default="independent")
 
     @property
     def labelled_fraction(self):

@@ -22,8 +22,8 @@ import numpy as np
 from dilqur.common.constants import IGNORE_INDEX
 from dilqur.common.errors import InputError
 
-RULES = ("mask", "80-10-10")
-COUNTS = ("independent", "fixed")
+Rule = Literal["mask", "80-10-10"]
+Count = Literal["independent", "fixed"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Masking:
     special: frozenset
     vocab_size: int
     rate: float = 0.2
-    rule: Literal[RULES] = "mask"
-    count: Literal[COUNTS] = "independent"
+    rule: Rule = "mask"
+    count: Count = "independent"
 
     def __call__(self, input_ids, positions, seed):
         """(masked input_ids, labels), int64 arrays of the shape of `input_ids`, (samples, length): labels are IGNORE_INDEX where nothing is

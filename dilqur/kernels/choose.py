@@ -16,9 +16,10 @@ import importlib.util
 import os
 import shutil
 from dataclasses import dataclass, fields
+from typing import get_args
 
 from dilqur.common.errors import InputError
-from dilqur.kernels.settings import LOSS_KERNELS, KernelSettings, share_recomputed, triton_runs
+from dilqur.kernels.settings import KernelSettings, LossKernel, share_recomputed, triton_runs
 from dilqur.kernels.settings import no_single_graph as no_single_graph
 from dilqur.pipeline.strategy import CANNOT
 
@@ -103,7 +104,7 @@ def _impossible(key, value, settings, machine):
     for what, values, there, why in NEEDS:
         if key == what and value in values and not there(machine):
             return why.format(model_type=machine.model_type)
-    if key == "loss_kernel" and value not in LOSS_KERNELS:  # of a checkpoint
+    if key == "loss_kernel" and value not in get_args(LossKernel):  # of a checkpoint
         return "this version has none of that name"
     return None
 

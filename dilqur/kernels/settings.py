@@ -11,8 +11,8 @@ from dilqur.common.errors import InputError
 from dilqur.kernels.varlen_attention import attention_for
 from dilqur.pipeline.settings_parser import setting
 
-ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
-LOSS_KERNELS = ("logits", "chunked", "liger")  # dilqur/kernels/fused_cross_entropy.py
+Attention = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
+LossKernel = Literal["logits", "chunked", "liger"]  # dilqur/kernels/fused_cross_entropy.py
 LIGER = "liger-kernel==0.8.5"  # what installs it
 FP8_SMALLEST = 1024  # a side of a matrix: below, casting costs more than the faster product gains
 
@@ -24,10 +24,10 @@ class KernelSettings:
     kernels: Literal["plain", "auto"] = setting(
         "auto: chosen for this machine; the four keys after it win over it", default="plain", on_resume="may_change"
     )
-    attn_implementation: Literal[ATTENTION] | None = setting(
+    attn_implementation: Attention | None = setting(
         "as in transformers; plain: sdpa", default=None, on_resume="may_change"
     )
-    loss_kernel: Literal[LOSS_KERNELS] | None = setting(
+    loss_kernel: LossKernel | None = setting(
         "head and loss in one, but for logits (plain)", default=None, on_resume="may_change"
     )
     torch_compile: bool | None = setting("compile compile_unit; plain: false", default=None, on_resume="may_change")

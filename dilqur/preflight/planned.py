@@ -50,10 +50,10 @@ class Planned:
     arguments: list
     batch_file: BatchFile
     processes: int
-    program: Program = None
+    program: Program | None = None
     settings: object = None
     keys: dict | None = None
-    stage: Probe = None
+    stage: Probe | None = None
     config: dict | None = None
 
     def there(self, kind):

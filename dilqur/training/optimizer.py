@@ -2,10 +2,11 @@
 
 import fnmatch
 import math
+from typing import Literal
 
 from dilqur.common.errors import InputError
 
-SCHEDULES = ("cosine", "linear", "constant", "warmup_stable_decay")
+Schedule = Literal["cosine", "linear", "constant", "warmup_stable_decay"]
 
 
 def freeze_all_but(model, patterns):

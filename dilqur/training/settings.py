@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, Required
 
-from pydantic import Field
+from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
 from dilqur.common.constants import Count, Fraction, Positive
@@ -11,18 +11,18 @@ from dilqur.kernels.settings import KernelSettings
 from dilqur.pipeline.inputs import ModelPath, ShardsPath
 from dilqur.pipeline.settings_parser import setting
 from dilqur.pipeline.stage import StageSettings
-from dilqur.training.optimizer import SCHEDULES
+from dilqur.training.optimizer import Schedule
 
 
+@with_config(extra="forbid")
 class DatasetShare(TypedDict, total=False):
-    __pydantic_config__ = {"extra": "forbid"}
     path: Required[ShardsPath]
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
+@with_config(extra="forbid")
 class DatasetChange(TypedDict):
-    __pydantic_config__ = {"extra": "forbid"}
     step: Positive
     datasets: list[DatasetShare]
 
@@ -77,7 +77,7 @@ class TrainingSettings(KernelSettings, StageSettings):
         "times the datasets are seen", default=None, on_resume="may_change", benchmark=None
     )
     learning_rate: Annotated[float, Field(gt=0)] = setting("peak of the schedule")
-    lr_scheduler_type: Literal[SCHEDULES] = setting("after the warm-up", default="cosine")
+    lr_scheduler_type: Schedule = setting("after the warm-up", default="cosine")
     min_lr_ratio: Fraction = setting("the schedule's floor, as a share of learning_rate", default=0.0)
     lr_decay_steps: Positive | None = setting("of warmup_stable_decay: the last so many steps fall", default=None)
     warmup_steps: Count = setting("steps of linear warm-up", default=0)
