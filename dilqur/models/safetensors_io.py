@@ -233,9 +233,8 @@ def _header(path):
         except (ValueError, KeyError, TypeError, AttributeError):
             raise InputError(damaged) from None
     if (stated := max((stored.stop for stored in found.values()), default=start)) != size:
-        raise InputError(
-            f"{path}: {size:,} bytes, its header says {stated:,}: damaged or cut; fetch or convert the model again"
-        )
+        said = f"{size:,} bytes, its header says {stated:,}"
+        raise InputError(f"{path}: damaged or cut ({said}); fetch or convert the model again")
     return found
 
 

@@ -162,9 +162,11 @@ def _parser(settings_class, hints, doc):
 
 
 def _of_flag(hint, words):
-    """What a flag's words are in a recipe: text where the type has text, else YAML."""
+    """What a flag's words are in a recipe: text where the type has text, else YAML, in which none is null."""
     if _leaves(hint) == {str}:
         return words
+    if words == "none":
+        return None
     return [_yaml_value(word) for word in words] if isinstance(words, list) else _yaml_value(words)
 
 

@@ -169,7 +169,7 @@ def test_every_grid_fits_its_recipe(grid, run, tmp_path):
             ["--variants", "plain: {trainer: true}", "--recipe", "recipes/neobert-az/mlm-1-1024.yaml"],
             "leave it out for mlm.py",
         ),
-        (["--recipe", "recipes/llama3.2-1b-az/bpb.yaml"], "is of eval_bpb.py"),
+        (["--recipe", "recipes/llama3.2-1b-az/bpb.yaml"], "is of scripts/eval_bpb.py"),
         (["--synthetic", "false", "--toy", "false", "--model_config", "{hidden_size: 8}"], "give synthetic: true"),
     ],
 )

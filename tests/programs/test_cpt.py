@@ -368,8 +368,8 @@ def test_steps_without_a_finite_loss_are_skipped_and_too_many_in_a_row_end_the_r
     done = cpt(*flags, "--output_dir", tmp_path / "run", code=2)
     refused(
         done,
-        "3 steps in a row had no finite loss or gradient: the samples of positions 8 to 31; nothing of them was saved, the "
-        "last checkpoint is step-0000001. Look at the data there, or lower learning_rate",
+        "3 steps in a row had no finite loss or gradient: the samples of positions 8 to 31; no checkpoint contains them, the "
+        "last one is step-0000001. Look at the data there, or lower learning_rate",
     )
     assert metrics(tmp_path / "run", "grad_norm", "skipped_steps")[1:] == [(None, 1), (None, 2), (None, 3)]
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000001"]

@@ -131,7 +131,7 @@ def a_program_that_does_not_exist(site):
 
 def a_program_that_makes_no_stage(site):
     site.rows("cpt scripts/preflight.py prepare_cpu")
-    return "recipe", "not a program that makes a stage"
+    return "recipe", "makes no stage: correct the row of"
 
 
 def a_recipe_that_is_not_there(site):

@@ -89,7 +89,7 @@ def test_a_cut_file_is_refused(folder):
     for left in (file.stat().st_size - 1, 30, 4):
         with file.open("r+b") as opened:
             opened.truncate(left)
-        refused(folder, "damaged or cut; fetch or convert the model again")
+        refused(folder, f"{file}: damaged or cut")
 
 
 def test_a_shard_that_is_not_there_is_named(folder):

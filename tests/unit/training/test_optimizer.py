@@ -1,11 +1,12 @@
 """What is trained, and how fast: schedules, weight decay, frozen parameters."""
 
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 
 from dilqur.common.errors import InputError
-from dilqur.training.optimizer import SCHEDULES, freeze_all_but, learning_rate_at, make_optimizer
+from dilqur.training.optimizer import Schedule, freeze_all_but, learning_rate_at, make_optimizer
 
 ADAMW = SimpleNamespace(
     learning_rate=1e-4,
@@ -43,7 +44,7 @@ def llama():
 # -- schedules --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", get_args(Schedule))
 def test_warm_up_climbs_by_equal_parts_and_its_last_step_has_the_peak(schedule):
     rates = [learning_rate_at(step, schedule, 2.4e-3, 4, 100) for step in range(5)]
     # the first step has a quarter, not 0: a step at rate 0 would be one lost; the schedule begins at the peak
@@ -65,7 +66,7 @@ def test_the_schedule_runs_from_the_peak_to_its_floor(schedule, third, half, end
     assert rates == pytest.approx([floor + (1 - floor) * share for share in (1.0, third, half, end)])
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", get_args(Schedule))
 def test_no_step_of_a_run_is_without_a_rate_and_it_never_rises_after_the_warm_up(schedule):
     for warmup, steps in ((0, 1), (0, 50), (5, 50), (49, 50)):  # one step only, and a warm-up as long as can be, too
         rates = [learning_rate_at(step, schedule, 1.0, warmup, steps) for step in range(steps)]
