@@ -165,7 +165,7 @@ def rows_for(tokenizer, settings, plain):
             prints_seconds=True,
         )
     ]
-    rows += [pack_row(tokenizer, engine) for engine in ("tokenizers", "tiktoken", "fastokens")]
+    rows += [pack_row(tokenizer, engine) for engine in ("tokenizers", "tiktoken")]
     if settings.workers:
         rows += [pack_row(tokenizer, engine, settings.workers) for engine in ("tokenizers", "tiktoken")]
     if settings.other_packers:
@@ -268,7 +268,7 @@ def main(settings):
     with tempfile.TemporaryDirectory() as scratch:
         measured = (memory if settings.memory_gb else speed)(settings, Path(scratch))
     packages = {}
-    for name in ("tokenizers", "tiktoken", "fastokens", "numpy", "orjson", "datatrove"):
+    for name in ("tokenizers", "tiktoken", "numpy", "orjson", "datatrove"):
         try:
             packages[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -119,7 +119,7 @@ class TokenSamples:
     def fingerprint(self):
         """[[position, hash of all that decides which tokens stand there until the next one], …]: shards, mixture, seed,
         sample length, packing. What a run has behind it is a beginning of this list: see `same_past`."""
-        files = [[_content(shard) for shard in shards.manifest["shards"]] for shards in self.shards]
+        files = [[shard["files"] for shard in shards.manifest["shards"]] for shards in self.shards]
         out = []
         for phase in self.order.phases:
             # a dataset added later changes nothing here
@@ -214,12 +214,6 @@ class TokenSamples:
             if self.document_boundaries:
                 out[2, row, at:] = np.arange(self.max_length - at)
         return dict(zip(("input_ids", "labels", "position_ids"), out, strict=False))
-
-
-def _content(shard):
-    """What says which tokens are in a shard: the checksums of its files, and of the one it refers to."""
-    foreign = shard.get("tokens_file")
-    return [shard["files"], foreign["dtype"], foreign["xxh3"]] if foreign else shard["files"]
 
 
 def same_past(then, now, position):

@@ -15,10 +15,9 @@ import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
 import xxhash
 
-from dilqur.common.atomic import atomic_file, write_json
+from dilqur.common.atomic import atomic_file
 from dilqur.common.errors import InputError
 from dilqur.data.token_shards import TokenShards
 
@@ -28,8 +27,7 @@ CHUNK = 1 << 22
 def local_copy(folder, local_dir):
     """Path of a whole copy of `folder`, a finished folder of token shards, in `local_dir`, a folder on a disk of this node.
 
-    Every process of a node may call it; those that come while one copies wait for it. A shard by reference brings its foreign
-    file along, and the copied manifest names it relative to itself.
+    Every process of a node may call it; those that come while one copies wait for it.
     Raises InputError where the folder is not finished or damaged, and where `local_dir` is missing, not writable or too full.
     """
     folder, local_dir = Path(folder), Path(local_dir)
@@ -37,7 +35,12 @@ def local_copy(folder, local_dir):
     if not local_dir.is_dir():
         raise InputError(f"{local_dir}: no such folder on this node; make it, or give another one")
     name = f"{folder.resolve().name}-{xxhash.xxh3_64_hexdigest((folder / 'manifest.json').read_bytes())}"
-    target, (files, copied) = local_dir / name, _plan(folder, manifest)
+    target = local_dir / name
+    files = {
+        name: {"source": folder / name, **stated}
+        for shard in manifest["shards"]
+        for name, stated in shard["files"].items()
+    }
     if _is_whole(files, target):  # to read it nobody waits for a lock, nor needs the right to write
         return target
     try:
@@ -45,35 +48,11 @@ def local_copy(folder, local_dir):
         with _locked(local_dir / f".{name}.lock"):
             if not _is_whole(files, target):
                 _copy({name: file for name, file in files.items() if _size(target / name) != file["bytes"]}, target)
-                if copied == manifest:  # byte for byte, as its hash may have been noted down
-                    with atomic_file(target / "manifest.json") as file:
-                        file.write((folder / "manifest.json").read_bytes())
-                else:
-                    write_json(target / "manifest.json", copied)
+                with atomic_file(target / "manifest.json") as file:
+                    file.write((folder / "manifest.json").read_bytes())
     except OSError as problem:
         raise InputError(_in_words(problem, local_dir)) from None
     return target
-
-
-def _plan(folder, manifest):
-    """({name in the copy: {"source", "bytes", "xxh3"}}, the copy's manifest)."""
-    files, shards = {}, []
-    for number, shard in enumerate(manifest["shards"]):
-        for name, stated in shard["files"].items():
-            files[name] = {"source": folder / name, **stated}
-        if foreign := shard.get("tokens_file"):
-            name, source = f"tokens-{number:05d}.bin", folder / foreign["path"]
-            # a checksum is of the whole file, so all of it is copied, its header and what may follow included
-            files[name] = {"source": source, "bytes": foreign["bytes"], "xxh3": foreign.get("xxh3")}
-            needed = foreign["offset_bytes"] + shard["tokens"] * np.dtype(foreign["dtype"]).itemsize
-            if needed > foreign["bytes"]:
-                raise InputError(
-                    f"{folder}/manifest.json: shard {number} needs {needed} bytes of {source}, which has "
-                    f"{foreign['bytes']}: damaged; import again"
-                )
-            shard = {**shard, "tokens_file": {**foreign, "path": name}}
-        shards.append(shard)
-    return files, {**manifest, "shards": shards}
 
 
 @contextlib.contextmanager
@@ -111,7 +90,7 @@ def _copy_file(source, target, stated):
     try:
         opened = source.open("rb")
     except OSError as problem:
-        raise InputError(f"{source}: {problem.strerror}, though manifest.json lists it; pack or import again") from None
+        raise InputError(f"{source}: {problem.strerror}, though manifest.json lists it; pack again") from None
     with opened, atomic_file(target) as out:
         digest, size = xxhash.xxh3_64(), 0
         while chunk := opened.read(CHUNK):
@@ -119,9 +98,9 @@ def _copy_file(source, target, stated):
             out.write(chunk)
             size += len(chunk)
         if size != stated["bytes"]:
-            raise InputError(f"{source}: {size} bytes, manifest.json says {stated['bytes']}; pack or import again")
-        if stated["xxh3"] not in (None, digest.hexdigest()):
-            raise InputError(f"{source}: its checksum is not the one in manifest.json: damaged; pack or import again")
+            raise InputError(f"{source}: {size} bytes, manifest.json says {stated['bytes']}; pack again")
+        if stated["xxh3"] != digest.hexdigest():
+            raise InputError(f"{source}: its checksum is not the one in manifest.json: damaged; pack again")
 
 
 def _is_whole(files, target):

@@ -8,7 +8,6 @@
 """
 
 import gc
-import resource
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +15,10 @@ import orjson
 
 from dilqur.common.errors import InputError
 from dilqur.common.hashing import file_checksum
-from dilqur.data.mapped_files import MappedFiles, map_npy, map_raw
+from dilqur.data.mapped_arrays import MappedArrays
 
 FORMAT, VERSION = "dilqur-token-shards", 1
 MAX_ID = 2**31 - 1
-# Reading ahead costs a third of reading what is in memory. So the first page of a batch is left to itself: if, so many times
-# in a row, it was there already, the rest is taken to be; until the disk has to be waited for again.
-QUIET, FIRST_PAGE = 32, 1024
 
 
 class TokenShards:
@@ -30,7 +26,6 @@ class TokenShards:
 
     manifest: dict. num_tokens, num_documents, num_shards: int. Raises InputError for a folder that is not one, and, when a
     shard is first used, for a file that is missing, too short or of another format. `check_files` looks at all of them.
-    A shard may be by reference: its ids lie in a foreign flat file, `tokens_file` {path, dtype, offset_bytes} in the manifest.
     """
 
     def __init__(self, folder, verify=False):
@@ -41,7 +36,8 @@ class TokenShards:
         self.shard_starts = np.cumsum([0, *(s["tokens"] for s in shards)], dtype=np.int64)  # first token of each shard
         self._first_documents = np.cumsum([0, *(s["documents"] for s in shards)], dtype=np.int64)
         self.num_tokens, self.num_documents = int(self.shard_starts[-1]), int(self._first_documents[-1])
-        self._tokens, self._offsets, self._quiet = MappedFiles(), MappedFiles(), 0
+        self._tokens = MappedArrays(self.folder, np.int32, random_access=True)
+        self._offsets = MappedArrays(self.folder, np.int64)
         if verify:
             self.check_files(verify=True)
 
@@ -54,10 +50,10 @@ class TokenShards:
         if length == 0:
             return np.empty(0, np.int32)
         shard = self._shard_of(start)
-        at, mapped = start - int(self.shard_starts[shard]), self._tokens.get(shard, self._map_tokens)
+        at, mapped = start - int(self.shard_starts[shard]), self._tokens_of(shard)
         if at + length <= len(mapped.values):
             mapped.will_need(at, at + length)
-            return mapped.values[at : at + length].astype(np.int32, copy=False)
+            return mapped.values[at : at + length]
         out = np.empty((1, length), np.int32)
         self.read_rows(np.array([start]), out, [0])
         return out[0]
@@ -67,22 +63,20 @@ class TokenShards:
 
         Where the stream ends before the row does, the rest of the row is left as it is.
         """
-        length, spans, faults = out.shape[1], [], _major_faults()
-        read_ahead, shards = self._quiet < QUIET, np.searchsorted(self.shard_starts, starts, side="right") - 1
+        length, spans = out.shape[1], []
+        shards = np.searchsorted(self.shard_starts, starts, side="right") - 1
         for row, shard, at in zip(rows, shards.tolist(), (starts - self.shard_starts[shards]).tolist(), strict=True):
-            mapped = self._tokens.get(shard, self._map_tokens)
+            mapped = self._tokens_of(shard)
             part = mapped.values[at : at + length]
-            if read_ahead:  # for all rows before the first is copied: the disk reads them together
-                mapped.will_need(at if spans else at + FIRST_PAGE, at + len(part))
+            mapped.will_need(at, at + len(part))  # of all rows before the first is copied: the disk reads them together
             spans.append((row, shard, part))
         for row, shard, part in spans:
             out[row, : len(part)] = part
             filled = len(part)
             while filled < length and (shard := shard + 1) < self.num_shards:
-                part = self._tokens.get(shard, self._map_tokens).values[: length - filled]
+                part = self._tokens_of(shard).values[: length - filled]
                 out[row, filled : filled + len(part)] = part
                 filled += len(part)
-        self._quiet = self._quiet + 1 if _major_faults() == faults else 0
 
     # -- documents --------------------------------------------------------------------------------------------------------
 
@@ -90,7 +84,7 @@ class TokenShards:
         """int32 array: the tokens of document `index`, boundary tokens included."""
         shard = int(np.searchsorted(self._first_documents, index, side="right")) - 1
         begin, end = self.offsets(shard)[index - self._first_documents[shard] :][:2]
-        return self._tokens.get(shard, self._map_tokens).values[begin:end].astype(np.int32, copy=False)
+        return self._tokens_of(shard).values[begin:end]
 
     def document_starts(self, start, length):
         """Positions, relative to `start`, at which a document begins inside the tokens [start, start + length)."""
@@ -104,7 +98,7 @@ class TokenShards:
 
     def offsets(self, shard):
         """int64 array of shape (documents + 1,): where the documents of a shard begin, in tokens from the shard's first."""
-        return self._offsets.get(shard, self._map_offsets).values
+        return self._checked(self._offsets[f"offsets-{shard:05d}.npy"], shard, "documents", 1).values
 
     @property
     def bytes_per_token(self):
@@ -122,47 +116,25 @@ class TokenShards:
 
     def check_shard(self, shard, verify=False):
         """`check_files` of one shard."""
-        entry = self.manifest["shards"][shard]
-        for name, stated in entry["files"].items():
-            self._check(self.folder / name, stated, verify)
-        if foreign := entry.get("tokens_file"):
-            path = self.folder / foreign["path"]
-            says = f"{self.folder}/manifest.json"
-            self._check(path, foreign, verify, says, "import again")
-            if foreign["bytes"] < foreign["offset_bytes"] + entry["tokens"] * np.dtype(foreign["dtype"]).itemsize:
-                raise InputError(f"{says}: shard {shard} is longer than {path}: damaged; import again")
-
-    def _check(self, path, stated, verify, says="manifest.json", again="pack again"):
-        try:
-            size = path.stat().st_size
-        except FileNotFoundError:
-            raise InputError(f"{path}: missing, though {says} lists it; put it back, or {again}") from None
-        if size != stated["bytes"]:
-            raise InputError(f"{path}: {size} bytes, {says} says {stated['bytes']}; {again}")
-        if verify and file_checksum(path) != stated["xxh3"]:
-            raise InputError(f"{path}: its checksum is not the one in {says}: damaged; {again}")
-
-    def _map_tokens(self, shard):
-        entry = self.manifest["shards"][shard]
-        if foreign := entry.get("tokens_file"):
+        for name, stated in self.manifest["shards"][shard]["files"].items():
+            path = self.folder / name
             try:
-                path, dtype, offset = self.folder / foreign["path"], foreign["dtype"], foreign["offset_bytes"]
-                return map_raw(path, dtype, offset, entry["tokens"], random_access=True)
-            except (FileNotFoundError, ValueError):
-                self.check_shard(shard)  # says in words what is wrong
-                raise
-        return self._map_npy(f"tokens-{shard:05d}.npy", np.int32, entry["tokens"], random_access=True)
+                size = path.stat().st_size
+            except FileNotFoundError:
+                raise InputError(
+                    f"{path}: missing, though manifest.json lists it; put it back, or pack again"
+                ) from None
+            if size != stated["bytes"]:
+                raise InputError(f"{path}: {size} bytes, manifest.json says {stated['bytes']}; pack again")
+            if verify and file_checksum(path) != stated["xxh3"]:
+                raise InputError(f"{path}: its checksum is not the one in manifest.json: damaged; pack again")
 
-    def _map_offsets(self, shard):
-        return self._map_npy(f"offsets-{shard:05d}.npy", np.int64, self.manifest["shards"][shard]["documents"] + 1)
+    def _tokens_of(self, shard):
+        return self._checked(self._tokens[f"tokens-{shard:05d}.npy"], shard, "tokens")
 
-    def _map_npy(self, name, dtype, count, random_access=False):
-        path = self.folder / name
-        try:
-            mapped = map_npy(path, dtype, random_access)
-        except FileNotFoundError:
-            raise InputError(f"{path}: missing, though manifest.json lists it; pack again") from None
-        if mapped.values.shape != (count,):
+    def _checked(self, mapped, shard, what, more=0):
+        if mapped.values.shape != (count := self.manifest["shards"][shard][what] + more,):
+            path = self.folder / f"{'offsets' if more else 'tokens'}-{shard:05d}.npy"
             raise InputError(f"{path}: holds {mapped.values.shape} numbers, manifest.json says {count}; pack again")
         return mapped
 
@@ -187,8 +159,3 @@ def _read_manifest(folder):
     if manifest["version"] > VERSION:
         raise InputError(f"{folder}: format version {manifest['version']} is newer than this program's {VERSION}")
     return manifest
-
-
-def _major_faults():
-    """How often this thread has waited for the disk because of a page that was not in memory."""
-    return resource.getrusage(resource.RUSAGE_THREAD).ru_majflt

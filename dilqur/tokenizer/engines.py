@@ -2,14 +2,12 @@
 
     tokenizers   what the tokenizer.json means, by definition
     tiktoken     a BPE engine built from the same merges and pattern; three to seven times faster
-    fastokens    faster still; only if asked for, and installed
 
 `choose_engine` encodes a sample of the very corpus and a fixed set of tricky strings with both, and takes the fast engine
 only if every id of every document is equal. While packing, one document of every block is compared again.
 Text that spells a control token is text for all of them.
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -17,10 +15,9 @@ from itertools import chain, pairwise
 
 import numpy as np
 
-from dilqur.common.errors import InputError
 from dilqur.tokenizer.text_tokenizer import byte_characters
 
-ENGINES = ("auto", "tokenizers", "tiktoken", "fastokens")
+ENGINES = ("auto", "tokenizers", "tiktoken")
 GPT2_PATTERN = (
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # ByteLevel(use_regex=True)
 )
@@ -40,8 +37,10 @@ TRICKY = (
 )  # fmt: skip
 
 
-GIVES_UP = 400_000  # characters of white space in a row, at half of which tiktoken's pattern still holds
-_SPACES = re.compile(rf"(?<!\s)\s{{{GIVES_UP}}}")  # looked for where a run begins: else the search would be quadratic
+MAX_SPACE_RUN = 400_000  # characters of white space in a row, at half of which tiktoken's pattern still holds
+_SPACES = re.compile(
+    rf"(?<!\s)\s{{{MAX_SPACE_RUN}}}"
+)  # looked for where a run begins: else the search would be quadratic
 
 
 class Engine:
@@ -59,26 +58,22 @@ def choose_engine(wanted, tokenizer, sample):
     """(Engine, what was found out about it in one sentence).
 
     wanted: one of ENGINES. tokenizer: a TextTokenizer. sample: texts of the corpus. "auto" is tiktoken where that agrees.
-    Raises InputError only where `wanted` is not installed.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one worker is one core, and a forked thread pool hangs
     oracle = Engine("tokenizers", _tokenizers(tokenizer))
     if wanted == "tokenizers":
         return oracle, "tokenizers: asked for"
-    name = "tiktoken" if wanted == "auto" else wanted
-    if importlib.util.find_spec(name) is None:
-        raise InputError(f"engine: {name} is not installed; pip install {name}, or give another engine")
     try:
-        engine = Engine(name, {"tiktoken": _tiktoken, "fastokens": _fastokens}[name](tokenizer))
+        engine = Engine("tiktoken", _tiktoken(tokenizer))
     except CannotBeBuilt as reason:
-        return oracle, f"tokenizers, as {name} cannot do this tokenizer: {reason}"
+        return oracle, f"tokenizers, as tiktoken cannot do this tokenizer: {reason}"
     for kind, texts in (("the tricky strings", TRICKY), ("the corpus", sample)):
         for text in texts:
             if not agree(engine, oracle, text):
-                return oracle, f"tokenizers, as {name} gives other ids for one of {kind}: {text[:60]!r}"
+                return oracle, f"tokenizers, as tiktoken gives other ids for one of {kind}: {text[:60]!r}"
     return (
         engine,
-        f"{name}: the ids of tokenizers on {len(TRICKY)} tricky strings and {len(sample)} documents of the corpus",
+        f"tiktoken: the ids of tokenizers on {len(TRICKY)} tricky strings and {len(sample)} documents of the corpus",
     )
 
 
@@ -119,36 +114,9 @@ def _tiktoken(tokenizer):
 
     def run(texts):
         # its pattern gives up on a million spaces in a row, and panics in several lines
-        parts = [ask(t) if len(t) > GIVES_UP and _SPACES.search(t) else encode(t) for t in texts]
+        parts = [ask(t) if len(t) > MAX_SPACE_RUN and _SPACES.search(t) else encode(t) for t in texts]
         lengths = np.fromiter(map(len, parts), np.int64, len(parts))
         return np.fromiter(chain.from_iterable(parts), np.int32, int(lengths.sum())), lengths
-
-    return run
-
-
-def _fastokens(tokenizer):
-    os.environ["RAYON_NUM_THREADS"] = "1"
-    import fastokens
-
-    spec = json.loads(tokenizer.backend.to_str())
-    if any(not t["special"] for t in spec["added_tokens"]):
-        raise CannotBeBuilt("it has added tokens that are no control tokens")
-    spec.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
-    try:
-        encode = fastokens.Tokenizer.from_json_str(json.dumps(spec)).encode_batch_flat
-    except Exception as problem:  # it raises plain exceptions
-        raise CannotBeBuilt(str(problem)) from None
-
-    ask = _tokenizers(tokenizer)
-
-    def run(texts):
-        # ſ folds to s: after an apostrophe fastokens has been seen to give other ids
-        if any("\u017f" in text for text in texts):
-            return ask(texts)
-        ids, offsets = encode(texts)
-        return np.frombuffer(ids, np.uint32).astype(np.int32), np.diff(
-            np.frombuffer(offsets, np.uint64).astype(np.int64)
-        )
 
     return run
 

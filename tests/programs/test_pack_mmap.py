@@ -374,7 +374,7 @@ def test_a_recipe_packs_each_dataset_into_a_folder_of_its_own(run, made, tmp_pat
         (["--input", CORPUS, "--shard", 0], "--of missing: the number of parts"),
         (["--input", CORPUS, "--of", 2], "--of wants either --shard (do that part) or --finish true"),
         (["--input", CORPUS, "--of", 2, "--shard", 2], "--shard 2: parts are counted from 0 to 1"),
-        (["--input", CORPUS, "--engine", "rwkv"], "engine: rwkv: there are auto, tokenizers, tiktoken, fastokens"),
+        (["--input", CORPUS, "--engine", "rwkv"], "engine: rwkv: there are auto, tokenizers, tiktoken"),
         (["--datasets", "{name: a/b, input: [x]}"], "the names a/b must be distinct and plain folder names"),
         (["--datasets", "{name: a}"], "datasets"),
     ],

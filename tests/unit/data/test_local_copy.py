@@ -15,7 +15,6 @@ from conftest import ROOT
 
 from dilqur.common.atomic import write_json
 from dilqur.common.errors import InputError
-from dilqur.common.hashing import file_checksum
 from dilqur.data import local_copy as module
 from dilqur.data.local_copy import local_copy
 from dilqur.data.shard_writer import ShardWriter
@@ -50,29 +49,6 @@ def shards(tmp_path):
     with ShardWriter(folder, TOKENS) as writer:
         writer.add(ids, np.full(SHARDS * 10, TOKENS // 10))
         write_json(folder / "manifest.json", {**writer.close(), "utf8_bytes": 1})
-    return folder
-
-
-@pytest.fixture
-def by_reference(tmp_path):
-    """A folder whose ids lie in a foreign file with a header."""
-    foreign, folder = tmp_path / "elsewhere" / "train.bin", tmp_path / "referred"
-    foreign.parent.mkdir()
-    folder.mkdir()
-    foreign.write_bytes(b"\0" * 1024 + np.arange(1000, dtype="<u2").tobytes())
-    np.save(folder / "offsets-00000.npy", np.array([0, 400, 1000]))
-    tokens = {
-        "path": str(foreign),
-        "dtype": "uint16",
-        "offset_bytes": 1024,
-        "bytes": 3024,
-        "xxh3": file_checksum(foreign),
-    }
-    offsets = folder / "offsets-00000.npy"
-    files = {offsets.name: {"bytes": offsets.stat().st_size, "xxh3": file_checksum(offsets)}}
-    shard = {"documents": 2, "tokens": 1000, "tokens_file": tokens, "files": files}
-    manifest = {"format": "dilqur-token-shards", "version": 1, "dtype": "uint16", "shards": [shard]}
-    write_json(folder / "manifest.json", {**manifest, "documents": 2, "tokens": 1000, "utf8_bytes": 1})
     return folder
 
 
@@ -137,15 +113,6 @@ def test_a_source_that_cannot_be_written_to_is_copied(shards, disk):
         path.chmod(0o555 if path.is_dir() else 0o444)
     assert everything(local_copy(shards, disk)) == everything(shards)
     shards.chmod(0o755)
-
-
-def test_by_reference_the_foreign_file_comes_along(by_reference, disk, tmp_path):
-    copy = local_copy(by_reference, disk)
-    shutil.rmtree(tmp_path / "elsewhere")
-    assert everything(copy) == list(range(1000))
-    assert json.loads((copy / "manifest.json").read_text())["shards"][0]["tokens_file"]["path"] == "tokens-00000.bin"
-    again = local_copy(copy, tmp_path)  # a copy can be copied
-    assert everything(again) == list(range(1000))
 
 
 def test_many_processes_at_once_share_one_copy(shards, disk):

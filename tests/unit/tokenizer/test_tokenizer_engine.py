@@ -6,20 +6,17 @@ DILQUR_FUZZ=1000000 pytest tests/unit/tokenizer/test_tokenizer_engine.py     (3,
 import json
 import os
 import random
-import sys
 
 import numpy as np
 import pytest
 from conftest import SHARED
 
-from dilqur.common.errors import InputError
 from dilqur.common.paths import expand
 from dilqur.data.documents import read
 from dilqur.tokenizer.engines import TRICKY, choose_engine
 from dilqur.tokenizer.text_tokenizer import TextTokenizer, byte_characters
 
 FUZZ = int(os.environ.get("DILQUR_FUZZ", 3_000))
-FAST = ("tiktoken", "fastokens")
 KNOWN = sorted((SHARED / "tokenizers").glob("*.json.gz"))
 PIECES = [
     *"aAeiIsStTdDmM'’ \t\n\r.,!?-_/0123456789", *TRICKY[:-1], "ı", "İ", "ə", "Ə", "ğ", "ç", "ş", "ö", "ü", "\u0307", "\u0301", "ſ",
@@ -60,38 +57,36 @@ def differ(engine, oracle, texts):
     return [t for t in texts if not np.array_equal(engine.encode([t])[0], oracle.encode([t])[0])]
 
 
-def engine_and_oracle(name, path):
-    """The engine that packing would use where `name` is asked for, and HF `tokenizers`."""
+def engine_and_oracle(path):
+    """The engine that packing would use where tiktoken is asked for, and HF `tokenizers`."""
     tokenizer = TextTokenizer(path)
-    (engine, why), (oracle, _) = (choose_engine(wanted, tokenizer, []) for wanted in (name, "tokenizers"))
+    (engine, why), (oracle, _) = (choose_engine(wanted, tokenizer, []) for wanted in ("tiktoken", "tokenizers"))
     if "mbert" in path.name:  # WordPiece: no engine but `tokenizers` can do it
-        assert engine.name == "tokenizers" and f"{name} cannot do this tokenizer" in why
+        assert engine.name == "tokenizers" and "tiktoken cannot do this tokenizer" in why
     else:
-        assert engine.name == name, why
+        assert engine.name == "tiktoken", why
     return engine, oracle
 
 
-@pytest.mark.parametrize("name", FAST)
-def test_the_ids_are_those_of_tokenizers_on_fuzzed_strings(made, name):
+def test_the_ids_are_those_of_tokenizers_on_fuzzed_strings(made):
     for path in (made / "tokenizer", *KNOWN):
-        engine, oracle = engine_and_oracle(name, path)
+        engine, oracle = engine_and_oracle(path)
         strings, wrong = fuzzed(FUZZ, seed=7), []
         while batch := [text for _, text in zip(range(10_000), strings, strict=False)]:
             wrong += differ(engine, oracle, batch)
-        print(f"{path.name}, {name}: {len(wrong)} of {FUZZ} fuzzed strings differ {wrong[:5]!r}")
+        print(f"{path.name}: {len(wrong)} of {FUZZ} fuzzed strings differ {wrong[:5]!r}")
         assert not wrong
 
 
 @pytest.mark.skipif(not KNOWN, reason="needs real text and tokenizers, which are not part of the project")
-@pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize("path", KNOWN, ids=lambda p: p.name.split(".")[0])
-def test_the_ids_are_those_of_tokenizers_on_real_text(path, name):
-    engine, oracle = engine_and_oracle(name, path)
+def test_the_ids_are_those_of_tokenizers_on_real_text(path):
+    engine, oracle = engine_and_oracle(path)
     files = [file for file in expand([str(SHARED / "data" / "az")]) if "qa_az" not in file]
     texts = [document.text for document in read(files)]
     texts = texts if FUZZ > 3_000 else texts[::10]
     wrong = differ(engine, oracle, texts)
-    print(f"{path.name}, {name}: {len(wrong)} of {len(texts)} documents differ")
+    print(f"{path.name}: {len(wrong)} of {len(texts)} documents differ")
     assert not wrong
 
 
@@ -167,10 +162,3 @@ def test_a_million_spaces_are_no_panic(made, capfd):
     texts = ["Bakı", "a" + " " * 1_000_000 + "b", "şəhər", " \n" * 199_999 + "c"]
     assert engine.name == "tiktoken" and differ(engine, oracle, texts) == []
     assert capfd.readouterr().err == ""  # where its panics go
-
-
-def test_an_engine_that_is_asked_for_and_not_installed_is_named(made, monkeypatch):
-    monkeypatch.setitem(sys.modules, "fastokens", None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="fastokens is not installed; pip install fastokens"):
-        choose_engine("fastokens", TextTokenizer(made / "tokenizer"), [])
