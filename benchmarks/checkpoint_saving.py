@@ -16,7 +16,7 @@ else, which is what a stall cannot be shorter than. Total: until the checkpoint 
 many small operations, some 30 ms on a core, which feels the interpreter's lock and the memory's bandwidth; quiet ones just before each
 save are what it is held against. Lost: what the training is behind in the end, the stall and all slower steps. Memory: the highest resident
 set of the process during the save above that before the round; what is on a RAM disk is not in it. Two processes are FSDP2's (half of the
-state each); all figures are then rank 0's. Writes benchmarks/checkpoint_saving.json and prints Markdown tables.
+state each); all figures are then rank 0's. Writes benchmarks/results/checkpoint_saving.json and prints Markdown tables.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main():
     parser.add_argument("--folders", nargs="+", default=["/dev/shm", tempfile.gettempdir()], help="one on each disk")
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2], choices=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "checkpoint_saving.json")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # is one of the processes, and writes there
     arguments = parser.parse_args()
     if arguments.worker:

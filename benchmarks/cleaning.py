@@ -8,7 +8,7 @@ planted that were dropped for the reason they were planted for, or of which noth
 a setting dropped or masked, these.
 Part two: clean_corpus on FILES with one worker, near copies and all, ROUNDS times; the median of its CPU seconds by the text
 it read.
-Results go to benchmarks/cleaning.json.
+Results go to benchmarks/results/cleaning.json.
 """
 
 import collections
@@ -40,7 +40,9 @@ REASONS = {  # planted label → what clean_corpus calls it
 class CleaningSettings:
     input: list[str] = field(metadata={"help": "text to measure the speed on"})
     seed: int = field(default=0, metadata={"help": "of what is planted"})
-    output: str = field(default=str(ROOT / "benchmarks" / "cleaning.json"), metadata={"help": "where the JSON goes"})
+    output: str = field(
+        default=str(ROOT / "benchmarks" / "results" / "cleaning.json"), metadata={"help": "where the JSON goes"}
+    )
 
 
 def clean(recipe, folder):

@@ -6,7 +6,7 @@
 The model folder, fp32 safetensors in the shape of Llama 3.2 1B with 100,352 tokens, is made for it (5 GB in --folder). A rank is a process
 of `accelerate launch`, which loads as scripts/cpt.py does and tells its VmHWM, libraries and all, before and after. On a CPU what a GPU
 would hold lies in the same memory: the shard, which the bound allows, and ZeRO-3's bfloat16 copy and two buffers for gradients, which are
-shown and taken off. Writes benchmarks/loading_memory.json.
+shown and taken off. Writes benchmarks/results/loading_memory.json.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main():
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--folder", type=Path, help="for the model; a temporary one if left out")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "loading_memory.json")
     parser.add_argument("--rank", choices=STRATEGIES, help=argparse.SUPPRESS)  # one of the processes
     arguments = parser.parse_args()
     if arguments.rank:

@@ -6,7 +6,7 @@
 A round runs every row once, interleaved; a row's figure is the median of its rounds. CPU seconds are those of the whole
 process tree, less those of the same program on a single short document (imports, loading the tokenizer). The bare
 tokenizer is `encode_batch_fast` of HF tokenizers on texts in memory, one thread, its results thrown away.
-Everything but the bare tokenizer reads files and writes files. Results go to benchmarks/packing.json.
+Everything but the bare tokenizer reads files and writes files. Results go to benchmarks/results/packing.json.
 
 Other packers: datatrove's DocumentTokenizer (pip install datatrove) and nanoGPT's way (tiktoken, one uint16/uint32 memmap).
 """
@@ -48,7 +48,9 @@ class BenchmarkSettings:
     memory_gb: list[float] | None = field(
         default=None, metadata={"help": "instead: peak memory at these sizes of text"}
     )
-    output: str = field(default=str(ROOT / "benchmarks" / "packing.json"), metadata={"help": "where the JSON goes"})
+    output: str = field(
+        default=str(ROOT / "benchmarks" / "results" / "packing.json"), metadata={"help": "where the JSON goes"}
+    )
 
 
 BARE = """

@@ -10,7 +10,7 @@ hold.
 
 Then, of a tiny model under each strategy on two processes (tests/support/phase_evidence.py): how many elements of gradient and of
 each moment all ranks hold, and how many operations the products with weights took, which a backbone without weight gradients
-determines exactly. Writes benchmarks/phases.json and prints Markdown tables.
+determines exactly. Writes benchmarks/results/phases.json and prints Markdown tables.
 """
 
 import json
@@ -52,7 +52,9 @@ class BenchmarkSettings:
         metadata={"help": "whose first step is looked at"},
     )
     threads: int = field(default=1, metadata={"help": "of a CPU"})
-    output: str = field(default=str(Path(__file__).with_suffix(".json")), metadata={"help": "where the JSON goes"})
+    output: str = field(
+        default=str(ROOT / "benchmarks" / "results" / "phases.json"), metadata={"help": "where the JSON goes"}
+    )
 
 
 @program(BenchmarkSettings)

@@ -3,7 +3,7 @@
     python benchmarks/reader.py --folder /tmp/reader
     python benchmarks/reader.py --folder /tmp/reader --statistics
 
-The large folders are sparse files: real headers, real sizes, no bytes on the disk. Writes benchmarks/reader.json and prints
+The large folders are sparse files: real headers, real sizes, no bytes on the disk. Writes benchmarks/results/reader.json and prints
 a Markdown table. --statistics also runs the long checks of the order: every n up to 5,000, chi-square, worlds and workers.
 """
 
@@ -63,7 +63,7 @@ def main():
             result["statistics"] = check_order(arguments.folder / "real")
     finally:
         shutil.rmtree(arguments.folder, ignore_errors=True)
-    write_json(HERE / "reader.json", result)
+    write_json(HERE / "results" / "reader.json", result)
     print(table(result))
     return None
 

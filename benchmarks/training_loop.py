@@ -11,7 +11,7 @@ backward, clip and step, on batches that lie in memory; on a GPU it never waits 
 
 A round is ten turns; its figure for each loop is tokens / seconds, by the clock and by the CPU time of the process, which other
 programs disturb less. What the loop adds to a step shows better where the step is short: the same is done with a tiny model.
-Writes benchmarks/training_loop.json and prints a Markdown table.
+Writes benchmarks/results/training_loop.json and prints a Markdown table.
 """
 
 import contextlib
@@ -54,7 +54,9 @@ class BenchmarkSettings:
     rounds: int = field(default=8, metadata={"help": "rounds of ten turns"})
     threads: int = field(default=1, metadata={"help": "of a CPU"})
     profile: bool = field(default=False, metadata={"help": "Python's own profile of the loop, after the rounds"})
-    output: str = field(default=str(Path(__file__).with_suffix(".json")), metadata={"help": "where the JSON goes"})
+    output: str = field(
+        default=str(ROOT / "benchmarks" / "results" / "training_loop.json"), metadata={"help": "where the JSON goes"}
+    )
 
 
 @program(BenchmarkSettings)

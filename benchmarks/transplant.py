@@ -5,7 +5,7 @@
 
 The base is a Llama in bfloat16 with random weights, written shard by shard, with 128,256 rows of 4,096 and an untied head, as
 Llama 3.1 8B has them; --gigabytes sets how many layers. Its tokenizer and the new one are trained on the corpora of the quickstart
-and filled up with made-up tokens to 128,000 and 100,000. Writes benchmarks/transplant.json and prints a Markdown table.
+and filled up with made-up tokens to 128,000 and 100,000. Writes benchmarks/results/transplant.json and prints a Markdown table.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def main():
             print(method, result["methods"][method], flush=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    write_json(HERE / "transplant.json", result)
+    write_json(HERE / "results" / "transplant.json", result)
     print(table(result))
 
 

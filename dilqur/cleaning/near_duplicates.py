@@ -14,7 +14,7 @@ A word is a run of letters, digits and combining marks, without which Indic scri
 spaces (Han, kana, Thai, Lao, Khmer, Burmese) every letter is one, with its marks.
 
 A signature takes 280 bytes on disk: 14 GB for 50 million documents. `cluster` keeps 48 bytes a document in memory (2.4 GB)
-and uses what `memory_gb` gives it beyond that to read the files fewer times. Figures: benchmarks/near_duplicates.py.
+and uses what `memory_gb` gives it beyond that to read the files fewer times. Figures: docs/data.md.
 """
 
 import functools

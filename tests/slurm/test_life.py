@@ -1,6 +1,6 @@
 """All that a cluster does to a job, one after the other, on a real Slurm: each run ends bit-equal to an undisturbed one's.
 
-    DILQUR_LIFE=benchmarks/queue_life.json pytest tests/slurm/test_life.py
+    DILQUR_LIFE=benchmarks/results/queue_life.json pytest tests/slurm/test_life.py
 
 A quarter of an hour on two free cores; the file gets the seconds that each case cost. test_lab.py has the two that happen most.
 """

@@ -1,7 +1,7 @@
 """SIGKILL for all processes of a training run at random moments, again and again, until it is done: nothing may be lost.
 
-    python tests/support/kill_training.py --kills 100 --output benchmarks/kill_training.json
-    python tests/support/kill_training.py --program mlm --output benchmarks/kill_training_mlm.json      of an encoder
+    python tests/support/kill_training.py --kills 100 --output benchmarks/results/kill_training.json
+    python tests/support/kill_training.py --program mlm --output benchmarks/results/kill_training_mlm.json      of an encoder
     python tests/support/kill_training.py --kills 4 --strategies fsdp2 --steps 100              a short one
 
 Half of the kills wait for a save to be under way. After each, every complete checkpoint must be whole and the newest must not be older than

@@ -1,10 +1,10 @@
 """The checkpoint matrix: a state saved under every strategy and number of processes is the same whether or not the model was evaluated just
 before, and goes on under every other.
 
-    python tests/support/matrix.py --output benchmarks/checkpoint_matrix.json                        225 cells in fp32
+    python tests/support/matrix.py --output benchmarks/results/checkpoint_matrix.json                        225 cells in fp32
     python tests/support/matrix.py --resume_cells false --bf16                                       only what is saved
-    python tests/support/matrix.py --bf16 --output benchmarks/checkpoint_matrix_bf16.json            and in bf16
-    python tests/support/matrix.py --program mlm --output benchmarks/checkpoint_matrix_mlm.json      of an encoder
+    python tests/support/matrix.py --bf16 --output benchmarks/results/checkpoint_matrix_bf16.json            and in bf16
+    python tests/support/matrix.py --program mlm --output benchmarks/results/checkpoint_matrix_mlm.json      of an encoder
     python tests/support/matrix.py --strategies ddp zero3 --worlds 1 2 --controls false              a part
 
 A run of 30 steps under each of them is stopped by nothing. The saving cells: a second one is evaluated before every save, and leaves the

@@ -6,14 +6,12 @@ import itertools
 import json
 import random
 import re
-import subprocess
-import sys
 import tracemalloc
 
 import numpy as np
 import pytest
 import xxhash
-from conftest import CORPUS, ROOT, SHARED
+from conftest import CORPUS, SHARED
 
 from dilqur.cleaning import near_duplicates
 from dilqur.cleaning.near_duplicates import PERMUTATIONS, SIGNATURE, THRESHOLD, cluster, rows_and_bands, signatures
@@ -379,20 +377,3 @@ def test_rows_and_bands_find_95_percent_at_the_threshold():
         assert rows * bands <= PERMUTATIONS and 1 - (1 - threshold**rows) ** bands >= 0.95
     with pytest.raises(InputError, match=r"threshold 0.1: from 0.3"):
         rows_and_bands(0.1)
-
-
-@real_text
-def test_the_benchmark_runs_and_its_figures_are_plausible(tmp_path):
-    command = [
-        sys.executable,
-        ROOT / "benchmarks" / "near_duplicates.py",
-        "--corpus",
-        SHARED / "data" / "az",
-        "--mb",
-        4,
-    ]
-    command += ["--output", tmp_path / "r.json"]
-    subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=300)
-    result = json.loads((tmp_path / "r.json").read_text())["result"]
-    assert result["recall"] > 0.95 and result["precision"] > 0.95
-    assert result["signature_bytes"] == SIGNATURE.itemsize
