@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from dilqur.common.constants import ROOT
@@ -26,6 +26,7 @@ from dilqur.common.paths import expand
 from dilqur.data.documents import read
 from dilqur.pipeline.manifest import git_commit, hardware, read_manifest
 from dilqur.pipeline.program import program
+from dilqur.pipeline.settings_parser import setting
 
 ROUNDS = 5  # of part two
 sys.path.insert(0, str(ROOT / "tests" / "support"))
@@ -38,11 +39,9 @@ REASONS = {  # planted label → what clean_corpus calls it
 
 @dataclass(kw_only=True)
 class CleaningSettings:
-    input: list[str] = field(metadata={"help": "text to measure the speed on"})
-    seed: int = field(default=0, metadata={"help": "of what is planted"})
-    output: str = field(
-        default=str(ROOT / "benchmarks" / "results" / "cleaning.json"), metadata={"help": "where the JSON goes"}
-    )
+    input: list[str] = setting("text to measure the speed on")
+    seed: int = setting("of what is planted", default=0)
+    output: str = setting("where the JSON goes", default=str(ROOT / "benchmarks" / "results" / "cleaning.json"))
 
 
 def clean(recipe, folder):

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -31,26 +31,21 @@ from dilqur.common.paths import expand
 from dilqur.data.documents import read
 from dilqur.pipeline.manifest import git_commit, hardware
 from dilqur.pipeline.program import program
+from dilqur.pipeline.settings_parser import setting
 
 ROUNDS = 5
 
 
 @dataclass(kw_only=True)
 class BenchmarkSettings:
-    input: list[str] = field(metadata={"help": "text to pack"})
-    tokenizer: list[str] = field(metadata={"help": "folders with a tokenizer.json, or such files"})
-    rounds: int = field(default=ROUNDS, metadata={"help": "times each row is run"})
-    other_packers: bool = field(default=False, metadata={"help": "rows for datatrove and nanoGPT's way"})
-    repeat: int = field(
-        default=1, metadata={"help": "times the text comes; more than once flatters engines that remember words"}
-    )
-    workers: int | None = field(default=None, metadata={"help": "a row with so many workers, timed by the clock"})
-    memory_gb: list[float] | None = field(
-        default=None, metadata={"help": "instead: peak memory at these sizes of text"}
-    )
-    output: str = field(
-        default=str(ROOT / "benchmarks" / "results" / "packing.json"), metadata={"help": "where the JSON goes"}
-    )
+    input: list[str] = setting("text to pack")
+    tokenizer: list[str] = setting("folders with a tokenizer.json, or such files")
+    rounds: int = setting("times each row is run", default=ROUNDS)
+    other_packers: bool = setting("rows for datatrove and nanoGPT's way", default=False)
+    repeat: int = setting("times the text comes; more than once flatters engines that remember words", default=1)
+    workers: int | None = setting("a row with so many workers, timed by the clock", default=None)
+    memory_gb: list[float] | None = setting("instead: peak memory at these sizes of text", default=None)
+    output: str = setting("where the JSON goes", default=str(ROOT / "benchmarks" / "results" / "packing.json"))
 
 
 BARE = """

@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from dilqur.common.startup import quiet_libraries
 from dilqur.estimate.cost_model import parameter_sizes, training_flops_per_token
 from dilqur.pipeline.manifest import git_commit, hardware
 from dilqur.pipeline.program import program
-from dilqur.pipeline.settings_parser import parse
+from dilqur.pipeline.settings_parser import parse, setting
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import cpt
@@ -46,15 +46,12 @@ TINY = (3, 64, 128, 4, 2, 1280)  # the vocabulary of tests/support/matrix.py's t
 
 @dataclass(kw_only=True)
 class BenchmarkSettings:
-    rounds: int = field(default=9, metadata={"help": "steps of each kind"})
-    strategies: list[str] = field(
-        default_factory=lambda: ["ddp", "fsdp2", "zero1", "zero2", "zero3"],
-        metadata={"help": "whose first step is looked at"},
+    rounds: int = setting("steps of each kind", default=9)
+    strategies: list[str] = setting(
+        "whose first step is looked at", default_factory=lambda: ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
     )
-    threads: int = field(default=1, metadata={"help": "of a CPU"})
-    output: str = field(
-        default=str(ROOT / "benchmarks" / "results" / "phases.json"), metadata={"help": "where the JSON goes"}
-    )
+    threads: int = setting("of a CPU", default=1)
+    output: str = setting("where the JSON goes", default=str(ROOT / "benchmarks" / "results" / "phases.json"))
 
 
 @program(BenchmarkSettings)

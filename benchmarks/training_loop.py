@@ -21,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from dilqur.common.errors import InputError
 from dilqur.common.startup import quiet_libraries
 from dilqur.pipeline.manifest import git_commit, hardware
 from dilqur.pipeline.program import program
-from dilqur.pipeline.settings_parser import parse
+from dilqur.pipeline.settings_parser import parse, setting
 from dilqur.pipeline.stage import Stage
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -51,12 +51,10 @@ SAME = 1e-5  # relative: fp32 losses of two loops that clip in another order of 
 
 @dataclass(kw_only=True)
 class BenchmarkSettings:
-    rounds: int = field(default=8, metadata={"help": "rounds of ten turns"})
-    threads: int = field(default=1, metadata={"help": "of a CPU"})
-    profile: bool = field(default=False, metadata={"help": "Python's own profile of the loop, after the rounds"})
-    output: str = field(
-        default=str(ROOT / "benchmarks" / "results" / "training_loop.json"), metadata={"help": "where the JSON goes"}
-    )
+    rounds: int = setting("rounds of ten turns", default=8)
+    threads: int = setting("of a CPU", default=1)
+    profile: bool = setting("Python's own profile of the loop, after the rounds", default=False)
+    output: str = setting("where the JSON goes", default=str(ROOT / "benchmarks" / "results" / "training_loop.json"))
 
 
 @program(BenchmarkSettings)

@@ -13,7 +13,7 @@ documents begin, ids against the vocabulary. A line a folder; the first problem 
 import itertools
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
@@ -24,27 +24,26 @@ from dilqur.common.errors import InputError
 from dilqur.data.token_shards import TokenShards
 from dilqur.pipeline.inputs import Input
 from dilqur.pipeline.program import program
+from dilqur.pipeline.settings_parser import setting
 from dilqur.tokenizer.text_tokenizer import TextTokenizer
 
 
 @dataclass(kw_only=True)
 class InspectSettings:
-    shards: Annotated[str, Input("shards")] = field(metadata={"help": "folder of token shards"})
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "to decode with; the one the shards were packed with"}
-    )
-    sample: Count | None = field(default=None, metadata={"help": "decode this sample"})
-    document: Count | None = field(default=None, metadata={"help": "decode this document"})
-    max_length: Annotated[int, Field(ge=1)] = field(default=2048, metadata={"help": "tokens a sample"})
-    json: bool = field(default=False, metadata={"help": "one JSON object on standard output"})
-    check: bool = field(default=False, metadata={"help": "check the arguments, print nothing else"})
+    shards: Annotated[str, Input("shards")] = setting("folder of token shards")
+    tokenizer: str | None = setting("to decode with; the one the shards were packed with", default=None)
+    sample: Count | None = setting("decode this sample", default=None)
+    document: Count | None = setting("decode this document", default=None)
+    max_length: Annotated[int, Field(ge=1)] = setting("tokens a sample", default=2048)
+    json: bool = setting("one JSON object on standard output", default=False)
+    check: bool = setting("check the arguments, print nothing else", default=False)
 
 
 @dataclass(kw_only=True)
 class VerifySettings:
-    shards: list[Annotated[str, Input("shards")]] = field(metadata={"help": "folders of token shards"})
-    json: bool = field(default=False, metadata={"help": "one JSON object on standard output"})
-    check: bool = field(default=False, metadata={"help": "check the arguments and the files' sizes"})
+    shards: list[Annotated[str, Input("shards")]] = setting("folders of token shards")
+    json: bool = setting("one JSON object on standard output", default=False)
+    check: bool = setting("check the arguments and the files' sizes", default=False)
 
 
 READ = 1 << 24  # tokens looked at together: 64 MB

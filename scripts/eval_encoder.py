@@ -23,7 +23,7 @@ import dataclasses
 import json
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Literal
 from urllib.parse import quote
 
@@ -45,7 +45,7 @@ from dilqur.models.config import read_config
 from dilqur.pipeline.inputs import FilePath, ModelPath
 from dilqur.pipeline.interrupt import Interrupt
 from dilqur.pipeline.program import program
-from dilqur.pipeline.settings_parser import to_dict
+from dilqur.pipeline.settings_parser import setting, to_dict
 from dilqur.pipeline.stage import StageSettings
 from dilqur.tokenizer.encoder_tokens import MASK
 
@@ -57,58 +57,48 @@ HARMLESS = ("model_name_or_path", "names", "random_control", "learning_rates", "
 
 @dataclass(kw_only=True)
 class EncoderSettings(StageSettings):
-    model_name_or_path: list[ModelPath] = field(metadata={"help": "encoders: Hugging Face folders or stages"})
-    names: list[str] | None = field(default=None, metadata={"help": "what to call them; none: their folders' names"})
-    random_control: bool = field(default=False, metadata={"help": "also the first one's shape with random weights"})
-    task: Literal["sequence_classification", "token_classification", "masked_words"] = field(
-        metadata={"help": "what is asked of them"}
+    model_name_or_path: list[ModelPath] = setting("encoders: Hugging Face folders or stages")
+    names: list[str] | None = setting("what to call them; none: their folders' names", default=None)
+    random_control: bool = setting("also the first one's shape with random weights", default=False)
+    task: Literal["sequence_classification", "token_classification", "masked_words"] = setting("what is asked of them")
+    train: list[FilePath] = setting("files or folders: .tsv, .csv, .jsonl, .parquet, .conllu, .conll, .bio")
+    validation: list[FilePath] | None = setting("what chooses the learning rate", default=None)
+    test: list[FilePath] | None = setting("what is measured; none: folds of `train`", default=None)
+    text_field: str = setting("column or key of the text, or of the list of words", default="text")
+    label_field: str = setting("of the label, or of the list of tags; @file: the file's name", default="label")
+    label_names: list[str] | None = setting("names of labels that are numbers from 0", default=None)
+    paragraphs: bool = setting("each paragraph of a text is an example of its own", default=False)
+    dotted_i: bool = setting("as in clean_corpus: of texts and words with labels", default=False)
+    replace: dict | None = setting("the same, e.g. {ǝ: ə}; as pre-training had it", default=None)
+    metric: Literal[METRICS] | None = setting("what is reported; none: accuracy", default=None)
+    max_train_samples: Annotated[int, Field(ge=1)] | None = setting("examples drawn of train", default=None)
+    max_eval_samples: Annotated[int, Field(ge=1)] | None = setting(
+        "examples drawn of validation and of test; documents for masked_words", default=None
     )
-    train: list[FilePath] = field(
-        metadata={"help": "files or folders: .tsv, .csv, .jsonl, .parquet, .conllu, .conll, .bio"}
+    max_length: Annotated[int, Field(ge=8)] = setting("tokens read of an example", default=512)
+    learning_rates: list[Annotated[float, Field(gt=0)]] = setting(
+        "those that are tried", default_factory=LEARNING_RATES.copy
     )
-    validation: list[FilePath] | None = field(default=None, metadata={"help": "what chooses the learning rate"})
-    test: list[FilePath] | None = field(default=None, metadata={"help": "what is measured; none: folds of `train`"})
-    text_field: str = field(default="text", metadata={"help": "column or key of the text, or of the list of words"})
-    label_field: str = field(
-        default="label", metadata={"help": "of the label, or of the list of tags; @file: the file's name"}
-    )
-    label_names: list[str] | None = field(default=None, metadata={"help": "names of labels that are numbers from 0"})
-    paragraphs: bool = field(default=False, metadata={"help": "each paragraph of a text is an example of its own"})
-    dotted_i: bool = field(default=False, metadata={"help": "as in clean_corpus: of texts and words with labels"})
-    replace: dict | None = field(default=None, metadata={"help": "the same, e.g. {ǝ: ə}; as pre-training had it"})
-    metric: Literal[METRICS] | None = field(default=None, metadata={"help": "what is reported; none: accuracy"})
-    max_train_samples: Annotated[int, Field(ge=1)] | None = field(
-        default=None, metadata={"help": "examples drawn of train"}
-    )
-    max_eval_samples: Annotated[int, Field(ge=1)] | None = field(
-        default=None, metadata={"help": "examples drawn of validation and of test; documents for masked_words"}
-    )
-    max_length: Annotated[int, Field(ge=8)] = field(default=512, metadata={"help": "tokens read of an example"})
-    learning_rates: list[Annotated[float, Field(gt=0)]] = field(
-        default_factory=LEARNING_RATES.copy, metadata={"help": "those that are tried"}
-    )
-    seeds: list[Annotated[int, Field(ge=0)]] = field(
+    seeds: list[Annotated[int, Field(ge=0)]] = setting(
+        "of the new head and the order; fine-tunings for each learning rate. Of masked_words the first, for the masks",
         default_factory=SEEDS.copy,
-        metadata={
-            "help": "of the new head and the order; fine-tunings for each learning rate. Of masked_words the first, for the masks"
-        },
     )
-    num_train_epochs: Annotated[float, Field(gt=0)] = field(default=10, metadata={"help": "times `train` is seen"})
-    per_device_train_batch_size: Annotated[int, Field(ge=1)] = field(default=32, metadata={"help": "examples a step"})
-    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = field(
-        default=0.1, metadata={"help": "share of the steps in which the learning rate rises; then it falls to 0"}
+    num_train_epochs: Annotated[float, Field(gt=0)] = setting("times `train` is seen", default=10)
+    per_device_train_batch_size: Annotated[int, Field(ge=1)] = setting("examples a step", default=32)
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = setting(
+        "share of the steps in which the learning rate rises; then it falls to 0", default=0.1
     )
-    weight_decay: Annotated[float, Field(ge=0)] = field(default=0.01, metadata={"help": "AdamW's"})
-    mlm_probability: Annotated[float, Field(gt=0, lt=1)] = field(
-        default=0.15, metadata={"help": "masked_words: share of the words that are masked"}
+    weight_decay: Annotated[float, Field(ge=0)] = setting("AdamW's", default=0.01)
+    mlm_probability: Annotated[float, Field(gt=0, lt=1)] = setting(
+        "masked_words: share of the words that are masked", default=0.15
     )
-    suffixes: list[str] | None = field(
-        default=None, metadata={"help": "masked_words: endings; none: the 15 most frequent ones of three letters"}
+    suffixes: list[str] | None = setting(
+        "masked_words: endings; none: the 15 most frequent ones of three letters", default=None
     )
-    fill_mask: list[str] | None = field(
-        default=None, metadata={"help": "masked_words: sentences with one [MASK] each; what is found likeliest there"}
+    fill_mask: list[str] | None = setting(
+        "masked_words: sentences with one [MASK] each; what is found likeliest there", default=None
     )
-    bf16: bool = field(default=False, metadata={"help": "bfloat16 products"})
+    bf16: bool = setting("bfloat16 products", default=False)
 
 
 def check(settings):

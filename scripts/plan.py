@@ -1,4 +1,4 @@
-"""Says before a job is submitted what a training stage will take: memory of a GPU, hours, network, energy, money; and what is fastest.
+"""Says before a job is submitted what a training stage will take: memory of a GPU, hours, network; and what is fastest.
 
     python scripts/plan.py recipes/quickstart --gpu A10G
     python scripts/plan.py recipes/llama3.2-1b-az
@@ -13,7 +13,7 @@ From first principles and data sheets, but for one figure of each kind of GPU, t
 
 import json
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -21,11 +21,11 @@ from pydantic import Field
 
 from dilqur.common.constants import Positive
 from dilqur.common.errors import InputError
-from dilqur.estimate.failures import NODE_MTBF_S
 from dilqur.estimate.hardware import GPUS, gpu_of
 from dilqur.estimate.set_up import Site, fastest, set_up
 from dilqur.estimate.strategy import names, strategy_of
 from dilqur.pipeline.program import program
+from dilqur.pipeline.settings_parser import setting
 from dilqur.preflight.recipe_stages import training_stages
 
 SHORT_S = 0.02  # a step starts some thousand kernels, at some 5 µs each
@@ -34,37 +34,25 @@ Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 @dataclass(kw_only=True)
 class PlanSettings:
-    recipe: str = field(metadata={"help": "folder with a pipeline.txt, or a recipe in one (also as --config)"})
-    run_dir: str | None = field(default=None, metadata={"help": "run folder; runs/NAME for recipes/NAME"})
-    gpu: list[str] | None = field(default=None, metadata={"help": f"{', '.join(GPUS)}; the batch file's"})
-    nodes: list[Positive] | None = field(default=None, metadata={"help": "numbers of nodes; the batch file's"})
-    gpus_per_node: Positive | None = field(default=None, metadata={"help": "the batch file's, or 1"})
-    strategy: list[str] | None = field(default=None, metadata={"help": "accelerate configs, by name or path; all"})
-    model_config: dict | None = field(
-        default=None, metadata={"help": "keys of a config.json, of a model that is not there and not known"}
+    recipe: str = setting("folder with a pipeline.txt, or a recipe in one (also as --config)")
+    run_dir: str | None = setting("run folder; runs/NAME for recipes/NAME", default=None)
+    gpu: list[str] | None = setting(f"{', '.join(GPUS)}; the batch file's", default=None)
+    nodes: list[Positive] | None = setting("numbers of nodes; the batch file's", default=None)
+    gpus_per_node: Positive | None = setting("the batch file's, or 1", default=None)
+    strategy: list[str] | None = setting("accelerate configs, by name or path; all", default=None)
+    model_config: dict | None = setting(
+        "keys of a config.json, of a model that is not there and not known", default=None
     )
-    global_batch_size: Positive | None = field(default=None, metadata={"help": "instead of the recipe's"})
-    efficiency: Annotated[float, Field(gt=0, le=1)] | None = field(
-        default=None, metadata={"help": "model operations / the GPU's peak: the mfu of a run of yours"}
+    global_batch_size: Positive | None = setting("instead of the recipe's", default=None)
+    efficiency: Annotated[float, Field(gt=0, le=1)] | None = setting(
+        "model operations / the GPU's peak: the mfu of a run of yours", default=None
     )
-    intra_node_gb_s: Above0 | None = field(
-        default=None, metadata={"help": "GB/s of a GPU to the others of its node; NVLink's"}
-    )
-    inter_node_gb_s: Above0 | None = field(
-        default=None, metadata={"help": "GB/s of a node's network; AWS's of such nodes"}
-    )
-    disk_gb_s: Above0 = field(default=1.0, metadata={"help": "GB/s a job can write"})
-    restart_minutes: Annotated[float, Field(ge=0)] = field(
-        default=10.0, metadata={"help": "from a failure to the next step: requeued, started, loaded"}
-    )
-    node_mtbf_days: Above0 = field(
-        default=round(NODE_MTBF_S / 86_400, 1), metadata={"help": "mean time between failures of a node; Llama 3's"}
-    )
-    price_per_gpu_hour: list[Above0] | None = field(
-        default=None, metadata={"help": "in any currency; one, or one for each --gpu"}
-    )
-    json: bool = field(default=False, metadata={"help": "one JSON object on standard output"})
-    check: bool = field(default=False, metadata={"help": "check the arguments, print nothing else"})
+    intra_node_gb_s: Above0 | None = setting("GB/s of a GPU to the others of its node; NVLink's", default=None)
+    inter_node_gb_s: Above0 | None = setting("GB/s of a node's network; AWS's of such nodes", default=None)
+    disk_gb_s: Above0 = setting("GB/s a job can write", default=1.0)
+    price_per_gpu_hour: list[Above0] | None = setting("in any currency; one, or one for each --gpu", default=None)
+    json: bool = setting("one JSON object on standard output", default=False)
+    check: bool = setting("check the arguments, print nothing else", default=False)
 
 
 def machines(settings, stage):
@@ -96,7 +84,7 @@ def plan(settings, stage):
     job = stage.job.but(global_batch=settings.global_batch_size or stage.job.global_batch)
     out = []
     for gpu, nodes, gpus, price in machines(settings, stage):
-        site = Site(settings.disk_gb_s * 1e9, 60 * settings.restart_minutes, 86_400 * settings.node_mtbf_days, price)
+        site = Site(settings.disk_gb_s * 1e9, price)
         wanted = dict.fromkeys(settings.strategy or names())
         strategies = {strategy.name: strategy for strategy in (strategy_of(name, nodes, gpus) for name in wanted)}
         rows = {name: set_up(job, gpu, strategy, site) for name, strategy in strategies.items()}
@@ -109,12 +97,12 @@ def plan(settings, stage):
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 COLUMNS = (
-    "strategy", "state", "other", "each", "largest", "batch", "GB of GPU", "step s", "bound by", "sent GB", "hours", "GPU-h", "kWh", "cost",
+    "strategy", "state", "other", "each", "largest", "batch", "GB of GPU", "step s", "bound by", "sent GB", "hours",
 )  # fmt: skip
 LEGEND = """\
 state      GB a GPU holds of weights, gradients and AdamW's moments; other: gathered, copied; each: of activations for a sequence
 largest    sequences a GPU can take at once; batch: that it would, × micro-batches of a step; GB of GPU: so used, allowances included
-sent GB    by a GPU in a step; kWh: of the boards at their most"""
+sent GB    by a GPU in a step"""
 
 
 def row(found, mark):
@@ -127,8 +115,7 @@ def row(found, mark):
     cells += [number((sum(memory.terms.values()) - memory.state) / 1e9), number(memory.each_sample / 1e9)]
     cells += [str(found.largest_batch), f"{batch} × {found.accumulation}", number(memory.total(batch) / 1e9)]
     cells += [number(time.step), time.bound_by, number(time.sent / 1e9)]
-    cells += [number(value) for value in (found.hours, found.gpu_hours, found.kwh, found.cost)]
-    return [*cells, "does not fit" if found.misfit else ""]
+    return [*cells, number(found.hours), "does not fit" if found.misfit else ""]
 
 
 def number(value):
@@ -146,10 +133,10 @@ def table(rows):
 
 
 def details(found):
-    """Print the memory of a SetUp term by term, and its saves."""
+    """Print the memory of a SetUp term by term, what it costs, and its saves."""
     if found.memory is None:
-        return
-    job, memory, failures, activations = found.job, found.memory, found.failures, found.activations
+        return None
+    job, memory, activations = found.job, found.memory, found.activations
     tokens, layers = found.batch * job.max_length, job.config["num_hidden_layers"]
 
     def gigabytes(sizes):
@@ -167,22 +154,20 @@ def details(found):
     )
     host = found.host_memory
     print(f"           main memory of a node {sum(host.values()) / 1e9:.3g}: {gigabytes(host)}")
-    if not job.save_steps:
+    if found.hours:
+        price = f", {number(found.cost)} at the price given" if found.cost else ""
         print(
-            f"checkpoint none: a run that is killed starts again from the beginning; at the end the adapter, "
-            f"{number(found.checkpoint_bytes / 1e9)} GB, and the merged model"
+            f"cost       {number(found.gpu_hours)} GPU hours, {number(found.kwh)} kWh at the boards' power limit{price}"
         )
-        return
-    best = failures.best_interval()
-    now = failures.effective_share(job.save_steps * found.time.step)
-    nodes = f"{found.strategy.nodes} node{'s' * (found.strategy.nodes > 1)}"
+    size = f"{number(found.checkpoint_bytes / 1e9)} GB"
+    if found.save_seconds is None:
+        return print(
+            f"checkpoint none: a run that is killed starts again; at the end the adapter, {size}, and the merged model"
+        )
+    stall, write, best = found.save_seconds
     print(
-        f"checkpoint {number(found.checkpoint_bytes / 1e9)} GB, written in {number(failures.write)} s, training waits "
-        f"{number(failures.stall)} s; a failure every {number(failures.mtbf / 86_400)} days on {nodes}"
-    )
-    print(
-        f"           saved every {max(1, round(best / found.time.step)):,} steps, {100 * failures.effective_share(best):.2f} % of the "
-        f"time is training that stays; every {job.save_steps:,}, as the recipe has it, {100 * now:.2f} %"
+        f"checkpoint {size}, written in {number(write)} s, training waits {number(stall)} s: best saved every "
+        f"{max(1, round(best / found.time.step)):,} steps; the recipe says {job.save_steps:,}"
     )
 
 

@@ -11,7 +11,7 @@ seen as much text (within 5 %).
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +23,7 @@ from dilqur.evals.scores import RANDOM_WEIGHTS
 from dilqur.pipeline.inputs import Input
 from dilqur.pipeline.manifest import file_identity, read_manifest
 from dilqur.pipeline.program import program
+from dilqur.pipeline.settings_parser import setting
 from dilqur.pipeline.stage import StageSettings
 
 TRAINING = ("cpt.py", "mlm.py")
@@ -32,11 +33,11 @@ VERDICT = {True: "holds", False: "does not hold at this size"}
 
 @dataclass(kw_only=True)
 class ReportSettings(StageSettings):
-    run_dir: Annotated[str, Input("run")] | None = field(
-        default=None, metadata={"help": "run folder; runs/NAME for recipes/NAME/STAGE.yaml"}
+    run_dir: Annotated[str, Input("run")] | None = setting(
+        "run folder; runs/NAME for recipes/NAME/STAGE.yaml", default=None
     )
-    title: str = field(default="What the run gave", metadata={"help": "what the page is called"})
-    stages: list[str] | None = field(default=None, metadata={"help": "stages to show; all that have finished"})
+    title: str = setting("what the page is called", default="What the run gave")
+    stages: list[str] | None = setting("stages to show; all that have finished", default=None)
 
 
 # -- what was measured ------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ study.md (tables, and what to choose by them) and results.json; report.py shows 
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +27,7 @@ from dilqur.models.config import read_config
 from dilqur.pipeline.inputs import FilePath
 from dilqur.pipeline.manifest import read_manifest
 from dilqur.pipeline.program import program
+from dilqur.pipeline.settings_parser import setting
 from dilqur.pipeline.stage import StageSettings
 
 EQUAL = 0.05  # a difference in bytes or in compute that counts as none
@@ -36,16 +37,10 @@ REPETITION = re.compile(r"-s\d+$")
 
 @dataclass(kw_only=True)
 class StudySettings(StageSettings):
-    bpb: FilePath = field(metadata={"help": "stage of eval_bpb.py: the language, all models"})
-    base_language_bpb: FilePath | None = field(
-        default=None, metadata={"help": "stage of eval_bpb.py: the base model's language"}
-    )
-    control: str = field(
-        default="control@base", metadata={"help": "name, without -sN, of the models that kept the base's tokenizer"}
-    )
-    seed: Annotated[int, Field(ge=0)] = field(
-        default=42, metadata={"help": "of the draws that the intervals come from"}
-    )
+    bpb: FilePath = setting("stage of eval_bpb.py: the language, all models")
+    base_language_bpb: FilePath | None = setting("stage of eval_bpb.py: the base model's language", default=None)
+    control: str = setting("name, without -sN, of the models that kept the base's tokenizer", default="control@base")
+    seed: Annotated[int, Field(ge=0)] = setting("of the draws that the intervals come from", default=42)
 
 
 # -- what was run -----------------------------------------------------------------------------------------------------

@@ -4,25 +4,24 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 from dilqur.common.errors import InputError
-from dilqur.estimate.failures import NODE_MTBF_S, Failures
 from dilqur.estimate.hardware import GPU
 from dilqur.estimate.host_memory import host_memory
 from dilqur.estimate.job import Job
 from dilqur.estimate.lora import ONE_GPU
 from dilqur.estimate.memory import Memory, memory_of, residual_bytes
+from dilqur.estimate.save_interval import save_interval
 from dilqur.estimate.step_time import StepTime, step_time
 from dilqur.estimate.strategy import ORDER, Strategy
 from dilqur.pipeline.strategy import refuse_what_it_cannot
 
+MAIN_MEMORY = 1e11  # bytes per second of a copy inside it
+
 
 @dataclass(frozen=True)
 class Site:
-    """What only the site knows. disk: bytes a second that a job writes. restart: seconds from a failure to the next step. price: of a
-    GPU for an hour, None if unknown."""
+    """What only the site knows. disk: bytes per second that a job writes. price: per GPU hour, None if unknown."""
 
     disk: float = 1e9
-    restart: float = 600.0
-    node_mtbf: float = NODE_MTBF_S
     price: float | None = None
 
 
@@ -79,13 +78,15 @@ class SetUp:
         return host_memory(self.job, self.strategy)
 
     @property
-    def failures(self):
-        """A save stalls training while a GPU's share of it goes to main memory, and counts once it is written."""
-        share = self.checkpoint_bytes / self.strategy.gpus / (1 if self.strategy.offload else self.gpu.host_link)
-        stall = share / 1e11 if self.strategy.offload else share  # a copy inside main memory
-        return Failures(
-            self.strategy.nodes, stall, self.checkpoint_bytes / self.site.disk, self.site.restart, self.site.node_mtbf
-        )
+    def save_seconds(self):
+        """(that training waits for a save, until it is written, between two saves): training waits while a GPU's part of it goes to main
+        memory. None of an adapter, which is saved at the end alone."""
+        if not self.job.save_steps:
+            return None
+        part = self.checkpoint_bytes / self.strategy.gpus
+        stall = part / (MAIN_MEMORY if self.strategy.offload else self.gpu.host_link)
+        write = self.checkpoint_bytes / self.site.disk
+        return stall, write, save_interval(self.strategy.nodes, stall, write)
 
     def to_dict(self):
         """As JSON has it: bytes, seconds, and None for what is not known."""
@@ -99,8 +100,7 @@ class SetUp:
         if self.memory is None:
             return {**where, "fits": False, "why": self.misfit}
         activations = self.activations
-        failures, step = self.failures, self.time.step
-        best = failures.best_interval() if self.job.save_steps else None
+        stall, write, best = self.save_seconds or (None, None, None)
         per_layer = {part: self.batch * self.job.max_length * size for part, size in activations.layer.items()}
         return {
             **where,
@@ -131,14 +131,10 @@ class SetUp:
             "kwh": self.kwh,
             "cost": self.cost,
             "checkpoint_bytes": self.checkpoint_bytes,
-            "checkpoint_seconds": failures.write,
-            "checkpoint_stall_seconds": failures.stall,
-            "job_mtbf_seconds": failures.mtbf,
-            "failures_in_30_days": failures.expected(30 * 86_400),
+            "checkpoint_seconds": write,
+            "checkpoint_stall_seconds": stall,
             "best_save_seconds": best,
-            "best_save_steps": best and max(1, round(best / step)),
-            "effective_share": best and failures.effective_share(best),
-            "effective_share_as_the_recipe_saves": best and failures.effective_share(self.job.save_steps * step),
+            "best_save_steps": best and max(1, round(best / self.time.step)),
         }
 
 
