@@ -88,7 +88,8 @@ def write_checkpoint(checkpoints, step, state, names, trainer):
     float16, which the format does not know, becomes float32, exactly. trainer: a dict for trainer.json. Raises InputError
     where that step is there already; nothing half-written stays.
     """
-    from dilqur.checkpoint.format import pieces_of, publish, step_folder, write_rank
+    from dilqur.checkpoint.format import pieces_of, publish, write_rank
+    from dilqur.checkpoint.steps import step_folder
 
     checkpoints, final = Path(checkpoints), step_folder(checkpoints, step)
     if final.exists():

@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from dilqur.checkpoint.damage import refuse_lost_moments, refuse_rounded_weights
-from dilqur.checkpoint.format import KINDS, CheckpointReader, step_of
+from dilqur.checkpoint.format import KINDS, CheckpointReader
 from dilqur.checkpoint.local_shards import MOMENTS
+from dilqur.checkpoint.steps import step_of
 from dilqur.common.errors import InputError
 
 READERS = 4  # threads, each with one piece in memory

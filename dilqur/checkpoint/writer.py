@@ -18,18 +18,9 @@ import torch
 import torch.distributed as dist
 
 from dilqur.checkpoint.damage import refuse_lost_moments, refuse_rounded_weights
-from dilqur.checkpoint.format import (
-    DTYPES,
-    complete_checkpoints,
-    pieces_of,
-    publish,
-    remove_checkpoint,
-    step_folder,
-    step_of,
-    tidy_up_after_a_kill,
-    write_rank,
-)
+from dilqur.checkpoint.format import DTYPES, pieces_of, publish, remove_checkpoint, tidy_up_after_a_kill, write_rank
 from dilqur.checkpoint.local_shards import owned_slices, refresh, set_optimizer_step
+from dilqur.checkpoint.steps import complete_checkpoints, step_folder, step_of
 from dilqur.common.errors import EveryRankError, InputError
 from dilqur.models.safetensors_io import tensor_bytes
 

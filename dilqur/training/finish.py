@@ -2,7 +2,8 @@
 
 import torch
 
-from dilqur.checkpoint.format import CheckpointReader, complete_checkpoints
+from dilqur.checkpoint.format import CheckpointReader
+from dilqur.checkpoint.steps import complete_checkpoints
 from dilqur.checkpoint.writer import best_checkpoint
 from dilqur.training.distributed import broadcast
 from dilqur.training.summary import write_result

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from accelerate.utils import send_to_device
 
-from dilqur.checkpoint.format import complete_checkpoints
+from dilqur.checkpoint.steps import complete_checkpoints
 from dilqur.common.constants import IGNORE_INDEX
 from dilqur.common.errors import EveryRankError
 from dilqur.training.distributed import backward, broadcast, clip_and_step, gather_over_ranks

@@ -28,8 +28,8 @@ def fetch_from_mirror(settings, checkpoints):
     """On a new machine, or one that has only older checkpoints: bring the newest complete one from `mirror_to`, and the best where
     that becomes the model. For rank 0, before the processes know each other: it may take longer than a collective waits.
     Raises InputError where the mirror cannot be read and there is nothing here to go on from."""
-    from dilqur.checkpoint.format import complete_checkpoints, step_folder, step_of
     from dilqur.checkpoint.mirror import CheckpointMirror
+    from dilqur.checkpoint.steps import complete_checkpoints, step_folder, step_of
 
     if not settings.mirror_to:
         return
@@ -46,6 +46,7 @@ def fetch_from_mirror(settings, checkpoints):
         print(f"bringing the checkpoint of step {newest} from {settings.mirror_to}", flush=True)
         checkpoints.mkdir(parents=True, exist_ok=True)
         mirror.fetch(newest, checkpoints)
+        mirror.take_over(checkpoints)
         best = mirror.best() if settings.load_best_model_at_end else None
         if best is not None and best != newest and not step_folder(checkpoints, best).exists():
             mirror.fetch(best, checkpoints)

@@ -7,8 +7,8 @@ import os
 import torch
 from accelerate.utils import send_to_device
 
-from dilqur.checkpoint.format import complete_checkpoints
 from dilqur.checkpoint.mirror import CheckpointMirror
+from dilqur.checkpoint.steps import complete_checkpoints
 from dilqur.checkpoint.writer import CheckpointWriter
 from dilqur.common.atomic import write_json
 from dilqur.common.startup import make_deterministic

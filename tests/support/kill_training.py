@@ -72,7 +72,8 @@ def drawn_in_the_surviving_steps(folder):
 
 def check_checkpoints(folder, newest):
     """All complete ones are whole; returns the newest step. AssertionError if it went back."""
-    from dilqur.checkpoint.format import KINDS, CheckpointReader, complete_checkpoints, step_of
+    from dilqur.checkpoint.format import KINDS, CheckpointReader
+    from dilqur.checkpoint.steps import complete_checkpoints, step_of
 
     found = complete_checkpoints(folder)
     for checkpoint in found:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dilqur.checkpoint.format import CheckpointReader, complete_checkpoints
+from dilqur.checkpoint.format import CheckpointReader
+from dilqur.checkpoint.steps import complete_checkpoints
 from dilqur.checkpoint.verify import verify_checkpoint
 from dilqur.checkpoint.writer import CheckpointWriter, SaveFailed, load_checkpoint
 from dilqur.common.errors import InputError
@@ -376,7 +377,7 @@ import itertools, os, signal, sys, time
 from pathlib import Path
 import torch
 from dilqur.checkpoint.writer import CheckpointWriter
-from dilqur.checkpoint.format import complete_checkpoints
+from dilqur.checkpoint.steps import complete_checkpoints
 from dilqur.training.distributed import make_accelerator
 
 torch.set_num_threads(1)  # so that this process can be forked
