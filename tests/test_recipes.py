@@ -1,12 +1,13 @@
-"""The recipes: whole, commented, faithful to what was published, and movable."""
+"""The recipes: whole, faithful to what was published, and movable."""
 
-import itertools
+from dataclasses import MISSING, fields
 
 import pytest
 import yaml
 from conftest import ROOT
 
 from dilqur.data.batches import split_batch
+from dilqur.pipeline.program import load_program
 from dilqur.pipeline.rows import read_pipeline
 
 RECIPES = sorted(p for p in (ROOT / "recipes").iterdir() if (p / "pipeline.txt").exists())
@@ -14,6 +15,19 @@ RECIPES = sorted(p for p in (ROOT / "recipes").iterdir() if (p / "pipeline.txt")
 
 def load(name, stage):
     return yaml.safe_load((ROOT / "recipes" / name / f"{stage}.yaml").read_text())
+
+
+def defaults(row):
+    """{key: default} of the row's program."""
+    keys = fields(load_program(row.program).settings)
+    made = {f.name: f.default_factory() for f in keys if f.default_factory is not MISSING}
+    return {f.name: f.default for f in keys if f.default is not MISSING} | made
+
+
+def resolved(name, stage):
+    """{key: value} of a stage, defaults included."""
+    row = next(row for row in read_pipeline(ROOT / "recipes" / name) if row.name == stage)
+    return defaults(row) | load(name, stage)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.name)
@@ -33,24 +47,22 @@ def test_nothing_inside_names_the_folder(recipe):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.name)
-def test_a_comment_stands_above_every_key_or_its_group(recipe):
-    for file in recipe.glob("*.yaml"):
-        lines = file.read_text().splitlines()
-        for before, line in itertools.pairwise(lines):
-            if line and not line.startswith((" ", "#", "-")):
-                assert before.startswith("#") or (not before.startswith(" ") and before), (
-                    f"{file}: nothing explains {line!r}"
-                )
+def test_a_recipe_says_what_differs_from_the_defaults(recipe):
+    """But for what was published with it, whatever the defaults become."""
+    for row in read_pipeline(recipe):
+        written = load(recipe.name, row.recipe)
+        same = {name for name, value in defaults(row).items() if name in written and written[name] == value}
+        assert not {name for name in same if not name.startswith("lora_")}, (row.recipe, same)
 
 
 def test_the_published_run_is_in_the_recipe():
     """Azercell and AWS: 100k tokens padded to 100,352; 5,000 and 15,000 steps of 224 x 2,048; LoRA r 64, alpha 28."""
     size, multiple = (
-        load("llama3.2-1b-az", "tokenizer")["vocab_size"],
-        load("llama3.2-1b-az", "transplant")["pad_to_multiple_of"],
+        resolved("llama3.2-1b-az", "tokenizer")["vocab_size"],
+        resolved("llama3.2-1b-az", "transplant")["pad_to_multiple_of"],
     )
     assert -(-(size + 256) // multiple) * multiple == 100_352
-    first, second, sft = (load("llama3.2-1b-az", s) for s in ("cpt-1-embeddings", "cpt-2-full", "sft"))
+    first, second, sft = (resolved("llama3.2-1b-az", s) for s in ("cpt-1-embeddings", "cpt-2-full", "sft"))
     assert (first["learning_rate"], first["max_steps"], second["learning_rate"], second["max_steps"]) == (
         3.2e-3,
         5000,
@@ -78,7 +90,7 @@ def test_the_published_encoder_is_in_the_recipe():
     """AzNEOBERT: 28 x 768, 64,000 tokens, 20 % masked, all [MASK]; 127,000 steps of 2,304 x 1,024, then 7,000 of 512 x 4,096."""
     from dilqur.tokenizer.encoder_tokens import CONTROL_TOKENS
 
-    tokenizer, first, second = (load("neobert-az", s) for s in ("tokenizer", "mlm-1-1024", "mlm-2-4096"))
+    tokenizer, first, second = (resolved("neobert-az", s) for s in ("tokenizer", "mlm-1-1024", "mlm-2-4096"))
     assert tokenizer["vocab_size"] + len(CONTROL_TOKENS) == first["model_config"]["vocab_size"] == 64_000
     shape = {"hidden_size": 768, "num_hidden_layers": 28, "num_attention_heads": 12, "intermediate_size": 3072}
     assert first["model_config"] == {**shape, "vocab_size": 64_000, "max_length": 1024}
@@ -95,7 +107,7 @@ def test_the_published_encoder_is_in_the_recipe():
 def test_the_8b_differs_from_the_1b_in_these_keys_alone():
     differing = {}
     for file in sorted((ROOT / "recipes" / "llama3.2-1b-az").glob("*.yaml")):
-        one, eight = load("llama3.2-1b-az", file.stem), load("llama3.1-8b-az", file.stem)
+        one, eight = resolved("llama3.2-1b-az", file.stem), resolved("llama3.1-8b-az", file.stem)
         if keys := sorted(k for k in one.keys() | eight.keys() if one.get(k) != eight.get(k)):
             differing[file.stem] = keys
     training = ["gradient_checkpointing", "learning_rate", "per_device_train_batch_size"]
