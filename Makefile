@@ -2,12 +2,12 @@
 # make quickstart-encoder   the same for an encoder from scratch (runs/quickstart-encoder/report/report.html)
 # make test         the tests, in less than half an hour of two cores
 # make test-all     those and the long ones, in parts: make test-long (kernels' combinations, a second language), make test-matrix (checkpoints)
-# make lint         ruff and shellcheck
+# make lint         ruff, shellcheck and mypy
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
-SHELL_SCRIPTS := $(wildcard slurm/*.sh slurm/*.sbatch apptainer/*.sh .ci/run tests/slurm/lab tests/slurm/*.sh benchmarks/*.sh)
+SHELL_SCRIPTS := $(wildcard slurm/*.sh slurm/lib/*.sh slurm/*.sbatch apptainer/*.sh .ci/run tests/slurm/lab tests/slurm/*.sh benchmarks/*.sh)
 
 .PHONY: quickstart quickstart-encoder test test-all test-long test-matrix lint clean
 
@@ -35,6 +35,7 @@ lint: $(VENV)/installed-dev
 	ruff check .
 	ruff format --check .
 	shellcheck $(SHELL_SCRIPTS)
+	mypy dilqur
 
 # torch first and alone: a CPU-only machine may have its own build of that version, and what comes later must not replace it.
 $(VENV)/installed: requirements.txt pyproject.toml

@@ -10,12 +10,8 @@
 # pip inside and are not kept in the image; a folder of wheels comes in with `-- --bind FOLDER:/mnt` and PIP_FIND_LINKS=/mnt.
 # APPTAINER_TMPDIR: where there is room for the unpacked image, if /tmp is small.
 set -euo pipefail
-
-die() {
-  echo "error: $*" >&2
-  exit 2
-}
-
+# shellcheck source=slurm/lib/messages.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../slurm/lib/messages.sh"
 usage="usage: apptainer/build.sh [IMAGE.sif] [--base BASE] [--force] [-- FLAGS OF apptainer build ...]"
 image='' base='' force=''
 while (($#)); do

@@ -73,7 +73,7 @@ done
 out=runs/benchmark${toy:+-toy}
 [[ -z $output ]] || out=$(from_there "$output")
 # shellcheck source=/dev/null
-source slurm/read_site.sh
+source slurm/lib/read_site.sh
 find_python
 if [[ -z $toy && -z $dry ]] && ! nvidia-smi -L >/dev/null 2>&1; then
   echo "error: no GPU here (nvidia-smi -L): run this on a node that has one, or try it with --toy" >&2

@@ -7,7 +7,7 @@ r"""Measures variants of a recipe, which differ in keys or strategy, by running 
 
 A variant is `NAME: {KEY: VALUE}` over the recipe, with any key of its program and three more: strategy (an accelerate config), trainer
 (true: Hugging Face's Trainer instead of our loop), expect (patterns of kernels that have to run). The first is what the others are
-compared with. Each run is processes of its own: the recipe's program, started as slurm/launch.sh does, on `num_processes` GPUs of this
+compared with. Each run is processes of its own: the recipe's program, started as slurm/lib/launch.sh does, on `num_processes` GPUs of this
 node, and killed when metrics.jsonl has the last step that is wanted: a save is not measured. Out of memory is a result.
 
 OUTPUT_DIR/benchmark.json has every round, with machine, driver, versions and commit; benchmark.md the tables. With max_minutes, or when it

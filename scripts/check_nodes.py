@@ -1,12 +1,12 @@
 """Checks in seconds, on the nodes of a job, what only they can tell: whether they reach each other, and whether one is not like the rest.
 
     sbatch --nodes=4 slurm/check_nodes.sbatch
-    srun --nodes=4 --gres=gpu:8 --exclusive slurm/launch.sh scripts/check_nodes.py      # the same, at once
+    srun --nodes=4 --gres=gpu:8 --exclusive slurm/lib/launch.sh scripts/check_nodes.py      # the same, at once
     python scripts/check_nodes.py                                                       # this node, without Slurm
 
 On one node, --num_processes 8 looks at eight GPUs.
 
-slurm/launch.sh starts one of it on every node, with the address and port that training would use; it starts a process for each GPU.
+slurm/lib/launch.sh starts one of it on every node, with the address and port that training would use; it starts a process for each GPU.
 A line a check: GPUs and who holds their memory, versions, clocks, the shared folder, the node's own folder, the speed of each GPU, of each
 node's link, and of an all-reduce. Exit code 2 if anything FAILs, and where a node is not heard of within --timeout_s. Nothing is left
 behind. On CPUs it measures those, over gloo.

@@ -6,7 +6,7 @@
     python scripts/plan.py recipes/llama3.1-8b-az/cpt-2-full.yaml --strategy fsdp2 hsdp zero3 --json
 
 A folder: every stage that trains; a recipe: its stage and the variants of it. Each on the GPUs of its batch file unless flags say others,
-under all strategies of accelerate_configs/, > before the one that slurm/launch.sh would take. Neither model nor data need be there.
+under all strategies of accelerate_configs/, > before the one that slurm/lib/launch.sh would take. Neither model nor data need be there.
 From first principles and data sheets, but for one figure of each kind of GPU, the share of its peak that a published run reached;
 --efficiency gives your own. How it is counted, and how near it comes: docs/performance.md.
 """
@@ -88,7 +88,7 @@ def plan(settings, stage):
         wanted = dict.fromkeys(settings.strategy or names())
         strategies = {strategy.name: strategy for strategy in (strategy_of(name, nodes, gpus) for name in wanted)}
         rows = {name: set_up(job, gpu, strategy, site) for name, strategy in strategies.items()}
-        launched = Path(os.environ.get("DILQUR_STRATEGY") or stage.default_strategy).stem
+        launched = Path(os.environ.get("DILQUR_ACCELERATE_CONFIG") or stage.default_strategy).stem
         chosen = rows.get("single") or rows.get(launched) or next(iter(rows.values()))
         out.append((list(rows.values()), chosen, fastest(chosen, strategies.values())))
     return out
@@ -175,7 +175,7 @@ def suggestion(found, fast):
     """A line on the fastest SetUp that fits, as flags."""
     if fast is None:
         return "fastest    none fits: take more GPUs or larger ones"
-    changes = [f"DILQUR_STRATEGY=accelerate_configs/{fast.strategy.name}.yaml"] * (
+    changes = [f"DILQUR_ACCELERATE_CONFIG=accelerate_configs/{fast.strategy.name}.yaml"] * (
         fast.strategy.name not in ("single", found.strategy.name)
     )
     if fast.batch > found.job.ceiling or fast.batch < found.batch:

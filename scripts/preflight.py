@@ -93,7 +93,7 @@ def main(settings, checked):
     findings.run("", check_packages)
     findings.run("", check_gpus, known.gpus)
     findings.run("", check_site, site)
-    os.environ.update(site)  # as slurm/launch.sh will
+    os.environ.update(site)  # as slurm/lib/launch.sh will
     findings.run("", check_image)
     findings.run("", check_slurm, partitions)
     known.on_a_cluster = bool(partitions)

@@ -11,8 +11,9 @@
 # slurm/setup_site.sh makes; without it, sbatch's variables count, e.g. SBATCH_ACCOUNT.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source slurm/read_pipeline.sh
-source slurm/read_site.sh
+source slurm/lib/messages.sh
+source slurm/lib/read_pipeline.sh
+source slurm/lib/read_site.sh
 usage="usage: slurm/pipeline.sh NAME [--local | --dry-run | --status] [--from STAGE]"
 recipe='' mode=submit from=''
 while (($#)); do
@@ -55,7 +56,7 @@ fi
 # -- --local --------------------------------------------------------------------------------------------------------------
 
 if [[ $mode == local ]]; then
-  exec slurm/run_stages.sh "$name" local "${todo[@]}"
+  exec slurm/lib/run_stages.sh "$name" local "${todo[@]}"
 fi
 
 # -- submit, --dry-run ----------------------------------------------------------------------------------------------------

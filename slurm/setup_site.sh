@@ -8,10 +8,8 @@
 # Slurm thinks of every batch file.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-die() {
-  echo "error: $*" >&2
-  exit 2
-}
+# shellcheck source=slurm/lib/messages.sh
+source slurm/lib/messages.sh
 usage="usage: slurm/setup_site.sh [--yes] [--force] [KEY=VALUE ...]"
 keys=$(sed -n 's/^#\(export \)\{0,1\}\([A-Z_]*\)=.*/\2/p' slurm/site.env.example)
 declare -A value guess
@@ -94,7 +92,7 @@ echo "slurm/site.env: $(grep -cE '^(export )?[A-Z_]+=' slurm/site.env) settings"
 
 # -- what Slurm thinks of it ----------------------------------------------------------------------------------------------
 
-source slurm/read_site.sh
+source slurm/lib/read_site.sh
 refused=0
 for file in slurm/*.sbatch; do
   if said=$(sbatch --test-only "$file" 2>&1); then

@@ -15,7 +15,7 @@ from fork_launch import Server
 hypothesis.settings.register_profile("any machine", deadline=None)  # how long an example takes is not what is tested
 hypothesis.settings.load_profile("any machine")
 ROOT = Path(__file__).parent.parent
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as slurm/launch.sh has it: waiting threads do not spin
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as slurm/lib/launch.sh has it: waiting threads do not spin
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for models this small a second thread only adds waiting
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 CORPUS = ROOT / "recipes" / "quickstart" / "corpus"

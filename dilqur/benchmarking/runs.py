@@ -109,7 +109,7 @@ class Benchmark:
 
     def check(self, variant):
         """Raises InputError as the variant's program would. A synthetic one's inputs are not there yet: its run says what is wrong."""
-        strategy = {"DILQUR_STRATEGY": variant.strategy} if variant.strategy else {}
+        strategy = {"DILQUR_ACCELERATE_CONFIG": variant.strategy} if variant.strategy else {}
         with environment(WORLD_SIZE=str(self.settings.num_processes), **strategy):
             self.program.check(self.resolve(variant))
 

@@ -33,7 +33,7 @@ class Outcome:
 
 
 def command_line(program, recipe, folder, num_processes=1, strategy=None):
-    """What slurm/launch.sh would start on one node."""
+    """What slurm/lib/launch.sh would start on one node."""
     words = [str(program), "--config", str(recipe), "--output_dir", str(folder)]
     if num_processes == 1:
         return [sys.executable, *words]
@@ -42,8 +42,8 @@ def command_line(program, recipe, folder, num_processes=1, strategy=None):
 
 
 def launch_environment(num_processes, gpus, cache):
-    """Variables as slurm/launch.sh sets them, where they are not set already. gpus: what CUDA_VISIBLE_DEVICES would call each that there
-    is; the run sees as many as it has processes."""
+    """Variables as slurm/lib/launch.sh sets them, where they are not set already. gpus: what CUDA_VISIBLE_DEVICES would
+    call each that there is; the run sees as many as it has processes."""
     threads = max(1, len(os.sched_getaffinity(0)) // num_processes)
     usual = {
         "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",

@@ -47,7 +47,7 @@ def strategy_of(name, nodes, gpus_per_node):
     kind, where = kind_of_config(config), (nodes, gpus_per_node)
     if kind == "fsdp2":
         keys = config.get("fsdp_config") or {}
-        shards = gpus_per_node if config.get("parallelism_config") else gpus  # slurm/launch.sh: a node's GPUs
+        shards = gpus_per_node if config.get("parallelism_config") else gpus  # slurm/lib/launch.sh: a node's GPUs
         offload, reshards = keys.get("fsdp_offload_params", False), keys.get("fsdp_reshard_after_forward", True)
         return Strategy(path.stem, kind, *where, shards, offload, reshards)
     return Strategy(path.stem, kind, *where, 1 if kind == "ddp" else gpus)

@@ -1,6 +1,6 @@
 """When to stop before the end: a STOP file, a signal, a step, a number of minutes, the end of the Slurm job.
 
-Where the Slurm signal ends up: the trap in slurm/run_stages.sh touches STOP in the stage's folder; rank 0 sees it here,
+Where the Slurm signal ends up: the trap in slurm/lib/run_stages.sh touches STOP in the stage's folder; rank 0 sees it here,
 between two steps; the loop tells the other ranks, all save the same step and exit 0, and REQUEUE says there is more to do.
 TERM and USR1 sent to the processes themselves, by a launcher that is told to end or by hand, do the same, on any rank.
 """

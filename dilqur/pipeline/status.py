@@ -1,8 +1,8 @@
 """How far a recipe's stages are, on one screen: what `slurm/pipeline.sh NAME --status` prints. Standard library only, for a login node.
 
-A stage's folder says most of it: manifest.json (finished), FAILED, REQUEUE, .lock (held by whoever writes there), checkpoints, the
-last lines of metrics.jsonl. Slurm says what became of the jobs that slurm/pipeline.sh and slurm/run_stages.sh wrote into runs/NAME/jobs.
-"""
+A stage's folder says most of it: manifest.json (finished), FAILED, REQUEUE, .lock (held by whoever writes there),
+checkpoints, the last lines of metrics.jsonl. Slurm says what became of the jobs that slurm/pipeline.sh and
+slurm/lib/run_stages.sh wrote into runs/NAME/jobs."""
 
 import contextlib
 import fcntl

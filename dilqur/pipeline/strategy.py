@@ -29,7 +29,7 @@ def kind_of_config(config):
 
 def planned_strategy():
     """The strategy this process was launched for, without torch: what `accelerate launch` exported, or the accelerate config in
-    DILQUR_STRATEGY that slurm/launch.sh is about to launch. Raises InputError for one that is not supported."""
+    DILQUR_ACCELERATE_CONFIG that slurm/lib/launch.sh is about to launch. Raises InputError for one that is not supported."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         return _zero_stage(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
@@ -46,7 +46,7 @@ def planned_strategy():
                 "--parallelism_config_dp_replicate_size (nodes) and --parallelism_config_dp_shard_size (GPUs of a node)"
             )
         return _fsdp_version(os.environ.get("FSDP_VERSION", "1"))
-    if world > 1 and (config := os.environ.get("DILQUR_STRATEGY")) and "LOCAL_RANK" not in os.environ:
+    if world > 1 and (config := os.environ.get("DILQUR_ACCELERATE_CONFIG")) and "LOCAL_RANK" not in os.environ:
         return kind_of_config(yaml.safe_load(Path(config).read_text(encoding="utf-8")))
     return "ddp" if world > 1 else "single"
 

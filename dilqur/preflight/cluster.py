@@ -112,7 +112,7 @@ def default_account():
 def ask_sbatch(batch_file, recipe):
     """Let sbatch read a batch file as it would be submitted: its options are put into `batch_file`, and its verdict is returned,
     (whether it would take it, its words)."""
-    script = 'source slurm/read_site.sh >&2; sbatch -v --test-only "$@"'
+    script = 'source slurm/lib/read_site.sh >&2; sbatch -v --test-only "$@"'
     command = ["bash", "-c", script, "-", f"slurm/{batch_file.path.name}", recipe]
     try:
         done = subprocess.run(

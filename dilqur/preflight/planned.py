@@ -62,14 +62,14 @@ class Planned:
 
     @property
     def default_strategy(self):
-        """The accelerate config that slurm/launch.sh takes by itself, without its ending."""
+        """The accelerate config that slurm/lib/launch.sh takes by itself, without its ending."""
         return "fsdp2" if self.row.program == "scripts/cpt.py" else "ddp"
 
     def strategy_file(self):
-        """The accelerate config it would be launched with, as slurm/launch.sh chooses it; None for one process."""
+        """The accelerate config it would be launched with, as slurm/lib/launch.sh chooses it; None for one process."""
         if self.processes == 1:
             return None
-        return os.environ.get("DILQUR_STRATEGY") or f"accelerate_configs/{self.default_strategy}.yaml"
+        return os.environ.get("DILQUR_ACCELERATE_CONFIG") or f"accelerate_configs/{self.default_strategy}.yaml"
 
 
 @dataclass

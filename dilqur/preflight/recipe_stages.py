@@ -23,7 +23,7 @@ from dilqur.training.settings import TrainingSettings
 @dataclass
 class TrainingStage:
     """job: dilqur.estimate.job.Job. gpu: that of the batch file, None if it says none. default_strategy: the accelerate config that
-    slurm/launch.sh takes. epoch: how many `unit`, "tokens" of its shards or an adapter's "conversations", an epoch has, None where they
+    slurm/lib/launch.sh takes. epoch: how many `unit`, "tokens" of its shards or an adapter's "conversations", an epoch has, None where they
     are not there."""
 
     name: str

@@ -1,4 +1,4 @@
-"""Checks of what is special about a cluster: slurm/site.env as slurm/read_site.sh reads it, and the image it may name."""
+"""Checks of what is special about a cluster: slurm/site.env as slurm/lib/read_site.sh reads it, and the image it may name."""
 
 import difflib
 import os
@@ -22,7 +22,7 @@ def check_site(variables):
         raise InputError("slurm/site.env: cannot be read: look at its permissions")
     if mistake := unknown_key(file.read_text(encoding="utf-8")):
         raise InputError(f"slurm/site.env:{mistake}")
-    script = "source slurm/read_site.sh >&2; env -0"
+    script = "source slurm/lib/read_site.sh >&2; env -0"
     try:
         done = subprocess.run(
             ["bash", "-c", script], cwd=ROOT, capture_output=True, timeout=SECONDS, stdin=subprocess.DEVNULL

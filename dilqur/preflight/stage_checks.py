@@ -121,8 +121,10 @@ def check_strategy(planned, known):
         return None
     if not (ROOT / strategy).exists():
         there = ", ".join(sorted(file.stem for file in (ROOT / "accelerate_configs").glob("*.yaml")))
-        raise InputError(f"DILQUR_STRATEGY: {strategy}: no such file; in accelerate_configs/ there are: {there}")
-    launched = {"WORLD_SIZE": str(planned.processes), "DILQUR_STRATEGY": str(ROOT / strategy)}
+        raise InputError(
+            f"DILQUR_ACCELERATE_CONFIG: {strategy}: no such file; in accelerate_configs/ there are: {there}"
+        )
+    launched = {"WORLD_SIZE": str(planned.processes), "DILQUR_ACCELERATE_CONFIG": str(ROOT / strategy)}
     with environment(**launched):
         refuse_what_it_cannot(planned.settings, planned_strategy())
     return f"{strategy} on {planned.processes} processes"

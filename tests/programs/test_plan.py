@@ -89,7 +89,7 @@ def test_other_gpus_counts_and_strategies_by_flags(plan):
 
 
 def test_the_strategy_that_launch_sh_would_take_is_the_one_marked(plan):
-    environment = {"DILQUR_STRATEGY": "accelerate_configs/zero2.yaml"}
+    environment = {"DILQUR_ACCELERATE_CONFIG": "accelerate_configs/zero2.yaml"}
     stages = plan("recipes/neobert-az")
     assert [stage["launched"][0]["strategy"] for stage in stages.values()] == ["ddp", "ddp"]
     assert plan("recipes/neobert-az", **environment)["mlm-1-1024"]["launched"][0]["strategy"] == "zero2"

@@ -269,14 +269,14 @@ def a_mirror_that_cannot_be(site):
 def a_strategy_that_does_not_exist(site):
     site.rows("cpt scripts/cpt.py cpt_p5")
     site.keys(global_batch_size=8)
-    site.environment["DILQUR_STRATEGY"] = "accelerate_configs/zero9.yaml"
+    site.environment["DILQUR_ACCELERATE_CONFIG"] = "accelerate_configs/zero9.yaml"
     return "strategy", "zero9.yaml: no such file; in accelerate_configs/ there are: ddp, fsdp2"
 
 
 def bfloat16_under_zero(site):
     site.rows("cpt scripts/cpt.py cpt_p5")
     site.keys(global_batch_size=8, dtype="bfloat16")
-    site.environment["DILQUR_STRATEGY"] = "accelerate_configs/zero2.yaml"
+    site.environment["DILQUR_ACCELERATE_CONFIG"] = "accelerate_configs/zero2.yaml"
     return "strategy", "DeepSpeed keeps fp32 master weights; take ddp.yaml or fsdp2.yaml"
 
 

@@ -104,7 +104,7 @@ def test_a_stage_that_cannot_name_a_folder(run, recipe):
 
 
 def test_the_number_of_processes_is_the_batch_file_s(recipe, checks):
-    """cpt_p4d.sbatch asks for 2 nodes of 8 GPUs; without GPUs it is what slurm/launch.sh would start."""
+    """cpt_p4d.sbatch asks for 2 nodes of 8 GPUs; without GPUs it is what slurm/lib/launch.sh would start."""
     found, _ = checks(recipe(["cpt scripts/cpt.py cpt_p4d"], global_batch_size=224, per_device_train_batch_size=7))
     assert found["batch"] == ("ok", "224 = 7 a device × 2 accumulated × 16 processes")
     found, _ = checks(recipe(), DILQUR_NUM_PROCESSES="2")
@@ -147,7 +147,7 @@ def test_weights_and_optimizer_are_divided_among_the_processes(recipe, checks, t
     assert status == "FAIL" and text.startswith("2.5 MB a GPU for weights, gradients and moments, about")
     status, text = checks(recipe(), "--num_processes", 4, PATH=path)[0]["memory"]
     assert status == "ok" and text.startswith("0.6 MB a GPU for weights, gradients and moments sharded over 4")
-    ddp = {"PATH": path, "DILQUR_STRATEGY": "accelerate_configs/ddp.yaml"}
+    ddp = {"PATH": path, "DILQUR_ACCELERATE_CONFIG": "accelerate_configs/ddp.yaml"}
     assert checks(recipe(), "--num_processes", 4, **ddp)[0]["memory"][1].startswith("2.5 MB a GPU")
 
 

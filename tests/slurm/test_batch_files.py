@@ -60,7 +60,7 @@ class TestBatchFile:
         lines = file.read_text().splitlines()
         commands = [line for line in lines if line and not line.startswith("#")]
         assert commands == [lines[-1]]
-        command = re.fullmatch(r'exec slurm/run_stages\.sh "\$\{1:-([\w.-]+)\}" (\w+) "\$\{@:2\}"', lines[-1])
+        command = re.fullmatch(r'exec slurm/lib/run_stages\.sh "\$\{1:-([\w.-]+)\}" (\w+) "\$\{@:2\}"', lines[-1])
         default, rows = command.groups()
         in_recipe = [row.batch for row in read_pipeline(ROOT / "recipes" / default)]
         assert rows in in_recipe, "`sbatch FILE` alone has something to run"
@@ -81,7 +81,10 @@ class TestBatchFile:
 def test_an_array_runs_the_parts_of_a_data_stage_and_the_stage_puts_them_together(made, tmp_path):
     file = ROOT / "slurm" / "array_cpu.sbatch"
     assert set(options(file)) <= OPTIONS and options(file)["array"] == "0-15"
-    assert file.read_text().splitlines()[-1] == 'exec slurm/run_part.sh "${1:-llama3.2-1b-az}" "${2:-clean}" "${3:-16}"'
+    assert (
+        file.read_text().splitlines()[-1]
+        == 'exec slurm/lib/run_part.sh "${1:-llama3.2-1b-az}" "${2:-clean}" "${3:-16}"'
+    )
     checkout = tmp_path / "checkout"
     checkout.mkdir()
     for name in ("slurm", "data_tools", "dilqur"):
@@ -93,7 +96,7 @@ def test_an_array_runs_the_parts_of_a_data_stage_and_the_stage_puts_them_togethe
     (recipe / "pack.yaml").write_text(f"tokenizer: {made}/tokenizer\ninput: [clean/train]\n")
 
     def part(*words, **environment):
-        command = ["slurm/run_part.sh", "mine", *words]
+        command = ["slurm/lib/run_part.sh", "mine", *words]
         return subprocess.run(command, cwd=checkout, capture_output=True, text=True, env={**os.environ, **environment})
 
     assert "which part?" in part("clean", "2").stderr
@@ -115,7 +118,7 @@ def test_nodes_are_checked_with_options_that_every_cluster_knows():
     """What it finds is tests/slurm/test_preflight_on_slurm.py's."""
     file = ROOT / "slurm" / "check_nodes.sbatch"
     assert set(options(file)) <= OPTIONS and len(file.read_text().splitlines()) <= 25
-    assert file.read_text().splitlines()[-1].endswith(' slurm/launch.sh scripts/check_nodes.py "$@"')
+    assert file.read_text().splitlines()[-1].endswith(' slurm/lib/launch.sh scripts/check_nodes.py "$@"')
 
 
 def test_p4d_is_the_published_set_up():

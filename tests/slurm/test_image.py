@@ -135,7 +135,7 @@ def test_without_apptainer_both_say_so(checkout, build):
         pytest.skip("this machine has Apptainer")
     assert build(code=2, **path).stderr.startswith("error: apptainer is not on PATH")
     (checkout / "x.sif").touch()
-    errors = checkout.run("slurm/launch.sh", "tools/stub.py", code=2, DILQUR_IMAGE="x.sif", **path).stderr
+    errors = checkout.run("slurm/lib/launch.sh", "tools/stub.py", code=2, DILQUR_IMAGE="x.sif", **path).stderr
     assert errors.startswith("error: DILQUR_IMAGE is set, but apptainer is not on PATH on ") and errors.count("\n") == 1
 
 
@@ -159,7 +159,9 @@ def launch(checkout):
     )
 
     def start(*words, program="tools/say.py", code=0, **environment):
-        return checkout.run("slurm/launch.sh", program, *words, code=code, **{"DILQUR_IMAGE": "x.sif", **environment})
+        return checkout.run(
+            "slurm/lib/launch.sh", program, *words, code=code, **{"DILQUR_IMAGE": "x.sif", **environment}
+        )
 
     return start
 
@@ -168,7 +170,7 @@ def test_the_checkout_is_bound_where_it_is_and_the_environment_comes_along(check
     seen = json.loads(launch("--config", "a b.yaml", TMPDIR="/tmp", SECRET_OF_MINE="kept").stdout)
     root = checkout.root
     assert checkout.noted() == [
-        f"apptainer exec --pwd {root} --bind {root} x.sif slurm/launch.sh tools/say.py --config a b.yaml"
+        f"apptainer exec --pwd {root} --bind {root} x.sif slurm/lib/launch.sh tools/say.py --config a b.yaml"
     ]
     assert seen["argv"] == ["--config", "a b.yaml"] and seen["PWD"] == str(root) and seen["SECRET_OF_MINE"] == "kept"
     assert seen["TORCH_EXTENSIONS_DIR"].startswith("/tmp/dilqur-"), (
@@ -261,7 +263,7 @@ def submit(lab, image, made):
             lab,
             name,
             2,
-            DILQUR_STRATEGY=f"accelerate_configs/{strategy}.yaml",
+            DILQUR_ACCELERATE_CONFIG=f"accelerate_configs/{strategy}.yaml",
             DILQUR_IMAGE=str(image),
             DILQUR_BINDS=str(made),
             TORCH_EXTENSIONS_DIR=extensions,

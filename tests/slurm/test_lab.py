@@ -76,7 +76,7 @@ def one_process(run, write, tree, made, tmp_path_factory):
 @pytest.mark.parametrize(("strategy", "nodes"), [("ddp", 2), ("fsdp2", 3), ("zero2", 2)])
 def test_the_shipped_batch_file_learns_the_same_on_several_nodes(lab, write, one_process, strategy, nodes):
     folder = write(f"{strategy}-{nodes}", max_steps=12)
-    job = submit(lab, f"{strategy}-{nodes}", nodes, DILQUR_STRATEGY=f"accelerate_configs/{strategy}.yaml")
+    job = submit(lab, f"{strategy}-{nodes}", nodes, DILQUR_ACCELERATE_CONFIG=f"accelerate_configs/{strategy}.yaml")
     assert lab.wait(job) == "COMPLETED", lab.log(job)
     result = json.loads((folder / "manifest.json").read_text())["result"]
     assert (result["strategy"], result["processes"]) == (strategy, nodes)
@@ -102,7 +102,7 @@ def test_nodes_are_looked_at_before_they_train_where_the_site_wants_it(lab, writ
 # -- life in the queue: in short; tests/slurm/test_life.py has all that can happen, with the seconds each costs --------------------
 
 LONG = {"max_steps": 300, "save_steps": 20, "hang_minutes": 5}
-DDP = {"DILQUR_STRATEGY": "accelerate_configs/ddp.yaml"}
+DDP = {"DILQUR_ACCELERATE_CONFIG": "accelerate_configs/ddp.yaml"}
 
 
 def test_a_job_warned_before_its_end_and_one_whose_node_was_lost_end_as_if_nothing_had_been(

@@ -142,7 +142,7 @@ def wait_for(path, process, seconds=120):
 def rows_as_bash_reads_them(tree, name):
     """[[stage, program, batch file, flag, …], …] of recipes/NAME/pipeline.txt."""
     script = (
-        'source slurm/read_pipeline.sh; read_pipeline "$1"; for row in "${!stages[@]}"; do '
+        'source slurm/lib/read_pipeline.sh; read_pipeline "$1"; for row in "${!stages[@]}"; do '
         'split_words "${flags[row]}"; '
         'printf "%s\\0" "${stages[row]}" "${programs[row]}" "${batches[row]}" "${words[@]}" $\'\\n\'; done'
     )
@@ -191,9 +191,9 @@ def test_bash_and_python_refuse_the_same_names(tree, name):
         (["pipeline.sh", "small", "--local", "--status"], "--status: --local is given already"),
         (["pipeline.sh", "small", "--dry-run"], "small/pipeline.txt: b: slurm/elsewhere.sbatch: no such batch file"),
         (["pipeline.sh", "small", "--local"], "recipes/small/b.yaml: no such file"),
-        (["run_stages.sh", "small", "cpt_p5"], "no row's batch file is cpt_p5; there are: elsewhere prepare_cpu"),
-        (["run_stages.sh", "small"], "usage: slurm/run_stages.sh NAME BATCH"),
-        (["launch.sh"], "usage: slurm/launch.sh PROGRAM"),
+        (["lib/run_stages.sh", "small", "cpt_p5"], "no row's batch file is cpt_p5; there are: elsewhere prepare_cpu"),
+        (["lib/run_stages.sh", "small"], "usage: slurm/lib/run_stages.sh NAME BATCH"),
+        (["lib/launch.sh"], "usage: slurm/lib/launch.sh PROGRAM"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(tree, command, message):
@@ -321,7 +321,7 @@ def test_a_study_is_rows_of_one_recipe_that_differ_in_flags(tree):
     assert [line.split()[:2] for line in status][4] == ["pack@small", "finished"]
     sent = tree.run("slurm/pipeline.sh", "study", "--dry-run", "--from", "tokenizer@large").stdout
     assert "slurm/prepare_cpu.sbatch study tokenizer@large pack@small)" in sent
-    in_parts = tree.run("slurm/run_part.sh", "study", "pack@small", "1", "0")
+    in_parts = tree.run("slurm/lib/run_part.sh", "study", "pack@small", "1", "0")
     assert "pack@small: finished" in in_parts.stdout
 
 
@@ -405,15 +405,15 @@ def test_asked_to_stop_a_run_leaves_a_checkpoint_and_goes_on_when_started_again(
         "cpt scripts/cpt.py cpt_p5\nafter tools/stub.py cpt_p5\n",
         cpt=(tiny_run(made) + "max_steps: 80\nsave_steps: 1000\nlogging_steps: 40\n"),
     )
-    process = tree.start("slurm/run_stages.sh", "new", "cpt_p5")
+    process = tree.start("slurm/lib/run_stages.sh", "new", "cpt_p5")
     wait_for(tree / "runs/new/cpt/metrics.jsonl", process)
     process.send_signal(signal.SIGTERM)
     out, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert "to go on: slurm/run_stages.sh new cpt_p5 cpt after" in out and "after said" not in out
+    assert "to go on: slurm/lib/run_stages.sh new cpt_p5 cpt after" in out and "after said" not in out
     assert (tree / "runs/new/cpt/REQUEUE").exists() and not (tree / "runs/new/cpt/manifest.json").exists()
     (saved,) = (tree / "runs/new/cpt/checkpoints").glob("step-*/COMPLETE")
-    done = tree.run("slurm/run_stages.sh", "new", "cpt_p5")
+    done = tree.run("slurm/lib/run_stages.sh", "new", "cpt_p5")
     assert f"resumed     runs/new/cpt/checkpoints/{saved.parent.name}" in done.stdout and "after said" in done.stdout
     metrics = (tree / "runs/new/cpt/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in metrics] == list(range(1, 81)), "every step once"
@@ -454,7 +454,7 @@ def test_in_a_job_the_stage_that_runs_is_stopped_and_the_job_requeued(tree, job)
     assert tree.noted("scontrol") == ["scontrol requeue 4242"]
     assert "requeueing job 4242, to go on with two" in out and "three said" not in out
     assert not (tree / "runs/new/one/STOP").exists()
-    flags = tree.noted("srun")[1].split(" slurm/launch.sh ")
+    flags = tree.noted("srun")[1].split(" slurm/lib/launch.sh ")
     assert flags[1] == "tools/stub.py --config recipes/new/two.yaml"
     assert {"--kill-on-bad-exit=1", "--nodes=1", "--ntasks-per-node=1"} <= set(flags[0].split())
 
@@ -498,10 +498,10 @@ def test_three_starts_without_progress_are_enough(tree, job):
         (tree / "runs/new/two/started").unlink()
     assert len(tree.noted("scontrol requeue")) == 3
     done = tree.run("bash", "slurm/cpt_p5.sbatch", "new", code=1, **slurm)
-    assert "three starts in a row made no progress" in done.stderr and len(tree.noted("scontrol requeue")) == 3
+    assert "three restarts without a new checkpoint" in done.stderr and len(tree.noted("scontrol requeue")) == 3
     assert not (tree / "runs/new/two/started").exists()
     status = tree.run("slurm/pipeline.sh", "new", "--status").stdout
-    assert re.search(r"two +failed +4242  three starts in a row made no progress", status)
+    assert re.search(r"two +failed +4242  three restarts without a new checkpoint", status)
     stop_in(tree, *words, **{**slurm, "SLURM_JOB_ID": "4243"})  # submitted anew, it counts anew
 
 
@@ -600,7 +600,7 @@ def launch(tree):
     )
 
     def start(*words, program="scripts/cpt.py", **environment):
-        return tree.run("slurm/launch.sh", program, "--config", "c.yaml", *words, **environment)
+        return tree.run("slurm/lib/launch.sh", program, "--config", "c.yaml", *words, **environment)
 
     return start
 
@@ -631,7 +631,7 @@ def test_a_process_for_each_gpu(tree, launch):
             "--machine_rank 0 --main_process_port 0 scripts/cpt.py --config c.yaml --seed 1"
         )
     del tree.environment["CUDA_VISIBLE_DEVICES"]
-    launch(DILQUR_STRATEGY="accelerate_configs/zero2.yaml")
+    launch(DILQUR_ACCELERATE_CONFIG="accelerate_configs/zero2.yaml")
     assert "accelerate_configs/zero2.yaml --num_machines 1 --num_processes 3 " in told_accelerate(tree)
 
 
@@ -659,7 +659,7 @@ def test_a_port_in_use_and_a_node_that_cannot_be_reached_are_one_line_in_seconds
     }
     with socket.create_server(("localhost", 0)) as foreign:
         port = str(foreign.getsockname()[1])
-        words = ("slurm/launch.sh", "scripts/cpt.py", "--config", "c.yaml")
+        words = ("slurm/lib/launch.sh", "scripts/cpt.py", "--config", "c.yaml")
         done = tree.run(*words, code=2, SLURM_NODEID="0", DILQUR_PORT=port, **step)
     assert done.stderr == f"error: port {port} of localhost is in use: set DILQUR_PORT to another\n"
     tree.fake("scontrol", "echo n1.invalid; echo n2\n", note=False)
@@ -681,7 +681,7 @@ def test_modules_are_loaded_or_the_job_says_so(tree, launch):
     (tree / "tools/env.py").write_text("import os; print(os.environ['LOADED'])")
     assert launch(program="tools/env.py").stdout == "load cuda/13 gcc\n"
     (tree / "slurm/site.env").write_text("DILQUR_MODULES=cuda/12\nmodule() { return 1; }\n")
-    done = tree.run("slurm/launch.sh", "tools/env.py", code=2)
+    done = tree.run("slurm/lib/launch.sh", "tools/env.py", code=2)
     assert "DILQUR_MODULES in slurm/site.env: module load cuda/12 failed on" in done.stderr
 
 
@@ -699,16 +699,18 @@ def test_mistakes_are_heard_before_accelerate_starts(tree, launch):
     launch("old", "--overwrite_output_dir", "true", DILQUR_NUM_PROCESSES="2")
     assert tree.noted()
     tree.notes.unlink()
-    done = tree.run("slurm/launch.sh", "scripts/cpt.py", "bad", code=1, DILQUR_NUM_PROCESSES="2")
+    done = tree.run("slurm/lib/launch.sh", "scripts/cpt.py", "bad", code=1, DILQUR_NUM_PROCESSES="2")
     assert "bad --check WORLD_SIZE 2" in done.stderr and "error: bad" in done.stderr and not tree.noted()
-    done = tree.run("slurm/launch.sh", "scripts/cpt.py", code=2, DILQUR_NUM_PROCESSES="2", DILQUR_STRATEGY="zero9")
-    assert "DILQUR_STRATEGY: zero9: no such file; there are: accelerate_configs/ddp.yaml" in done.stderr
+    done = tree.run(
+        "slurm/lib/launch.sh", "scripts/cpt.py", code=2, DILQUR_NUM_PROCESSES="2", DILQUR_ACCELERATE_CONFIG="zero9"
+    )
+    assert "DILQUR_ACCELERATE_CONFIG: zero9: no such file; there are: accelerate_configs/ddp.yaml" in done.stderr
 
 
 def test_the_exit_code_of_a_mistake_is_the_first_node_s(tree, launch):
     """srun takes the highest: the others wait for a file that may come late (NFS), and leave with 0 when srun ends them."""
     process = tree.start(
-        "slurm/launch.sh",
+        "slurm/lib/launch.sh",
         "scripts/cpt.py",
         "bad",
         SLURM_JOB_ID="1",

@@ -106,7 +106,7 @@ def test_preflight_asks_slurm_as_the_site_file_wants_and_submits_nothing(lab):
     asks = (
         "export SBATCH_PARTITION=project SBATCH_ACCOUNT=az123\nDILQUR_MAX_TIME=2:00:00 DILQUR_GPUS=--gpus-per-node=N\n"
     )
-    site.write_text(f"{asks}source slurm/site_sbatch.sh\n")
+    site.write_text(f"{asks}source slurm/lib/site_sbatch.sh\n")
     try:
         done = lab.run(sys.executable, "scripts/preflight.py", "recipes/mini", PYTHONPATH=str(lab.tree))
     finally:
@@ -124,7 +124,9 @@ def test_preflight_asks_slurm_as_the_site_file_wants_and_submits_nothing(lab):
 # -- on the nodes -----------------------------------------------------------------------------------------------------
 
 
-def check_nodes(lab, *flags, nodes=3, options=(), launch=("slurm/launch.sh", "scripts/check_nodes.py"), **environment):
+def check_nodes(
+    lab, *flags, nodes=3, options=(), launch=("slurm/lib/launch.sh", "scripts/check_nodes.py"), **environment
+):
     """({check: (status, text)} as check_nodes.py says it on `nodes` nodes, all that was printed, exit code)."""
     srun = ("srun", f"--nodes={nodes}", "--kill-on-bad-exit=1", "--wait=0", *options)
     words = (*srun, *launch, "--timeout_s", "20", *flags)
@@ -208,7 +210,7 @@ def test_a_port_in_use_is_named_with_its_owner(lab):
     listen = f"import socket, sys; server = socket.create_server(('', {port})); sys.stdin.read()"
     holder = on(lab, "n1", sys.executable, "-c", listen)
     try:
-        # as slurm/launch.sh would, had the job the number 5123
+        # as slurm/lib/launch.sh would, had the job the number 5123
         rank = f'exec "$0" scripts/check_nodes.py --num_machines 2 --num_processes 2 --main_process_ip n1 --main_process_port {port} '
         rank += '--machine_rank "$SLURM_NODEID" --machines n1 n2 "$@"'
         lines, out, code = check_nodes(

@@ -78,7 +78,7 @@ def test_the_questions_are_answered_once_and_slurm_says_what_it_thinks(lab, tree
         'DILQUR_CPU_PARTITION="shared"',
         'DILQUR_CPU_MAX_TIME="1-00:00:00"',
         'DILQUR_REQUEUE="0"',
-        "source slurm/site_sbatch.sh",
+        "source slurm/lib/site_sbatch.sh",
     ]
 
 

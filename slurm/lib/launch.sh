@@ -1,25 +1,23 @@
 #!/usr/bin/env bash
 # Starts a program on this node. run_stages.sh runs it on every node of a job at once; by hand:
 #
-#     slurm/launch.sh scripts/cpt.py --config recipes/NAME/STAGE.yaml [--max_steps 10 ...]
+#     slurm/lib/launch.sh scripts/cpt.py --config recipes/NAME/STAGE.yaml [--max_steps 10 ...]
 #
-# Programs that train get a process for each GPU of each node, under DILQUR_STRATEGY (an accelerate config; the default is
+# Programs that train get a process for each GPU of each node, under DILQUR_ACCELERATE_CONFIG (an accelerate config; the default is
 # fsdp2.yaml, and ddp.yaml for mlm.py and sft.py); with one process in all, and for every other program: plain python, on the first node.
 # check_nodes.py runs on every node, and starts its processes by itself.
 # DILQUR_NUM_PROCESSES: processes a node where there is no GPU. DILQUR_PORT: of the first node, instead of one from the job's number.
 # DILQUR_MODULES, DILQUR_VENV, DILQUR_IMAGE, DILQUR_LOCAL_DIR: slurm/site.env.example.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-(($#)) || {
-  echo "usage: slurm/launch.sh PROGRAM --config RECIPE.yaml [FLAGS ...]" >&2
-  exit 2
-}
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+source slurm/lib/messages.sh
+(($#)) || die "usage: slurm/lib/launch.sh PROGRAM --config RECIPE.yaml [FLAGS ...]"
 program=$1
 shift
 
 # -- environment ----------------------------------------------------------------------------------------------------------
 
-source slurm/read_site.sh
+source slurm/lib/read_site.sh
 if [[ -n ${DILQUR_MODULES:-} && -z ${APPTAINER_CONTAINER:-} ]]; then
   load_modules
 fi
@@ -37,7 +35,7 @@ export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-${PYTORCH_ALLOC_CONF:-
 # On node-local disk, and each job its own: kernels compiled on a network file system get torn.
 cache=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/dilqur-${USER:-$(id -un)}-${SLURM_JOB_ID:-local}
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$cache/triton} TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}
-source slurm/enter_image.sh
+source slurm/lib/enter_image.sh
 
 # -- how many processes, and where ----------------------------------------------------------------------------------------
 
@@ -73,7 +71,7 @@ case $program in
 esac
 processes=$((nodes * here))
 if ((processes == 1)); then
-  [[ -z ${DILQUR_STRATEGY:-} ]] || echo "warning: one process only: DILQUR_STRATEGY=$DILQUR_STRATEGY is not used" >&2
+  [[ -z ${DILQUR_ACCELERATE_CONFIG:-} ]] || echo "warning: one process only: DILQUR_ACCELERATE_CONFIG=$DILQUR_ACCELERATE_CONFIG is not used" >&2
   exec python "$program" "$@"
 fi
 
@@ -91,11 +89,9 @@ if [[ $program == scripts/check_nodes.py ]]; then # it looks for what would make
   exec python "$program" "${where[@]}" "${machines[@]}" "$@"
 fi
 
-strategy=${DILQUR_STRATEGY:-$default}
-[[ -f $strategy ]] || {
-  echo "error: DILQUR_STRATEGY: $strategy: no such file; there are: $(echo accelerate_configs/*.yaml)" >&2
-  exit 2
-}
+strategy=${DILQUR_ACCELERATE_CONFIG:-$default}
+[[ -f $strategy ]] ||
+  die "DILQUR_ACCELERATE_CONFIG: $strategy: no such file; there are: $(echo accelerate_configs/*.yaml)"
 # accelerate would bury a one-line error and turn its exit code into 1: hear it first, and whether there is anything to do.
 # All nodes ask, since all must agree; another node may see a file up to a minute later than the one that wrote it (NFS).
 tries=1
@@ -105,7 +101,7 @@ if ((node > 0)); then
 fi
 for ((try = 1; ; try++)); do
   code=0
-  said=$(WORLD_SIZE=$processes DILQUR_STRATEGY=$strategy python "$program" "$@" --check 2>&1) || code=$?
+  said=$(WORLD_SIZE=$processes DILQUR_ACCELERATE_CONFIG=$strategy python "$program" "$@" --check 2>&1) || code=$?
   ((code != 0 && try < tries)) || break
   sleep 10
 done
@@ -125,16 +121,14 @@ find_the_first_node() {
   for try in 1 2 3; do
     said=$(timeout 10 bash -c ": <>/dev/tcp/$1/$2" 2>&1) && {
       ((node == 0)) || return 0 # it was faster
-      echo "error: port $2 of $1 is in use: set DILQUR_PORT to another" >&2
-      exit 2
+      die "port $2 of $1 is in use: set DILQUR_PORT to another"
     }
     [[ $said != *"Connection refused"* ]] || return 0
     ((try == 3)) || sleep 2
   done
   said=$(sed -n 's/^bash: [^/]*: \(.*\)$/\1/p' <<<"$said" | head -n 1)
-  echo "error: $(hostname) cannot reach $1, port $2 (${said:-no answer in 10 s}): a firewall, or a name that means another network;" \
-    "leave out the node with DILQUR_EXCLUDE in slurm/site.env" >&2
-  exit 2
+  die "$(hostname) cannot reach $1, port $2 (${said:-no answer in 10 s}): a firewall, or a name that means another network;" \
+    "leave out the node with DILQUR_EXCLUDE in slurm/site.env"
 }
 
 if ((nodes > 1)); then

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Runs one part of a data stage (clean_corpus.py or pack_mmap.py): the last line of array_cpu.sbatch.
 #
-#     slurm/run_part.sh NAME STAGE PARTS [PART]     PART counts from 0; the default is this task's place in its Slurm array
+#     slurm/lib/run_part.sh NAME STAGE PARTS [PART]     PART counts from 0; the default is this task's place in its Slurm array
 #
 # Killed and started again it goes on where it was. The stage run as ever afterwards puts the parts together.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source slurm/read_pipeline.sh
-(($# >= 3)) || die "usage: slurm/run_part.sh NAME STAGE PARTS [PART]"
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+source slurm/lib/messages.sh
+source slurm/lib/read_pipeline.sh
+(($# >= 3)) || die "usage: slurm/lib/run_part.sh NAME STAGE PARTS [PART]"
 read_pipeline "$1"
 find_stage "$2"
 check_row "$row"
@@ -18,4 +19,4 @@ case ${programs[row]} in
   *) die "recipes/$name/pipeline.txt: $2: ${programs[row]} does not work in parts" ;;
 esac
 row_arguments "$row"
-exec slurm/launch.sh "${programs[row]}" "${words[@]}" --shard "$part" --of "$parts"
+exec slurm/lib/launch.sh "${programs[row]}" "${words[@]}" --shard "$part" --of "$parts"

@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
 # Runs the stages of one batch file, in order; the last line of every batch file. It alone holds the trap and the requeue.
 #
-#     slurm/run_stages.sh NAME BATCH            rows of recipes/NAME/pipeline.txt whose batch file is BATCH,
+#     slurm/lib/run_stages.sh NAME BATCH            rows of recipes/NAME/pipeline.txt whose batch file is BATCH,
 #                                               up to the first that waits for an unfinished row of another one
-#     slurm/run_stages.sh NAME BATCH STAGE ...  these rows: what pipeline.sh puts into one job
-#     slurm/run_stages.sh NAME local [STAGE ...]    all rows (or these) on this machine, also inside an allocation
+#     slurm/lib/run_stages.sh NAME BATCH STAGE ...  these rows: what pipeline.sh puts into one job
+#     slurm/lib/run_stages.sh NAME local [STAGE ...]    all rows (or these) on this machine, also inside an allocation
 #
 # Asked to stop (USR1 or TERM), it touches runs/NAME/STAGE/STOP; the program saves, writes REQUEUE and exits 0. After a USR1, the warning
 # before the end of the time or a preemption, the job is requeued and begins again at the top: what is finished says so. A TERM alone is
 # scancel's: the job ends. DILQUR_REQUEUE=0 where requeueing is forbidden: in a chain (`sbatch --array=1-10%1`) the next task goes on. FAILED in a
 # stage's folder says why it ended otherwise. What jobs note about their starts, and what follows from it, is in job_notes.sh.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source slurm/read_pipeline.sh
-source slurm/read_site.sh
-source slurm/job_notes.sh
-(($# >= 2)) || die "usage: slurm/run_stages.sh NAME BATCH [STAGE ...]"
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+source slurm/lib/messages.sh
+source slurm/lib/read_pipeline.sh
+source slurm/lib/read_site.sh
+source slurm/lib/job_notes.sh
+(($# >= 2)) || die "usage: slurm/lib/run_stages.sh NAME BATCH [STAGE ...]"
 read_pipeline "$1"
 batch=$2
 shift 2
@@ -23,8 +24,6 @@ slurm='' job=''
 if [[ $batch != local && -n ${SLURM_JOB_ID:-} ]]; then
   slurm=yes job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID} # a chain is one job
 fi
-
-say() { printf '%(%H:%M:%S)T %s\n' -1 "$*"; }
 
 # -- which rows -----------------------------------------------------------------------------------------------------------
 
@@ -53,13 +52,13 @@ done
 
 # -- one stage ------------------------------------------------------------------------------------------------------------
 
-launcher=(slurm/launch.sh)
+launcher=(slurm/lib/launch.sh)
 if [[ $slurm ]]; then
   # --export and --cpus-per-task: a step inherits neither sbatch's --export=NONE nor its CPUs as one would want.
   # --cpu-bind=none: the one task of a node starts a process for each GPU, and these need all the cores.
   # --wait=0: nodes with nothing to do leave at once, and a site's WaitTime would end the rest.
   launcher=(srun --kill-on-bad-exit=1 --nodes="${SLURM_JOB_NUM_NODES:-1}" --ntasks-per-node=1 --cpu-bind=none --wait=0 --export=ALL
-    ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} slurm/launch.sh)
+    ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} slurm/lib/launch.sh)
 fi
 
 # Starts row $1 in the background: bash runs a trap only when the command in the foreground has ended.
@@ -102,8 +101,8 @@ checkpoints() { compgen -G "runs/$name/$1/checkpoints/step-*/COMPLETE" || true; 
 
 # -- the end of a job -----------------------------------------------------------------------------------------------------
 
-no_progress="three starts in a row made no progress: too little time between start and warning for a checkpoint (save_steps), \
-or what its last lines say. Not requeued"
+no_progress="three restarts without a new checkpoint: too little time between start and warning for one (save_steps), \
+or what its last lines say; not requeueing"
 
 # More is to do, from row $1 on: requeue the job, or say what to type. Never returns.
 leave_for_more() {
@@ -112,11 +111,11 @@ leave_for_more() {
   for row in "${rows[@]}"; do
     ((row < $1)) || more+=("${stages[row]}")
   done
-  left
+  mark_clean_exit
   if [[ $batch == local ]]; then
     say "to go on: slurm/pipeline.sh $name --local --from ${more[0]}"
   elif [[ -z $slurm ]]; then
-    say "to go on: slurm/run_stages.sh $name $batch ${more[*]}"
+    say "to go on: slurm/lib/run_stages.sh $name $batch ${more[*]}"
   elif [[ $terminated && ! $warned ]]; then
     say "job $SLURM_JOB_ID was cancelled; to go on: sbatch $file $name ${more[*]}"
     exit 1 # what waits for this job must not start
@@ -155,7 +154,7 @@ end_chain() { [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || scancel --state=PENDING "$SLUR
 
 if [[ $slurm ]]; then
   say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on ${SLURM_JOB_NODELIST:-?}"
-  note_job
+  log_job
 fi
 stop='' pid='' number=0 warned='' terminated=''
 for row in "${rows[@]}"; do
@@ -163,7 +162,7 @@ for row in "${rows[@]}"; do
   began=${EPOCHREALTIME/[.,]/} DILQUR_STAGE_STARTED=$EPOCHSECONDS
   export DILQUR_STAGE_STARTED
   mkdir -p "$folder"
-  take "$row"
+  claim_stage "$row"
   rm -f "$folder/STOP" "$folder/REQUEUE" "$folder/FAILED"
   before=$(checkpoints "$stage")
   asked=$stop stop=$folder/STOP
@@ -182,7 +181,7 @@ for row in "${rows[@]}"; do
     made_progress "$row" || fail "$row" "$no_progress"
     avoid_lost_nodes
     check_nodes "$row"
-    note_start "$row"
+    log_start "$row"
   fi
   say "$title: ${programs[row]}${flags[row]:+ ${flags[row]}}"
   start "$row"
@@ -205,7 +204,7 @@ minutes of the job left at its start): requeueing would go on for ever"
     leave_for_more "$row"
   fi
   # The next stage looks here; so does --status.
-  left
+  mark_clean_exit
   [[ -e $folder/manifest.json ]] ||
     fail "$row" "exit code 0, but $folder/manifest.json is not there: in a pipeline, leave run_dir and output_dir alone"
   say "$title: $took"

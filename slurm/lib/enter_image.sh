@@ -5,13 +5,8 @@
 # folders, where data/, models/ and runs/ lead to, and DILQUR_BINDS, `SOURCE[:TARGET[:ro]]` separated by blanks or commas.
 [[ -n ${DILQUR_IMAGE:-} && -z ${APPTAINER_CONTAINER:-} ]] || return 0
 
-refuse() {
-  echo "error: $*" >&2
-  exit 2
-}
-
-[[ -e $DILQUR_IMAGE ]] || refuse "DILQUR_IMAGE: $DILQUR_IMAGE: not there on $HOSTNAME; apptainer/build.sh makes one"
-command -v apptainer >/dev/null || refuse "DILQUR_IMAGE is set, but apptainer is not on PATH on $HOSTNAME: load its module in slurm/site.env"
+[[ -e $DILQUR_IMAGE ]] || die "DILQUR_IMAGE: $DILQUR_IMAGE: not there on $HOSTNAME; apptainer/build.sh makes one"
+command -v apptainer >/dev/null || die "DILQUR_IMAGE is set, but apptainer is not on PATH on $HOSTNAME: load its module in slurm/site.env"
 checkout=$(pwd -P)
 enter=(apptainer exec --pwd "$checkout" --bind "$checkout")
 for folder in "${SLURM_TMPDIR:-${TMPDIR:-/tmp}}" "${DILQUR_LOCAL_DIR:-/tmp}"; do
@@ -23,7 +18,7 @@ done
 binds=${DILQUR_BINDS:-}
 read -ra binds <<<"${binds//,/ }"
 for bind in "${binds[@]}"; do
-  [[ -e ${bind%%:*} ]] || refuse "DILQUR_BINDS: ${bind%%:*}: not there on $HOSTNAME"
+  [[ -e ${bind%%:*} ]] || die "DILQUR_BINDS: ${bind%%:*}: not there on $HOSTNAME"
   enter+=(--bind "$bind")
 done
 if [[ -e /dev/nvidiactl ]] || nvidia-smi -L >/dev/null 2>&1; then
@@ -41,4 +36,4 @@ if [[ -n ${SLURM_JOB_ID:-} && -z ${SLURM_JOB_END_TIME:-} ]] && ((${SLURM_NODEID:
   ends=$(squeue -h -j "$SLURM_JOB_ID" -O EndTime 2>/dev/null) && ends=$(date -d "$ends" +%s 2>/dev/null) && export SLURM_JOB_END_TIME=$ends
 fi
 # shellcheck disable=SC2154 # launch.sh has set program
-exec "${enter[@]}" "$DILQUR_IMAGE" slurm/launch.sh "$program" "$@"
+exec "${enter[@]}" "$DILQUR_IMAGE" slurm/lib/launch.sh "$program" "$@"

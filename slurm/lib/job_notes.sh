@@ -9,17 +9,17 @@
 # shellcheck disable=SC2154
 
 # A job that sbatch was typed for is not in the list yet.
-note_job() {
+log_job() {
   mkdir -p "runs/$name"
   grep -qs "^$job " "runs/$name/jobs" || echo "$job ${SLURM_JOB_NAME:-$batch} ${names[*]}" >>"runs/$name/jobs"
 }
 
 # The stage of row $1 begins.
-note_start() { echo "$job $EPOCHSECONDS ${SLURM_JOB_NODELIST:-?} $(progress "$1")" >>"$folder/.starts"; }
+log_start() { echo "$job $EPOCHSECONDS ${SLURM_JOB_NODELIST:-?} $(progress "$1")" >>"$folder/.starts"; }
 
 # Ends the job if another one is running the stage of row $1; from now on it is this one's. Where files can be locked the programs refuse as
 # well, but not every Lustre can.
-take() {
+claim_stage() {
   local owner=runs/$name/${stages[$1]}/.job other
   [[ $slurm ]] || return 0
   if ! (set -o noclobber && echo "$job" >"$owner") 2>/dev/null; then
@@ -49,7 +49,7 @@ made_progress() {
 }
 
 # Notes that a start ended in good order.
-left() { [[ ! $slurm || ! -f $folder/.starts ]] || sed -i '$s/$/ left/' "$folder/.starts"; }
+mark_clean_exit() { [[ ! $slurm || ! -f $folder/.starts ]] || sed -i '$s/$/ left/' "$folder/.starts"; }
 
 # If the last start died, and one of its nodes that is this job's again has been down since: back into the queue, to wait for others.
 avoid_lost_nodes() {
@@ -69,7 +69,7 @@ avoid_lost_nodes() {
     return 0
   fi
   say "${lost[*]} went down during the last start: requeueing job $SLURM_JOB_ID to run without"
-  left
+  mark_clean_exit
   trap '' TERM # it comes with the requeue, to scontrol as well, and only a job that waits can be told which nodes to avoid
   scontrol requeue "$SLURM_JOB_ID"
   for _ in 1 2 3 4 5; do

@@ -11,7 +11,7 @@ seconds_of() {
 }
 
 # Sets the array site_options for the batch file $1, and, for one without GPUs, SBATCH_*. The other words are those that were typed.
-ask_as_this_site_wants() {
+apply_site_options() {
   local file=$1 gpus time kind cpu limit=${DILQUR_MAX_TIME:-}
   gpus=$(sed -n 's/^#SBATCH --gres=gpu:\([0-9]*\)$/\1/p' "$file")
   time=$(sed -n 's/^#SBATCH --time=//p' "$file")
@@ -41,11 +41,11 @@ sbatch() (
   site_options=()
   for word; do
     if [[ $word == *.sbatch && -f $word ]]; then
-      ask_as_this_site_wants "$word" "$@"
+      apply_site_options "$word" "$@"
       break
     fi
   done
   command sbatch "${site_options[@]}" "$@"
 )
 
-export -nf seconds_of ask_as_this_site_wants sbatch # read_site.sh exports what site.env sets
+export -nf seconds_of apply_site_options sbatch # read_site.sh exports what site.env sets

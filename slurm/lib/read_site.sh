@@ -26,9 +26,7 @@ load_modules() {
     [[ $(type -t module) || ! -r $file ]] || source "$file"
   done
   read -ra modules <<<"$DILQUR_MODULES"
-  module load "${modules[@]}" || {
-    echo "error: DILQUR_MODULES in slurm/site.env: module load $DILQUR_MODULES failed on $(hostname); module avail lists what there is" >&2
-    exit 2
-  }
+  module load "${modules[@]}" ||
+    die "DILQUR_MODULES in slurm/site.env: module load $DILQUR_MODULES failed on $(hostname); module avail lists what there is"
   set -eu
 }

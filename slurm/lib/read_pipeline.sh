@@ -4,11 +4,6 @@
 # STAGE reads STAGE.yaml, and RECIPE@VARIANT reads RECIPE.yaml; the row's flags win over it.
 # shellcheck disable=SC2034  # the arrays are for those who source this
 
-die() {
-  echo "error: $*" >&2
-  exit 2
-}
-
 # Sets the arrays stages, programs, batches, flags (one entry a row), and name: NAME without `recipes/` and a last `/`,
 # so that the shell's completion of the folder can be used.
 read_pipeline() {
