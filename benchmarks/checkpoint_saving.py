@@ -88,17 +88,17 @@ def measure(folder, rounds, output):
     """Every way, `rounds` times, into `folder`."""
     import torch
 
-    from dilqur.checkpoint.local_shards import MOMENTS, owned_slices
+    from dilqur.checkpoint.local_shards import MOMENTS, local_slices
     from dilqur.training.distributed import make_accelerator, prepare, strategy
 
     accelerator = make_accelerator(bf16=False, batch=1, accumulation=1, max_grad_norm=1.0)
     model, optimizer = prepare(accelerator, llama(STATE), adamw)
-    for *_, state in owned_slices(model, optimizer, for_read=True):
+    for *_, state in local_slices(model, optimizer, for_read=True):
         for moment in MOMENTS:
             state[moment].uniform_(0, 1e-3)
     step, copy, ways = Step(accelerator), BareCopy(model, optimizer), (Dilqur, AsyncDcp, KeptDcp, Dcp)
     copy()
-    size = sum(v.nbytes for *_, state in owned_slices(model, optimizer) for v in state.values())
+    size = sum(v.nbytes for *_, state in local_slices(model, optimizer) for v in state.values())
     rows = {way.name: {"first": [], "kept": []} for way in ways}
     for number in range(rounds):
         order = [*ways[number % len(ways) :], *ways[: number % len(ways)]]
@@ -214,9 +214,9 @@ class BareCopy:
     def __call__(self):
         import torch
 
-        from dilqur.checkpoint.local_shards import owned_slices
+        from dilqur.checkpoint.local_shards import local_slices
 
-        views = [v for *_, state in owned_slices(self.model, self.optimizer) for v in state.values()]
+        views = [v for *_, state in local_slices(self.model, self.optimizer) for v in state.values()]
         if self.buffer is None:
             size = sum(v.numel() for v in views)
             self.buffer = torch.empty(size, dtype=torch.float32, pin_memory=torch.cuda.is_available())

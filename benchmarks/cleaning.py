@@ -151,7 +151,7 @@ def main(settings):
     for label, score in found.items():
         print(f"| {label} | {score['planted']} | {score['recall']:.3f} | {score['precision']:.3f} |")
     print(
-        f"\n{size / 1e6:.1f} MB in {cpu:.1f} CPU seconds: {out['real']['mb_per_cpu_second']} MB/s a core\n\n{markdown}"
+        f"\n{size / 1e6:.1f} MB in {cpu:.1f} CPU seconds: {out['real']['mb_per_cpu_second']} MB/s per core\n\n{markdown}"
     )
 
 

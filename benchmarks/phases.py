@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import cpt
 
 PHASES = {"embeddings only": ["*embed_tokens*"], "all weights": None}
-# device: (layers, hidden, inner, heads, key-value heads, vocabulary), (max_length, samples a step)
+# device: (layers, hidden, inner, heads, key-value heads, vocabulary), (max_length, samples per step)
 SHAPES = {
     "cpu": ((8, 384, 1536, 6, 2, 8192), (512, 2)),
     "cuda": ((16, 2048, 8192, 32, 8, 100_352), (2048, 4)),  # Llama 3.2 1B's with a custom vocabulary
@@ -207,7 +207,7 @@ def tables(result):
     where = ", ".join(machine["gpus"]) or f"{machine['cpu']}, {result['threads']} thread(s)"
     lines = [
         f"{where}; torch {result['packages']['torch']}; {config['num_hidden_layers']} × {config['hidden_size']}, vocabulary "
-        f"{config['vocab_size']:,}, tied; {result['samples_a_step']} × {result['max_length']} tokens a step, {result['dtype']}",
+        f"{config['vocab_size']:,}, tied; {result['samples_a_step']} × {result['max_length']} tokens per step, {result['dtype']}",
         "",
         "| | forward and backward, s | clip and optimizer, s |",
         "|---|---:|---:|",
@@ -225,7 +225,7 @@ def tables(result):
     if result["first_steps"]:
         lines += [
             "",
-            "| strategy | trained | weights | gradients by rank | each moment by rank | FLOPs a token and weight |",
+            "| strategy | trained | weights | gradients by rank | each moment by rank | FLOPs per token and weight |",
         ]
         lines += ["|---|---|---:|---:|---:|---:|"]
     for strategy, phases in result["first_steps"].items():

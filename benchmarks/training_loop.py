@@ -40,7 +40,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import cpt
 
 TURNS, WARM_UP = 10, 5  # turns of a round; turns that are not counted
-# device: (layers, hidden, inner, heads, key-value heads, vocabulary), (max_length, samples a step), steps a turn
+# device: (layers, hidden, inner, heads, key-value heads, vocabulary), (max_length, samples per step), steps a turn
 SHAPES = {
     "cpu": ((6, 256, 1024, 4, 2, 8192), (256, 4), 1),
     "cuda": ((16, 2048, 8192, 32, 8, 100_352), (2048, 4), 10),  # Llama 3.2 1B's with a custom vocabulary

@@ -1,4 +1,4 @@
-"""Measures tokenizers on sets of documents: tokens a word by three rules, bytes a token, use of the vocabulary, parity.
+"""Measures tokenizers on sets of documents: tokens per word by three rules, bytes per token, use of the vocabulary, parity.
 
     python data_tools/eval_tokenizer.py --tokenizer runs/quickstart/tokenizer --input recipes/quickstart/corpus/az
     python data_tools/eval_tokenizer.py --tokenizer runs/quickstart/tokenizer* --input recipes/quickstart/corpus/az/*

@@ -34,7 +34,7 @@ class InspectSettings:
     tokenizer: str | None = setting("to decode with; the one the shards were packed with", default=None)
     sample: Count | None = setting("decode this sample", default=None)
     document: Count | None = setting("decode this document", default=None)
-    max_length: Annotated[int, Field(ge=1)] = setting("tokens a sample", default=2048)
+    max_length: Annotated[int, Field(ge=1)] = setting("tokens per sample", default=2048)
     json: bool = setting("one JSON object on standard output", default=False)
     check: bool = setting("check the arguments, print nothing else", default=False)
 

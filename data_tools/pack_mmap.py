@@ -49,7 +49,7 @@ from dilqur.tokenizer.engines import ENGINES, agree, choose_engine
 from dilqur.tokenizer.text_tokenizer import TextTokenizer
 from dilqur.tokenizer.whole_words import WholeWords
 
-TAKEN = ("parts", "manifest.json")  # names in OUTPUT_DIR that no dataset can have
+RESERVED_NAMES = ("parts", "manifest.json")  # names in OUTPUT_DIR that no dataset can have
 PARTS, PART = "parts/*-of-*", "parts/{:05d}-of-{:05d}"
 COMPARED = 10_000  # characters of a document: `tokenizers` takes a hundred times a text's memory
 BATCH = 64  # documents a call of the tokenizer: more is no faster, and its results fill the caches
@@ -285,9 +285,9 @@ def check(settings):
     if bool(settings.input) == bool(settings.datasets):
         raise InputError("give either --input (one dataset) or, in a recipe, datasets (a list of {name, input})")
     names = [d["name"] for d in settings.datasets or []]
-    if len(set(names)) < len(names) or any(not regex.fullmatch(r"\w[\w.-]*", n) or n in TAKEN for n in names):
+    if len(set(names)) < len(names) or any(not regex.fullmatch(r"\w[\w.-]*", n) or n in RESERVED_NAMES for n in names):
         raise InputError(
-            f"datasets: the names {', '.join(names)} must be distinct and plain folder names, not {' or '.join(TAKEN)}"
+            f"datasets: the names {', '.join(names)} must be distinct and plain folder names, not {' or '.join(RESERVED_NAMES)}"
         )
     if settings.engine not in ENGINES:
         raise InputError(f"engine: {settings.engine}: there are {', '.join(ENGINES)}")
@@ -386,7 +386,7 @@ def in_words(manifest):
     dropped = f", {manifest['bad_records']:,} bad records skipped" if manifest["bad_records"] else ""
     return (
         f"{manifest['documents']:,} documents, {manifest['tokens']:,} tokens, "
-        f"{manifest['utf8_bytes'] / max(1, tokens):.2f} bytes a token, {tokens / words:.3f} tokens a word{whole}{dropped}"
+        f"{manifest['utf8_bytes'] / max(1, tokens):.2f} bytes per token, {tokens / words:.3f} tokens per word{whole}{dropped}"
     )
 
 

@@ -32,7 +32,7 @@ from dilqur.pipeline.settings_parser import setting
 from dilqur.preflight import node_verdicts as verdict
 from dilqur.preflight.findings import Findings
 from dilqur.preflight.node_facts import node_facts
-from dilqur.preflight.node_meeting import SHARED_S, Meeting
+from dilqur.preflight.node_meeting import SHARED_S, Rendezvous
 from dilqur.preflight.node_speed import measure
 from dilqur.preflight.planned import existing
 
@@ -88,7 +88,7 @@ def check_together(settings, meeting, findings, shared, local):
     findings.run(
         "", verdict.check_gpus, hosts, facts, {h: names[i * here : (i + 1) * here] for i, h in enumerate(hosts)}
     )
-    findings.run("", verdict.check_holders, hosts, facts)
+    findings.run("", verdict.check_gpu_in_use, hosts, facts)
     findings.run("", verdict.check_versions, hosts, facts)
     connected = not settings.machines or findings.run("", verdict.check_network, hosts, meeting.unreachable())
     offsets, looks = meeting.clock_offsets(), meeting.write_and_look("shared", shared, SHARED_S)
@@ -174,7 +174,7 @@ def main(settings):
         signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     findings = Findings()
     try:
-        meeting = Meeting(rank, machines, settings.main_process_ip, port, settings.timeout_s)
+        meeting = Rendezvous(rank, machines, settings.main_process_ip, port, settings.timeout_s)
         names = check_together(settings, meeting, findings, existing(Path(settings.run_dir)), local)
         if names is not None:
             check_speed(settings, meeting, findings, names)

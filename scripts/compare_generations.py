@@ -80,7 +80,7 @@ def answer(model, tokenizer, prompt, settings, chat):
 
 def markdown(rows, names, summary):
     """The answers side by side: a table of figures, then a section for each prompt."""
-    lines = ["| model | repetition (rep-4) | ends by itself | words an answer |", "|---|---:|---:|---:|"]
+    lines = ["| model | repetition (rep-4) | ends by itself | words per answer |", "|---|---:|---:|---:|"]
     lines += [f"| {n} | {s['repetition']:.3f} | {s['ended']:.0%} | {s['words']:.1f} |" for n, s in summary.items()]
     for row in rows:
         lines += ["", f"## {row['prompt']}", ""]

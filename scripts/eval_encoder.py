@@ -84,7 +84,7 @@ class EncoderSettings(StageSettings):
         default_factory=SEEDS.copy,
     )
     num_train_epochs: Annotated[float, Field(gt=0)] = setting("times `train` is seen", default=10)
-    per_device_train_batch_size: Annotated[int, Field(ge=1)] = setting("examples a step", default=32)
+    per_device_train_batch_size: Annotated[int, Field(ge=1)] = setting("examples per step", default=32)
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = setting(
         "share of the steps in which the learning rate rises; then it falls to 0", default=0.1
     )
@@ -98,7 +98,7 @@ class EncoderSettings(StageSettings):
     fill_mask: list[str] | None = setting(
         "masked_words: sentences with one [MASK] each; what is found likeliest there", default=None
     )
-    bf16: bool = setting("bfloat16 products", default=False)
+    bf16: bool = setting("bfloat16 matmuls", default=False)
 
 
 def check(settings):

@@ -100,7 +100,7 @@ COLUMNS = (
     "strategy", "state", "other", "each", "largest", "batch", "GB of GPU", "step s", "bound by", "sent GB", "hours",
 )  # fmt: skip
 LEGEND = """\
-state      GB a GPU holds of weights, gradients and AdamW's moments; other: gathered, copied; each: of activations for a sequence
+state      GB per GPU holds of weights, gradients and AdamW's moments; other: gathered, copied; each: of activations for a sequence
 largest    sequences a GPU can take at once; batch: that it would, × micro-batches of a step; GB of GPU: so used, allowances included
 sent GB    by a GPU in a step"""
 

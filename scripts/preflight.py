@@ -23,7 +23,7 @@ from dilqur.preflight.batch_file import check_file, read_batch_file
 from dilqur.preflight.cluster import check_slurm, check_submit
 from dilqur.preflight.findings import Findings
 from dilqur.preflight.machine import check_driver, check_gpus, check_packages
-from dilqur.preflight.planned import Known, Planned, rows_of
+from dilqur.preflight.planned import Context, StagePlan, rows_of
 from dilqur.preflight.site import check_image, check_site
 from dilqur.preflight.size_checks import check_files, check_main_memory, check_memory, check_space, check_time
 from dilqur.preflight.stage_checks import (
@@ -89,7 +89,7 @@ def main(settings, checked):
 
     # -- this machine, and the cluster it belongs to ------------------------------------------------------------------
 
-    findings, known, site, partitions = Findings(), Known(verify=settings.verify), {}, {}
+    findings, known, site, partitions = Findings(), Context(verify=settings.verify), {}, {}
     findings.run("", check_packages)
     findings.run("", check_gpus, known.gpus)
     findings.run("", check_site, site)
@@ -112,7 +112,7 @@ def main(settings, checked):
         where = ["--run_dir", settings.run_dir] if settings.run_dir else []
         batch_file = files[row.batch]
         processes = batch_file.nodes * batch_file.gpus or int(os.environ.get("DILQUR_NUM_PROCESSES", 1))
-        planned = Planned(row, [*row.arguments(folder), *where], batch_file, settings.num_processes or processes)
+        planned = StagePlan(row, [*row.arguments(folder), *where], batch_file, settings.num_processes or processes)
         known.plans[row.name] = planned
         check_stage(findings, planned, known, wanted=row.name in chosen)
         if row.name == chosen[-1]:

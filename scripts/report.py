@@ -237,12 +237,12 @@ def summary(found, run_dir, fertility, bpb, encoder):
     cards, notes = "", ""
     if f := fertility:
         figure = f"{f['base_fertility']:.2f} → {f['fertility']:.2f}"
-        cards += card("Fewer tokens a word", figure, f["holds"], f"{f['base']} → {f['custom']}, on the same text")
+        cards += card("Fewer tokens per word", figure, f["holds"], f"{f['base']} → {f['custom']}, on the same text")
     if b := bpb:
         figure = f"{b['bits_per_byte']:.3f} against {b['control_bits_per_byte']:.3f}"
         seen = f"{short(b['utf8_bytes_seen'], 'B')} and {short(b['control_utf8_bytes_seen'], 'B')} of text seen"
         text = f"{b['model']} against {b['control']}; {seen} in training"
-        cards += card("Fewer bits a byte than the control at equal bytes seen", figure, b["holds"], text)
+        cards += card("Fewer bits per byte than the control at equal bytes seen", figure, b["holds"], text)
     for stage, e in encoder.items():
         figure, text = (
             f"{e['score']:.3f} against {e['random']:.3f}",
@@ -268,10 +268,10 @@ def tokenizers(found):
     for _, manifest in by_program(found, "eval_tokenizer.py").values():
         result, stated = manifest["result"], manifest["arguments"]
         columns = {
-            "tokens a word": "{fertility:.3f}",
+            "tokens per word": "{fertility:.3f}",
             "": BAR,
             "95 % interval": "{intervals[fertility][0]:.3f} to {intervals[fertility][1]:.3f}",
-            "bytes a token": "{bytes_per_token:.3f}",
+            "bytes per token": "{bytes_per_token:.3f}",
             "words kept whole": "{words_kept_whole:.1%}",
             "vocabulary": "{vocab_size:,}",
             "of it occurs": "{vocab_share_used:.1%}",
@@ -284,14 +284,14 @@ def tokenizers(found):
                 rows[name][f"premium{number}"] = figures["premium"]
         html += table("tokenizer", rows, columns)
         read = stated["input"] or [path for documents in stated["document_sets"] for path in documents["input"]]
-        html += f"<p>Measured on {escape(', '.join(read))}. Tokens a word (fertility): tokens "
+        html += f"<p>Measured on {escape(', '.join(read))}. Tokens per word (fertility): tokens "
         html += "without special tokens / whitespace-separated words."
         if result.get("parallel"):
             html += " Premium: tokens / tokens of the same content in the other language."
         html += f"</p>{splits(result.get('splits'))}"
         for sweep in result.get("sweeps", []):
             line = {"fertility": list(zip(sweep["vocab_sizes"], sweep["fertility"], strict=True))}
-            html += chart(f"Tokens a word; knee: {escape(str(sweep['knee']))}", "vocabulary", "", [*line], line, line)
+            html += chart(f"Tokens per word; knee: {escape(str(sweep['knee']))}", "vocabulary", "", [*line], line, line)
     return html
 
 
@@ -334,7 +334,7 @@ def training(found, run_dir):
         "text seen": "{seen}",
         "loss": "{loss:.4f}",
         "eval_loss": "{eval_loss:.4f}",
-        "held-out bits a byte": "{eval_bits_per_byte:.4f}",
+        "held-out bits per byte": "{eval_bits_per_byte:.4f}",
         "masked accuracy": "{eval_accuracy:.1%}",
         "tokens/s": "{tokens_per_second:,.0f}",
         "bounded by": "{bound}",
@@ -348,9 +348,9 @@ def training(found, run_dir):
         "Loss a token (lines), eval_loss (dots)", "tokens seen in the stage", "", list(rows), losses, evaluations
     )
     if bits:
-        charts += chart("Training loss in bits a byte", "text seen since the common base", "B", list(rows), bits, {})
+        charts += chart("Training loss in bits per byte", "text seen since the common base", "B", list(rows), bits, {})
     return f"""{table("stage", rows, columns)}<div class="charts">{charts}</div>
-<p>A loss a token, in nats, compares only between stages of one tokenizer: longer tokens are fewer and harder to guess. In bits
+<p>A loss per token, in nats, compares only between stages of one tokenizer: longer tokens are fewer and harder to guess. In bits
 a byte (loss / ln 2 / bytes of text a token) it compares between tokenizers too. There a line begins where the stage before it
 ended; a base trained from random weights is left out. Bounded by: what had the largest share of the time after the first two steps
 (dilqur/training/profiling.py).</p>"""
@@ -364,13 +364,13 @@ def bits_per_byte(found, run_dir):
             line = past(figures["model"], run_dir)
             figures |= {"seen": short(line.utf8_bytes, "B"), "origin": Path(line.origin).name}
         columns = {
-            "bits a byte": "{bits_per_byte:.3f}",
+            "bits per byte": "{bits_per_byte:.3f}",
             "": BAR,
             "95 % interval": "{interval[0]:.3f} to {interval[1]:.3f}",
             "text seen": "{seen}",
             "since": "{origin}",
-            "bits a token": "{bits_per_token:.3f}",
-            "bits a word": "{bits_per_word:.3f}",
+            "bits per token": "{bits_per_token:.3f}",
+            "bits per word": "{bits_per_word:.3f}",
             "tokens of the text": "{tokens:,}",
             "tokens at once": "{max_length:,}",
         }
@@ -391,7 +391,7 @@ def vocabulary_study(found):
             figures["each"] = ", ".join(f"{value:.3f}" for value in figures["repetitions"])
         columns = {
             "at equal": "{at_equal}",
-            "bits a byte": "{bits_per_byte:.3f}",
+            "bits per byte": "{bits_per_byte:.3f}",
             "": BAR,
             "95 % interval": "{interval[0]:.3f} to {interval[1]:.3f}",
             "less the control": "{difference:+.3f}",
@@ -412,10 +412,10 @@ def vocabulary_study(found):
                 "fewer": "{saved:.0%}",
             }
             html += table("initialisation", rows, columns)
-            title = "Held-out samples, bits a byte, by how the new embeddings began"
+            title = "Held-out samples, bits per byte, by how the new embeddings began"
             html += chart(title, "steps since the base model", "", list(lines), lines, {})
         if lost := result["base_language"]:
-            columns = {"bits a byte of its language": "{bits_per_byte:.3f}", "": BAR}
+            columns = {"bits per byte of its language": "{bits_per_byte:.3f}", "": BAR}
             html += table("model", with_bars(lost, "bits_per_byte"), columns)
     return html
 
@@ -488,7 +488,7 @@ def generations(found):
         columns = {
             "repetition (rep-4)": "{repetition:.3f}",
             "ends by itself": "{ended:.0%}",
-            "words an answer": "{words:.1f}",
+            "words per answer": "{words:.1f}",
         }
         html += table("model", manifest["result"]["models"], columns)
         html += "<p>rep-4: 1 − distinct 4-grams / 4-grams of words. An answer that repeats nothing has 0, and so has a short one.</p>"
@@ -620,7 +620,7 @@ def main(settings, stage, found):
     speeds = {name: m["result"]["tokens_per_second"] for name, (_, m) in by_program(found, *TRAINING).items()}
     stage.finish({"fertility": fertility, "bits_per_byte": bpb, "encoders": encoder, "tokens_per_second": speeds})
     if f := fertility:
-        figures = f"{f['base_fertility']:.2f} → {f['fertility']:.2f} tokens a word ({f['base']} → {f['custom']})"
+        figures = f"{f['base_fertility']:.2f} → {f['fertility']:.2f} tokens per word ({f['base']} → {f['custom']})"
         print(f"fertility      {figures}; fewer: {VERDICT[f['holds']]}")
     if b := bpb:
         figures = f"{b['bits_per_byte']:.3f} {b['model']}, {b['control_bits_per_byte']:.3f} {b['control']}, its control"

@@ -48,7 +48,7 @@ class StudySettings(StageSettings):
 
 @dataclass
 class Run:
-    """What it took to train one model from the base. curve: [(steps, bits a byte of the held-out samples)] over its phases, or none."""
+    """What it took to train one model from the base. curve: [(steps, bits per byte of the held-out samples)] over its phases, or none."""
 
     utf8_bytes: int = 0
     flops: float = 0.0
@@ -78,7 +78,7 @@ def run_of(folder, base):
 
 
 def curve(folder, arguments, steps_before):
-    """[(steps since the base, eval_loss in bits a byte)] of a stage."""
+    """[(steps since the base, eval_loss in bits per byte)] of a stage."""
     if not arguments["eval_datasets"]:
         return []
     shards = [read_manifest(dataset["path"]) for dataset in arguments["eval_datasets"]]
@@ -198,7 +198,8 @@ def choices(results):
         figures, own = others[best], table[control]
         sure = figures["difference_interval"] and figures["difference_interval"][1] < 0
         out.append(
-            f"Tokenizer: {best}, {figures['bits_per_byte']:.3f} bits a byte against {own['bits_per_byte']:.3f} of {control} at equal bytes "
+            f"Tokenizer: {best}, {figures['bits_per_byte']:.3f} bits per byte against "
+            f"{own['bits_per_byte']:.3f} of {control} at equal bytes "
             f"(difference {number(figures['difference'], '+.3f')} {between(figures['difference_interval'])}"
             f"{'' if sure else ': the interval holds 0, so these documents do not decide'}), in "
             f"{figures['flops'] / own['flops']:.0%} of its compute."
@@ -208,14 +209,14 @@ def choices(results):
                 bought = equal["bits_per_byte"] - figures["bits_per_byte"]
                 out.append(
                     f"At equal compute {group} has {equal['bits_per_byte']:.3f}, {best} {figures['bits_per_byte']:.3f}: "
-                    f"the shorter sequences buy {bought:.3f} bits a byte."
+                    f"the shorter sequences buy {bought:.3f} bits per byte."
                 )
     starts = {g: f for g, f in results["initialisations"].items() if f["method"] != REFERENCE}
     if starts:
         best = max(starts, key=lambda g: (starts[g]["saved"] is not None, starts[g]["saved"] or 0))
         saved = starts[best]["saved"]
         said = "no method reaches it" if saved is None else f"{starts[best]['method']} needs {saved:.0%} fewer steps"
-        out.append(f"Initialisation: to the bits a byte that {REFERENCE} has in the end, {said}.")
+        out.append(f"Initialisation: to the bits per byte that {REFERENCE} has in the end, {said}.")
     if lost := results["base_language"]:
         base, replay = results["base"], [g for g in lost if g.endswith("-replay")]
         for group in replay:
@@ -223,7 +224,7 @@ def choices(results):
             bits = [measured[g]["bits_per_byte"] for measured, g in ((lost, base), (lost, without), (lost, group))]
             price = table[group]["bits_per_byte"] - table[without]["bits_per_byte"]
             out.append(
-                f"The base model's language: {bits[0]:.3f} bits a byte before, {bits[1]:.3f} after {without}, {bits[2]:.3f} with a "
+                f"The base model's language: {bits[0]:.3f} bits per byte before, {bits[1]:.3f} after {without}, {bits[2]:.3f} with a "
                 f"share of it mixed in, which costs the new language {number(price, '+.3f')}."
             )
     return out
@@ -239,7 +240,7 @@ def page(results):
     heads = [
         "model",
         "at equal",
-        "bits a byte",
+        "bits per byte",
         "95 %",
         "repetitions",
         "less the control",
@@ -282,12 +283,12 @@ def page(results):
         target = next(iter(starts.values()))["target"]
         parts += ["## Initialisations", markdown(heads, rows)]
         parts.append(
-            f"Bits a byte of the held-out samples (eval_loss) at the first evaluation and the last; steps to {target:.3f}, "
+            f"Bits per byte of the held-out samples (eval_loss) at the first evaluation and the last; steps to {target:.3f}, "
             f"which {REFERENCE} has after all its steps."
         )
     if lost := results["base_language"]:
         rows = [[g, number(f["bits_per_byte"]), between(f["interval"]), repetitions(f)] for g, f in lost.items()]
-        parts += ["## The base model's language", markdown(["model", "bits a byte", "95 %", "repetitions"], rows)]
+        parts += ["## The base model's language", markdown(["model", "bits per byte", "95 %", "repetitions"], rows)]
     return "\n\n".join(parts) + "\n"
 
 

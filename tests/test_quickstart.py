@@ -36,7 +36,7 @@ def result(tree, stage):
 def test_it_ends_with_what_was_measured(tree, quickstart):
     fertility = result(tree, "fertility")["tokenizers"]
     assert fertility["tokenizer"]["fertility"] < fertility["tokenizer-base"]["fertility"], (
-        "the new tokenizer needs fewer tokens a word"
+        "the new tokenizer needs fewer tokens per word"
     )
     bpb = {name: figures["bits_per_byte"] for name, figures in result(tree, "bpb")["models"].items()}
     assert bpb["cpt-2-full"] < bpb["cpt-1-embeddings"] < bpb["transplant"] < bpb["base"], "each stage helped"

@@ -49,7 +49,7 @@ def test_it_is_configuration_and_text_alone():
         "cpt-1-embeddings": [
             "global_batch_size",
             "per_device_train_batch_size",
-        ],  # as many bytes a step as the control's
+        ],  # as many bytes per step as the control's
         "cpt-2-full": ["global_batch_size", "per_device_train_batch_size"],
         "fertility": ["parallel", "sample_words"],
         "pack-base": ["input"],

@@ -7,7 +7,7 @@ from dilqur.training.profiling import PHASES
 
 def round_figures(records, first, last):
     """Of the steps after `first` up to `last`: {"tokens_per_second" (all), "valid_tokens_per_second", "step_seconds",
-    "forward_seconds", …, "data_wait_seconds", "logging_seconds", "peak_memory_gb"}, seconds a step; None for what is not logged.
+    "forward_seconds", …, "data_wait_seconds", "logging_seconds", "peak_memory_gb"}, seconds per step; None for what is not logged.
 
     The rate is by the clock between the two steps' lines, so that what lies between the steps is in it; logging is that rest,
     of a program that logs phases, whose steps are over when it says so.

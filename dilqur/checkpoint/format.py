@@ -135,7 +135,7 @@ class CheckpointReader:
             raise InputError(f"{self.folder}: no COMPLETE in it: half-written, or no checkpoint")
         raw = self._bytes("index.json")
         if self._bytes("COMPLETE").decode(errors="replace").strip() != checksum(raw):
-            raise InputError(f"{self.folder}/index.json: damaged: it is not the one COMPLETE vouches for")
+            raise InputError(f"{self.folder}/index.json: damaged: its checksum does not match COMPLETE")
         index = json.loads(raw)
         if index["version"] > VERSION:
             raise InputError(f"{self.folder}: format version {index['version']} is newer than this program's {VERSION}")

@@ -36,7 +36,9 @@ def read_plain(folder, model):
         shapes = [[tuple(states[number]["exp_avg"].shape) for number in inside] for inside in numbers]
         given = [group.get("param_names") for group in groups]
         names = (
-            [[model.first_name(n) for n in g] for g in given] if all(given) else deal_out(shapes, model.shapes, file)
+            [[model.first_name(n) for n in g] for g in given]
+            if all(given)
+            else match_shapes(shapes, model.shapes, file)
         )
         named = {
             name: states[n]
@@ -71,8 +73,8 @@ def stored_weights(folder, model):
     return TrainingState("a Hugging Face folder", stored, lambda _, name: read_tensor(tensors[name], name))
 
 
-def deal_out(groups, model, source):
-    """[[name, …]] for `groups`, [[shape, …]]: the parameters of `model`, {name: shape} in order, dealt out so that each group
+def match_shapes(groups, model, source):
+    """[[name, …]] for `groups`, [[shape, …]]: the parameters of `model`, {name: shape} in order, spread out so that each group
     keeps that order; those of no group were frozen. Raises InputError where there is no way to do it, or more than one."""
     lengths = tuple(map(len, groups))
     frozen = len(model) - sum(lengths)

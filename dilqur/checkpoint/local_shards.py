@@ -15,7 +15,7 @@ import math
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def owned_slices(model, optimizer, for_read=False, moments=True):
+def local_slices(model, optimizer, for_read=False, moments=True):
     """Yield (name, shape, start, {"weight": view, "exp_avg": view, "exp_avg_sq": view}) for every trainable parameter.
 
     The views are 1-D, alias the live training state (the fp32 master weights; bfloat16 where training is pure bf16), and
@@ -53,7 +53,7 @@ def frozen_shards(model):
 
 
 def refresh(optimizer):
-    """After writing into the views of `owned_slices`: make the strategy's own low-precision or gathered copies again."""
+    """After writing into the views of `local_slices`: make the strategy's own low-precision or gathered copies again."""
     zero = zero_optimizer(optimizer)
     if zero is None:
         return

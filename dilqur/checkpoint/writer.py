@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from dilqur.checkpoint.damage import refuse_lost_moments, refuse_rounded_weights
 from dilqur.checkpoint.format import DTYPES, pieces_of, publish, remove_checkpoint, tidy_up_after_a_kill, write_rank
-from dilqur.checkpoint.local_shards import owned_slices, refresh, set_optimizer_step
+from dilqur.checkpoint.local_shards import local_slices, refresh, set_optimizer_step
 from dilqur.checkpoint.steps import complete_checkpoints, step_folder, step_of
 from dilqur.common.errors import EveryRankError, InputError
 from dilqur.models.safetensors_io import tensor_bytes
@@ -58,7 +58,7 @@ class CheckpointWriter:
         raises SaveFailed if the save before this one did."""
         self.wait()  # the buffer is in use until the last one is written
         owned, shapes = [], {}
-        for name, shape, start, state in owned_slices(model, optimizer):
+        for name, shape, start, state in local_slices(model, optimizer):
             shapes[name] = list(shape)
             owned += [(kind, name, start, view) for kind, view in state.items() if view.numel()]
         owned.sort(key=lambda item: -item[3].element_size())  # float32 first: what follows stays aligned
@@ -193,7 +193,7 @@ def load_checkpoint(reader, model, optimizer, with_optimizer=True):
     if with_optimizer:
         refuse_rounded_weights(reader)
     jobs, names = [], set()
-    for name, shape, start, state in owned_slices(model, optimizer, for_read=True):
+    for name, shape, start, state in local_slices(model, optimizer, for_read=True):
         names.add(name)
         if tuple(reader.shapes.get(name, ())) != shape:
             raise InputError(

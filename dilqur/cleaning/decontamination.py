@@ -48,11 +48,11 @@ class NgramIndex:
         self._beginnings = _SortedSet(np.array(list(self._short), np.uint64), np.zeros(len(self._short), np.int32))
 
     @classmethod
-    def from_files(cls, files, n=13, normaliser=normalise):
+    def from_files(cls, files, n=13, normalizer=normalise):
         """From .jsonl and .txt files, also .gz and .zst. Every line of a .txt is an item, and every string in a JSON
-        object, however deep. normaliser: what the documents have gone through; a quotation is verbatim only if the items
+        object, however deep. normalizer: what the documents have gone through; a quotation is verbatim only if the items
         have, too. Raises InputError for what is not there or empty."""
-        index = cls(((name, normaliser(text)) for name, text in _items(files)), n)
+        index = cls(((name, normalizer(text)) for name, text in _items(files)), n)
         if files and not index.names:
             raise InputError(f"{', '.join(map(str, files))}: no text of {SHORTEST} words to look for in there")
         return index

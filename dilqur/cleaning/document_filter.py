@@ -91,7 +91,7 @@ class DocumentFilter:
         self._boilerplate = None
         if s.boilerplate_patterns or s.boilerplate_files:
             files = expand(s.boilerplate_files or ())
-            self._boilerplate = BoilerplateLines(s.boilerplate_patterns or (), files, normaliser=self._normalise)
+            self._boilerplate = BoilerplateLines(s.boilerplate_patterns or (), files, normalizer=self._normalise)
         counted = (s.min_letter_share, 1 - s.max_digit_share, 1 - s.max_symbol_share, 1 - s.max_upper_case_share)
         words = (s.min_alphabetic_word_share, s.min_mean_word_length, s.max_mean_word_length < 1000, s.script)
         self._characters = CharacterCounter(s.script) if any((*counted, *words)) else None

@@ -13,7 +13,7 @@ one template agree by the million in bands that hold nothing but the template; t
 A word is a run of letters, digits and combining marks, without which Indic scripts would have no vowels; in scripts without
 spaces (Han, kana, Thai, Lao, Khmer, Burmese) every letter is one, with its marks.
 
-A signature takes 280 bytes on disk: 14 GB for 50 million documents. `cluster` keeps 48 bytes a document in memory (2.4 GB)
+A signature takes 280 bytes on disk: 14 GB for 50 million documents. `cluster` keeps 48 bytes per document in memory (2.4 GB)
 and uses what `memory_gb` gives it beyond that to read the files fewer times. Figures: docs/data.md.
 """
 
@@ -195,7 +195,7 @@ def cluster(files, work_folder, threshold=THRESHOLD, memory_gb=4.0):
     source = _Signatures(files)
     work_folder = Path(work_folder)
     rows, bands = rows_and_bands(threshold) if threshold else (0, 0)
-    room = (memory_gb - _OVERHEAD_GB) * 1e9 / max(1, source.documents)  # bytes a document
+    room = (memory_gb - _OVERHEAD_GB) * 1e9 / max(1, source.documents)  # bytes per document
     if room < 48:
         needed = _OVERHEAD_GB + 48e-9 * source.documents
         raise InputError(f"{source.documents:,} documents need {needed:.1f} GB to be compared, not {memory_gb:g}")

@@ -181,12 +181,12 @@ class BoilerplateLines:
 
     patterns: regular expressions (of the package `regex`), looked for anywhere in the text, ^ and $ being the ends of
     a line; a line goes if a match has a character of it, for which the line feed at its end does not count, or is empty
-    and stands in it. files: text files with such lines in full, one a line. normaliser: what the documents have gone
+    and stands in it. files: text files with such lines in full, one a line. normalizer: what the documents have gone
     through; these lines do, too, and so does what is left of a document.
     Raises InputError for a pattern that is not one or matches the empty string, or a file that is not there.
     """
 
-    def __init__(self, patterns=(), files=(), where="boilerplate_patterns", normaliser=normalise):
+    def __init__(self, patterns=(), files=(), where="boilerplate_patterns", normalizer=normalise):
         self._patterns = [compiled_pattern(pattern, where) for pattern in patterns]
         self._lines = set()
         for file in files:
@@ -196,11 +196,11 @@ class BoilerplateLines:
                 raise InputError(
                     f"{file}: boilerplate lines: {getattr(problem, 'strerror', None) or problem}"
                 ) from None
-            self._lines.update(filter(None, map(normaliser, lines)))
-        self._where, self._normaliser = where, normaliser
+            self._lines.update(filter(None, map(normalizer, lines)))
+        self._where, self._normaliser = where, normalizer
 
     def apply(self, text):
-        """(the text without those lines, how many they were). text: as the normaliser leaves it."""
+        """(the text without those lines, how many they were). text: as the normalizer leaves it."""
         lines = text.split("\n")
         drop = {number for number, line in enumerate(lines) if line in self._lines} if self._lines else set()
         matches = [match for pattern in self._patterns for match in timed_matches(pattern, text, self._where)]

@@ -1,6 +1,6 @@
 """Confidence intervals over documents, by the bootstrap: how far a figure moves when the documents are drawn anew.
 
-Tokens a word, bits a byte and the like are a sum over documents divided by another sum. A resample draws n of the n documents
+Tokens per word, bits per byte and the like are a sum over documents divided by another sum. A resample draws n of the n documents
 with replacement and divides its own two sums; no ratios are averaged. An interval holds the middle 95 % of 1,000 such ratios
 (the percentile method; Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13). All figures of one call are
 taken from the same draws, so that their differences are paired. Documents are drawn as wholes: words of one document are alike.

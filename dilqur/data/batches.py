@@ -85,7 +85,7 @@ class TokenSamples:
         numbers = [self._number(d) for d in datasets]
         if len(set(numbers)) < len(numbers):
             twice = self.paths[max(numbers, key=numbers.count)]
-            raise InputError(f"datasets: {twice} is there twice; add up its weights")
+            raise InputError(f"datasets: {twice} is listed twice: list it once, with the sum of the weights")
         keys = {key for d in datasets for key in ("weight", "epochs") if d.get(key) is not None}
         if len(keys) > 1 or any(d.get(key) is None for key in keys for d in datasets):
             raise InputError("datasets: give a weight to all of them, or epochs to all, or neither (then by size)")
@@ -118,7 +118,7 @@ class TokenSamples:
 
     def fingerprint(self):
         """[[position, hash of all that decides which tokens stand there until the next one], …]: shards, mixture, seed,
-        sample length, packing. What a run has behind it is a beginning of this list: see `same_past`."""
+        sample length, packing. What a run has behind it is a beginning of this list: see `same_prefix`."""
         files = [[shard["files"] for shard in shards.manifest["shards"]] for shards in self.shards]
         out = []
         for phase in self.order.phases:
@@ -216,7 +216,7 @@ class TokenSamples:
         return dict(zip(("input_ids", "labels", "position_ids"), out, strict=False))
 
 
-def same_past(then, now, position):
+def same_prefix(then, now, position):
     """Do two fingerprints say that the same tokens stand at every position before `position`, and at its stream's first?"""
     past_then, past_now = ([[at, mixture] for at, mixture in f if at < max(position, 1)] for f in (then, now))
     return past_then == past_now

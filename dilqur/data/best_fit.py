@@ -99,7 +99,7 @@ def place(starts, max_length):
     counts = np.bincount(rest, minlength=max_length)
     order = order[counts[0] :]  # nothing is left of these
     groups = best_fit_decreasing(counts[1:], max_length)
-    documents, sizes = _deal(groups, order, np.cumsum(counts) - counts - counts[0])
+    documents, sizes = _assign(groups, order, np.cumsum(counts) - counts - counts[0])
     sample_of = np.repeat(np.arange(len(sizes)), sizes)
     by_text = np.argsort(
         sample_of * len(lengths) + documents
@@ -153,7 +153,7 @@ def best_fit_decreasing(counts, room):
     return out
 
 
-def _deal(groups, order, first_of):
+def _assign(groups, order, first_of):
     """Hand the documents out. order: documents by length; first_of[n]: where those of length n begin in it.
 
     Returns (documents, sizes): the documents of sample after sample, and how many each one holds.

@@ -29,7 +29,7 @@ class Block:
     """A run of whole records of one file: lines as bytes, or rows of parquet as an Arrow record batch."""
 
     file: str
-    index: int  # the how-manieth block of its file this is, from 0
+    index: int  # 0-based index within its file
     line: int  # number of its first line or row, from 1
     data: object
     share: float = 0.0  # how much of the file has been read at its end, 0 to 1

@@ -28,19 +28,19 @@ _U = np.uint64
 
 class Phase(NamedTuple):
     """start: its first position. quotas: positions of each dataset in a cycle of blocks. first_block: number of its first
-    block among all blocks of the stream. draws: how many samples of each dataset stand before it. dealt: int array
+    block among all blocks of the stream. draws: how many samples of each dataset stand before it. spread: int array
     (CYCLE + 1, datasets), how many do before each block of a cycle, from the cycle's beginning."""
 
     start: int
     quotas: list
     first_block: int
     draws: list
-    dealt: np.ndarray
+    spread: np.ndarray
 
     def before(self, block):
         """How many samples of each dataset stand before a block of this phase: a list of int."""
         cycle, place = divmod(block, CYCLE)
-        return [d + cycle * q + n for d, q, n in zip(self.draws, self.quotas, self.dealt[place].tolist(), strict=True)]
+        return [d + cycle * q + n for d, q, n in zip(self.draws, self.quotas, self.spread[place].tolist(), strict=True)]
 
 
 class SampleOrder:
@@ -58,14 +58,14 @@ class SampleOrder:
                 f"a dataset holds less than one sample (samples: {self.sizes}): shorten max_length, or add text"
             )
         first = _quotas(list(weights) if weights else self.sizes)
-        self.phases = [Phase(0, first, 0, [0] * len(self.sizes), _deal(first))]
+        self.phases = [Phase(0, first, 0, [0] * len(self.sizes), _assign(first))]
         for position, weights in changes:
             last = self.phases[-1]
             if position <= last.start:
                 raise ValueError(f"changes: position {position} does not come after {last.start}")
             blocks = -(-(position - last.start) // BLOCK)  # the last one may be cut short
             quotas, draws = _quotas(weights), self.draws(position)
-            self.phases.append(Phase(position, quotas, last.first_block + blocks, draws, _deal(quotas)))
+            self.phases.append(Phase(position, quotas, last.first_block + blocks, draws, _assign(quotas)))
 
     def __getitem__(self, position):
         """(dataset, sample) at `position`, any integer >= 0."""
@@ -110,7 +110,7 @@ class SampleOrder:
     def _block(self, number, block):
         phase = self.phases[number]
         slots = permute(np.arange(BLOCK), BLOCK, self.seed, stream=0, epoch=phase.first_block + block)
-        quotas = np.diff(phase.dealt[block % CYCLE :][:2], axis=0)[0]
+        quotas = np.diff(phase.spread[block % CYCLE :][:2], axis=0)[0]
         datasets = np.searchsorted(np.cumsum(quotas), slots, side="right")
         samples = np.empty(BLOCK, np.int64)
         for d, (quota, before, size) in enumerate(zip(quotas.tolist(), phase.before(block), self.sizes, strict=True)):
@@ -138,10 +138,10 @@ def _quotas(weights):
     return quotas
 
 
-def _deal(quotas):
+def _assign(quotas):
     """int64 (CYCLE + 1, datasets): `quotas` spread over a cycle's blocks, summed up to the beginning of each.
 
-    A dataset has as many positions in each block, or one more. The ones more are dealt out in turn, those of one dataset
+    A dataset has as many positions in each block, or one more. The ones more are spread out in turn, those of one dataset
     after those of the last: so no block gets two for a dataset, and all get equally many (McNaughton 1959's wrap-around
     rule); which block is next goes round in steps of 159, the golden section of 256, so that they lie evenly.
     """

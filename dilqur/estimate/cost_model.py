@@ -147,7 +147,7 @@ def activations(
     return Activations(parts, layers, residual * hidden, ends, 4 * masked * vocab, 12 * masked * vocab, working)
 
 
-# Dense bfloat16 products with fp32 sums, floating-point operations a second: NVIDIA's data sheets, without sparsity.
+# Dense bfloat16 matmuls with fp32 sums, floating-point operations per second: NVIDIA's data sheets, without sparsity.
 PEAK_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A10G": 70e12}
 
 

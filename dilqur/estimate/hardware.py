@@ -13,10 +13,10 @@ GIB = 2**30
 @dataclass(frozen=True)
 class GPU:
     """memory: bytes that torch finds, as its out-of-memory messages say ("39.50 GiB total"), which is less than the name says. peak:
-    bfloat16 operations a second. bandwidth: of the memory. watts: of the board at most. link: to the other GPUs of the node, one way.
-    network: of a node of 8 with its typical network. host_link: to main memory, one way. All in bytes a second.
+    bfloat16 operations per second. bandwidth: of the memory. watts: of the board at most. link: to the other GPUs of the node, one way.
+    network: of a node of 8 with its typical network. host_link: to main memory, one way. All in bytes per second.
 
-    efficiency: model operations a second, as `training_flops_per_token` counts them, / peak, in a published run: `published` says which.
+    efficiency: model operations per second, as `training_flops_per_token` counts them, / peak, in a published run: `published` says which.
     """
 
     name: str
@@ -49,7 +49,7 @@ GPUS = {
         GPU("A10G", 22.06 * GIB, PEAK_FLOPS["A10G"], 0.6e12, 300, 32e9, 12.5e9, 32e9, 0.240, NO_RUN),
     )
 }
-# Main memory of a node, bytes a second: two AMD EPYC 7003, each with 8 channels of DDR4-3200 (AMD's data sheet: 204.8 GB/s)
+# Main memory of a node, bytes per second: two AMD EPYC 7003, each with 8 channels of DDR4-3200 (AMD's data sheet: 204.8 GB/s)
 HOST_BANDWIDTH = 409.6e9
 
 

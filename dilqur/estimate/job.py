@@ -105,7 +105,7 @@ class Job:
 
     @property
     def mixed(self):
-        """bfloat16 products beside fp32 weights."""
+        """bfloat16 matmuls beside fp32 weights."""
         return self.product < self.weight
 
     def units(self):

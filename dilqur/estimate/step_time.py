@@ -24,7 +24,7 @@ class Collective:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds. sent: bytes a GPU sends in a step."""
+    """Seconds. sent: bytes per GPU sends in a step."""
 
     compute: float
     network_hidden: float

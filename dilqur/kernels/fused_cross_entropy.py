@@ -78,10 +78,10 @@ def loss_and_gradient(logits, labels):
     valid = labels != IGNORE_INDEX
     target = labels.where(valid, 0).unsqueeze(1)
     if torch.compiler.is_compiling():  # two passes over the logits, and nothing of their size but the gradient
-        normaliser = logits.float().logsumexp(1, keepdim=True)
-        losses = (normaliser - logits.gather(1, target)).squeeze(1)
+        normalizer = logits.float().logsumexp(1, keepdim=True)
+        losses = (normalizer - logits.gather(1, target)).squeeze(1)
         columns = torch.arange(logits.shape[1], device=logits.device)
-        gradient = (logits.float() - normaliser).exp() - (columns == target).float()
+        gradient = (logits.float() - normalizer).exp() - (columns == target).float()
     else:
         log_probabilities = torch.log_softmax(logits, 1, dtype=torch.float32)
         losses = -log_probabilities.gather(1, target).squeeze(1)

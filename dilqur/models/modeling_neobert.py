@@ -73,7 +73,7 @@ class EncoderBlock(GradientCheckpointingLayer):
         self.ffn_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
 
     def forward(self, x, turns, attention_mask=None, **kwargs):
-        """x: (batch, length, hidden_size). turns: cosines and sines of `turns_of`. kwargs: where documents begin."""
+        """x: (batch, length, hidden_size). turns: cosines and sines of `rope_cos_sin`. kwargs: where documents begin."""
         x = x + self._attention(self.attention_norm(x), turns, attention_mask, **kwargs)
         return x + self.ffn(self.ffn_norm(x))
 
@@ -85,7 +85,7 @@ class EncoderBlock(GradientCheckpointingLayer):
         return self.wo(out.flatten(-2))
 
 
-def turns_of(position_ids, head_dim, theta):
+def rope_cos_sin(position_ids, head_dim, theta):
     """Cosines and sines, fp32 of shape (…, length, 1, head_dim / 2), of position · theta^(−2i / head_dim)."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim)
     angles = position_ids[..., None, None].float() * frequencies
@@ -139,7 +139,7 @@ class NeoBERT(NeoBERTPreTrainedModel):
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=x, attention_mask=attention_mask)
         head_dim = self.config.hidden_size // self.config.num_attention_heads
-        turns = turns_of(position_ids, head_dim, self.config.rope_theta)
+        turns = rope_cos_sin(position_ids, head_dim, self.config.rope_theta)
         for block in self.transformer_encoder:
             x = block(x, turns, attention_mask=mask, **kwargs)
         return BaseModelOutput(last_hidden_state=self.layer_norm(x))

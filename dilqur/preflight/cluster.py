@@ -52,7 +52,7 @@ class Partition:
         if batch_file.gpus > most:
             has = f"have {most} at most" if most else "have none"
             return (
-                f"{batch_file.gpus} GPUs a node are asked for, nodes of the partition {self.name} {has}: another SBATCH_PARTITION"
+                f"{batch_file.gpus} GPUs per node are asked for, nodes of the partition {self.name} {has}: another SBATCH_PARTITION"
                 + (f", or --gres=gpu:{most} and more --nodes" if most else "")
             )
         nodes = sum(number for number, gpus in self.groups if gpus >= batch_file.gpus)

@@ -21,7 +21,7 @@ SHARED_S = 10
 NETWORK = "is the node up, is a firewall between them, does the name lead to the right network?"
 
 
-class Meeting:
+class Rendezvous:
     """`rank` of `machines`, names of the nodes; `port` at the first. timeout: seconds that anybody waits for anybody."""
 
     def __init__(self, rank, machines, address, port, timeout):

@@ -13,7 +13,7 @@ from dilqur.preflight.node_meeting import first_line
 
 def measure(rank, processes, machines, address, port, timeout):
     """The whole life of process `rank`: `ready/RANK` with {"device": name of its GPU, or None}, then, once `go` is there, `speed/RANK`
-    with {"flops", "all_reduce": seconds, "bytes", "neighbours": {node: bytes a second}}; {"error"} where either fails."""
+    with {"flops", "all_reduce": seconds, "bytes", "neighbours": {node: bytes per second}}; {"error"} where either fails."""
     import torch
     from torch.distributed import TCPStore
 
@@ -73,7 +73,7 @@ def speeds(torch, rank, processes, here, device, store, timeout):
 
 
 def products_per_second(torch, device):
-    """Floating-point operations a second in a product of two square matrices; of a CPU its best, since others may work there too."""
+    """Floating-point operations per second in a product of two square matrices; of a CPU its best, since others may work there too."""
     on_gpu = device.type == "cuda"
     size = 8192 if on_gpu else 512
     matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32)

@@ -51,7 +51,7 @@ def check_gpus(hosts, facts, devices):
     return f"{number} × {name}, {number // len(hosts)} on each of {len(hosts)} nodes"
 
 
-def check_holders(hosts, facts):
+def check_gpu_in_use(hosts, facts):
     """Nobody holds memory of the GPUs that are used: of each node, the first `processes` of those it may use. An MPS server may."""
     if not any(fact["gpus"] for fact in facts):
         return None
@@ -136,7 +136,7 @@ def check_clocks(hosts, offsets, file_ahead):
 
 
 def check_shared(hosts, folder, looks):
-    """What one node writes into the shared folder, the others see. looks: of each node, as Meeting.write_and_look."""
+    """What one node writes into the shared folder, the others see. looks: of each node, as Rendezvous.write_and_look."""
     for host, look in zip(hosts, looks, strict=True):
         if look["problem"]:
             raise InputError(
@@ -174,7 +174,7 @@ def check_local(hosts, folder, looks, free):
 
 
 def check_compute(names, devices, flops):
-    """No process is slower than the others. names: "n1, GPU 3" of each; devices: of each, None for a CPU; flops: operations a second."""
+    """No process is slower than the others. names: "n1, GPU 3" of each; devices: of each, None for a CPU; flops: operations per second."""
     middle = statistics.median(flops)
     limit = SLOWER["gpu" if devices[0] else "cpu"]
     slow = [(name, speed) for name, speed in zip(names, flops, strict=True) if speed < (1 - limit) * middle]
@@ -189,7 +189,7 @@ def check_compute(names, devices, flops):
 
 
 def check_links(hosts, neighbours):
-    """No node is slow to reach. neighbours: of each node, {neighbour: bytes a second}; its best counts, since a pair is as slow as its
+    """No node is slow to reach. neighbours: of each node, {neighbour: bytes per second}; its best counts, since a pair is as slow as its
     slower node."""
     if len(hosts) < 3:
         return None  # of two, nobody can say which

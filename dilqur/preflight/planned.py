@@ -19,7 +19,7 @@ from dilqur.tokenizer.llama3 import SPECIAL_TOKENS
 from dilqur.tokenizer.text_tokenizer import TextTokenizer, padded_size
 
 
-class Probe(Stage):
+class DryRunStage(Stage):
     """A stage whose inputs may not be there yet. `later`: {path: the stage above that will make it}."""
 
     def __init__(self, settings, program):
@@ -42,7 +42,7 @@ class Probe(Stage):
 
 
 @dataclass
-class Planned:
+class StagePlan:
     """A row of pipeline.txt with all that its checks look at. processes: in all; keys: recipe and flags together, paths as they
     stand there; config: of the model it reads or makes, None if unknown."""
 
@@ -53,7 +53,7 @@ class Planned:
     program: Program | None = None
     settings: object = None
     keys: dict | None = None
-    stage: Probe | None = None
+    stage: DryRunStage | None = None
     config: dict | None = None
 
     def there(self, kind):
@@ -73,8 +73,8 @@ class Planned:
 
 
 @dataclass
-class Known:
-    """What the checks of one stage leave for those of the next. plans: {stage: Planned}; gpus: of this machine, as check_gpus;
+class Context:
+    """What the checks of one stage leave for those of the next. plans: {stage: StagePlan}; gpus: of this machine, as check_gpus;
     seen: folders that were tried; claimed: {(file system, "bytes" or "files"): what the stages so far will take}."""
 
     verify: bool = False
@@ -127,7 +127,7 @@ def model_config_of(name, plans, places, stated=None):
     """The config, a dict, of the model that the stage `name` reads or makes: of its folder, of the stage above that will make it, of the
     folder or the Hub's cache its path names, `stated`, or that of a published model of the name. Raises InputError where none says it.
 
-    plans: {stage: Planned}. places: (run folder, recipe folder).
+    plans: {stage: StagePlan}. places: (run folder, recipe folder).
     """
     planned = plans[name]
     for made in (places[0] / name, places[0] / name / "model"):

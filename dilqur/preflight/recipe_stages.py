@@ -15,7 +15,7 @@ from dilqur.estimate.hardware import GPU, gpu_meant
 from dilqur.estimate.job import Job
 from dilqur.pipeline.stage import StageSettings
 from dilqur.preflight.batch_file import BatchFile, read_batch_file
-from dilqur.preflight.planned import Known, Planned, candidates, model_config_of, rows_of
+from dilqur.preflight.planned import Context, StagePlan, candidates, model_config_of, rows_of
 from dilqur.preflight.stage_checks import check_recipe
 from dilqur.training.settings import TrainingSettings
 
@@ -46,10 +46,10 @@ def training_stages(recipe, run_dir=None, model_config=None):
     """
     folder, rows, chosen = rows_of(Path(recipe))
     places = (Path(run_dir or Path("runs") / folder.resolve().name), folder)
-    known, found, left = Known(), [], {}
+    known, found, left = Context(), [], {}
     for row in rows:
         batch_file = read_batch_file(ROOT / "slurm" / f"{row.batch}.sbatch")
-        planned = Planned(row, row.arguments(folder), batch_file, 1)
+        planned = StagePlan(row, row.arguments(folder), batch_file, 1)
         known.plans[row.name] = planned
         check_recipe(planned, known)
         settings = planned.settings

@@ -26,7 +26,7 @@ from dilqur.pipeline.stage import StageSettings
 from dilqur.pipeline.status import writer_of
 from dilqur.pipeline.strategy import planned_strategy, refuse_what_it_cannot
 from dilqur.preflight.findings import Later
-from dilqur.preflight.planned import Probe, existing, model_config_of
+from dilqur.preflight.planned import DryRunStage, existing, model_config_of
 from dilqur.tokenizer.llama3 import encode_chat
 from dilqur.tokenizer.text_tokenizer import TextTokenizer
 from dilqur.training.checks import check_training
@@ -59,7 +59,7 @@ def check_recipe(planned, known):
 
 def check_inputs(planned, known):
     """What it reads is there and may be read, in the local Hugging Face cache, or made by a stage above."""
-    planned.stage = Probe(planned.settings, planned.program.file)
+    planned.stage = DryRunStage(planned.settings, planned.program.file)
     if isinstance(planned.keys.get("model_name_or_path"), str) or planned.keys.get("model_config"):
         places = (planned.stage.run_dir, Path(planned.arguments[1]).parent)
         with contextlib.suppress(InputError):  # its shape is not known

@@ -1,7 +1,7 @@
 """Byte-level BPE learned from word counts, in the Llama-3 configuration: new vocabularies, nested ones, and extensions of a base.
 
 The merges are learned by the trainer of `tokenizers`, which takes texts and not counts: every word is handed to it as often as it
-counts, without a pre-tokeniser. That gives the merges, to the last one, that it would learn from the text itself.
+counts, without a pre-tokenizer. That gives the merges, to the last one, that it would learn from the text itself.
 """
 
 import json
@@ -143,17 +143,17 @@ class Extension:
         self.vocabulary = self.spec["model"]["vocab"]
         self.tokenize = base.backend.model.tokenize  # asked for once: every `.model` makes a new object
         self.token_of = {id: token for token, id in self.vocabulary.items()}
-        try:  # five times faster than to ask the pre-tokeniser itself
+        try:  # five times faster than to ask the pre-tokenizer itself
             self.words = regex.compile(split_pattern(self.spec)).findall
         except CannotBeBuilt:
             self.words = self.words_of_pre_tokenizer
 
     def words_of_pre_tokenizer(self, text):
-        """`text` as the base's pre-tokeniser cuts it, a list of str."""
+        """`text` as the base's pre-tokenizer cuts it, a list of str."""
         return [text[first:last] for _, (first, last) in self.base.backend.pre_tokenizer.pre_tokenize_str(text)]
 
     def symbols(self, word):
-        """`word`, as the pre-tokeniser cuts it, in the base's tokens: a character for each."""
+        """`word`, as the pre-tokenizer cuts it, in the base's tokens: a character for each."""
         written = byte_level(word)
         whole = self.vocabulary.get(written) if self.spec["model"].get("ignore_merges") else None
         ids = [whole] if whole is not None else [t.id for t in self.tokenize(written)]
@@ -210,7 +210,7 @@ class Extension:
 
 
 def refuse_other_models(tokenizer, spec):
-    """InputError where a TextTokenizer is not byte-level BPE without a normaliser: its tokens are no strings of bytes."""
+    """InputError where a TextTokenizer is not byte-level BPE without a normalizer: its tokens are no strings of bytes."""
     model, pre = spec["model"], json.dumps(spec["pre_tokenizer"])
     kind = model["type"] if model["type"] != "BPE" else "BPE of characters (as SentencePiece writes it)"
     if model["type"] != "BPE" or '"ByteLevel"' not in pre or model.get("byte_fallback"):

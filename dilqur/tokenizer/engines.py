@@ -122,16 +122,16 @@ def _tiktoken(tokenizer):
 
 
 def split_pattern(spec):
-    """The regular expression by which the pre-tokeniser of a tokenizer.json, a dict, cuts text. Raises CannotBeBuilt where it does more
+    """The regular expression by which the pre-tokenizer of a tokenizer.json, a dict, cuts text. Raises CannotBeBuilt where it does more
     than that."""
     if spec["normalizer"]:
-        raise CannotBeBuilt(f"its normaliser is {spec['normalizer']['type']}")
+        raise CannotBeBuilt(f"its normalizer is {spec['normalizer']['type']}")
     if any(not t["special"] for t in spec["added_tokens"]):
         raise CannotBeBuilt("it has added tokens that are no control tokens")
     pre = spec["pre_tokenizer"] or {"type": "none"}
     steps = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
     if steps[-1]["type"] != "ByteLevel" or steps[-1]["add_prefix_space"]:
-        raise CannotBeBuilt(f"its pre-tokeniser is {' + '.join(s['type'] for s in steps)}, not byte-level")
+        raise CannotBeBuilt(f"its pre-tokenizer is {' + '.join(s['type'] for s in steps)}, not byte-level")
     if len(steps) == 1 and steps[0]["use_regex"]:
         return GPT2_PATTERN
     if len(steps) == 2 and steps[0]["type"] == "Split" and not steps[1]["use_regex"]:
@@ -139,7 +139,7 @@ def split_pattern(spec):
         isolated = split["behavior"] == "Isolated" or (split["behavior"] == "Removed" and split["invert"])
         if isolated and "Regex" in split["pattern"]:
             return split["pattern"]["Regex"]
-    raise CannotBeBuilt("its pre-tokeniser splits in more than one step")
+    raise CannotBeBuilt("its pre-tokenizer splits in more than one step")
 
 
 def _ranks(spec):

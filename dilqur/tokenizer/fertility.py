@@ -1,4 +1,4 @@
-"""Tokens a word and its companions: what one or more tokenizers make of a set of documents.
+"""Tokens per word and its companions: what one or more tokenizers make of a set of documents.
 
 Three figures are published as "fertility", and 0.1 to 0.3 lie between them: RULES states each. All are a sum over the documents
 divided by another sum (RATIOS), so that long documents count for what they are.

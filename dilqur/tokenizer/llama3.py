@@ -1,4 +1,4 @@
-"""The Llama-3 text conventions: pre-tokeniser pattern, special tokens, chat template.
+"""The Llama-3 text conventions: pre-tokenizer pattern, special tokens, chat template.
 
 Facts from Meta's published tokenizer and model card for Llama 3.1 and 3.2. Nothing here is a model's weights or vocabulary.
 """

@@ -6,8 +6,8 @@ BOXES = ("#bcd9ea", "#f6cfa8", "#c7e3c0", "#e8c6df", "#e9e2a6")  # one after the
 
 
 def plot_bars(measured, path):
-    """Fertility and bytes a token with their intervals, a bar each of {name: figures}, in a PNG."""
-    shown = {"fertility": "tokens a word (fewer is better)", "bytes_per_token": "bytes a token (more is better)"}
+    """Fertility and bytes per token with their intervals, a bar each of {name: figures}, in a PNG."""
+    shown = {"fertility": "tokens per word (fewer is better)", "bytes_per_token": "bytes per token (more is better)"}
     size = (10, 1.2 + 0.5 * len(measured))
     figure, axes = open_pyplot().subplots(1, 2, figsize=size, layout="constrained", sharey=True)
     for axis, (key, title) in zip(axes, shown.items(), strict=True):
@@ -67,6 +67,6 @@ def plot_sweeps(sweeps, path):
     axis.set_xticks(sorted({size for sweep in sweeps for size in sweep["vocab_sizes"]}))
     axis.xaxis.set_major_formatter(lambda size, _: f"{size:,.0f}")
     axis.tick_params(axis="x", rotation=45)
-    axis.set(xlabel="vocabulary (bytes and merges)", ylabel="tokens a word")
+    axis.set(xlabel="vocabulary (bytes and merges)", ylabel="tokens per word")
     axis.spines[["top", "right"]].set_visible(False)
     save(figure, path)

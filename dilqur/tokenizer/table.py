@@ -42,7 +42,7 @@ def tokenizers(results):
     first, rows = results["differences_to"], []
     several = len(results["tokenizers"]) > 1
     heads = ["tokenizer", "fertility", "95 %", *([f"less {first}"] if several else []), "stripped", "word by word"]
-    heads += ["bytes a token", "words kept whole", f"words in {WINDOW:,} tokens"]
+    heads += ["bytes per token", "words kept whole", f"words in {WINDOW:,} tokens"]
     heads += ["vocabulary", "of it occurs", "of it rare"]
     for name, r in results["tokenizers"].items():
         row = [name, number(r["fertility"]), between(r["intervals"]["fertility"])]

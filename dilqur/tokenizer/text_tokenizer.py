@@ -40,7 +40,7 @@ class TextTokenizer:
 
     @functools.cached_property
     def hash(self):
-        """SHA-256 of what decides the ids: vocabulary, merges, normaliser, pre-tokeniser, added tokens. The layout of the
+        """SHA-256 of what decides the ids: vocabulary, merges, normalizer, pre-tokenizer, added tokens. The layout of the
         file, padding and post-processing are left out: saving it again does not change the hash."""
         spec = json.loads(self.backend.to_str())
         model = spec["model"]

@@ -31,7 +31,7 @@ _WORD = regex.compile(r" ?([\p{L}\p{M}\u200c\u200d]+)")
 
 
 def pseudo_counts(words, strength=PSEUDO_COUNT):
-    """{" word": float}: what to add to the count of each word, for its likelihood. words: those that were seen, as the pre-tokeniser
+    """{" word": float}: what to add to the count of each word, for its likelihood. words: those that were seen, as the pre-tokenizer
     cuts them; the result has some that were not. strength: what a certain word (score 1) gets."""
     letters = {match[1] for word in words if (match := _WORD.fullmatch(word))}
     return {f" {word}": strength * score**EXPONENT for word, score in scores(letters).items()}

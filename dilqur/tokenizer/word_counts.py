@@ -1,6 +1,6 @@
 """How often each word occurs in each source of a corpus: all that a BPE trainer needs to know of a text, however large.
 
-A word is what the pre-tokeniser cuts out: most often a word with the space before it. Text is counted in blocks by several
+A word is what the pre-tokenizer cuts out: most often a word with the space before it. Text is counted in blocks by several
 processes and added up in the order of the blocks; counts are sums, so the result is the same for any number of processes.
 
 A corpus that is larger than `sample_bytes` is sampled. Every source gets the same allowance of bytes on disk, and what a small

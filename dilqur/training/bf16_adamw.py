@@ -1,4 +1,4 @@
-"""AdamW in bfloat16 alone, 8 bytes a parameter: weight, gradient and both moments; what does not fit is rounded by chance.
+"""AdamW in bfloat16 alone, 8 bytes per parameter: weight, gradient and both moments; what does not fit is rounded by chance.
 
 A step of 1e-4 on a weight of 1.0 is a fortieth of the way to the next bfloat16: rounded to the nearest, the weight never moves.
 So what a step makes, in fp32, goes to one of its two neighbours, up with a probability that is the fraction of the way it has
@@ -109,12 +109,12 @@ def update_(weight, gradient, exp_avg, exp_avg_sq, start, key, numbers):
     square = exp_avg_sq.float() * beta2 + gradient * gradient * new2
     after = weight.float() * keep - mean / (square.sqrt() / correction + eps) * rate
     bits = noise(start, weight.numel(), key, weight.device)
-    weight.copy_(round_by_chance(after, bits))
-    exp_avg.copy_(round_by_chance(mean, bits >> 16))
-    exp_avg_sq.copy_(round_by_chance(square, bits >> 32))
+    weight.copy_(stochastic_round(after, bits))
+    exp_avg.copy_(stochastic_round(mean, bits >> 16))
+    exp_avg_sq.copy_(stochastic_round(square, bits >> 32))
 
 
-def round_by_chance(x, bits):
+def stochastic_round(x, bits):
     """fp32 `x` as bfloat16, one of its two neighbours: away from zero where its last 16 bits and the last 16 of `bits` (int64,
     of any value) add up to a carry, which for uniform bits has the probability of the fraction between the neighbours.
 

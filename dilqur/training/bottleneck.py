@@ -23,7 +23,7 @@ WHAT_HELPS = {
     "data": "more dataloader_num_workers, or local_dir",
     "checkpoint": "more save_steps",
     "evaluation": "more eval_steps, or fewer max_eval_samples",
-    "network": "another strategy, reduce_dtype: bfloat16, or more tokens a GPU",
+    "network": "another strategy, reduce_dtype: bfloat16, or more tokens per GPU",
 }
 
 

@@ -54,7 +54,7 @@ def make_accelerator(
 ):
     """An `Accelerator` for whatever strategy `accelerate launch` asked for.
 
-    batch, accumulation: sequences a micro-batch and micro-batches a step. bf16: matrix products in bfloat16; weights,
+    batch, accumulation: sequences per micro-batch and micro-batches a step. bf16: matrix products in bfloat16; weights,
     gradients and optimizer stay in the model's dtype. reduce_dtype: of the gradients on the network. hang_minutes: the
     watchdog's, which is to find a hang before a collective gives up waiting. fp32: are weights and gradients.
     """

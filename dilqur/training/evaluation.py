@@ -1,4 +1,4 @@
-"""How well the model predicts text it is not trained on, while it trains: loss a token and bits a byte of `eval_datasets`."""
+"""How well the model predicts text it is not trained on, while it trains: loss per token and bits per byte of `eval_datasets`."""
 
 import math
 import time
@@ -25,10 +25,10 @@ class Evaluation:
         return bool(self.settings.eval_datasets) and (step == max_steps or bool(every and step % every == 0))
 
     def run(self, model, interrupted, batches=None):
-        """{"eval_loss": mean nats a token, "eval_bits_per_byte": …, "eval_accuracy" where it is measured, "eval_seconds"} over all ranks;
+        """{"eval_loss": mean nats per token, "eval_bits_per_byte": …, "eval_accuracy" where it is measured, "eval_seconds"} over all ranks;
         None if it was interrupted.
 
-        interrupted: function without arguments, asked on every rank before every batch. batches: no more than so many. Bits a byte: all
+        interrupted: function without arguments, asked on every rank before every batch. batches: no more than so many. Bits per byte: all
         predicted tokens' bits / the bytes of text they stand for, by the mean tokens a byte of the shards; of whole shards that is exact.
         Of masked tokens it is a pseudo-likelihood: bidirectional, not comparable with a causal model's.
         """

@@ -9,7 +9,7 @@ Under bf16 ZeRO DeepSpeed makes its fp32 master weights of bfloat16 copies: here
 
 import torch
 
-from dilqur.checkpoint.local_shards import frozen_shards, owned_slices, refresh
+from dilqur.checkpoint.local_shards import frozen_shards, local_slices, refresh
 from dilqur.common.errors import InputError
 from dilqur.models.config import load_config
 from dilqur.models.parameters import parameters_of
@@ -87,7 +87,7 @@ class HeldWeights:
 @torch.no_grad()
 def fill(model, optimizer, weights):
     """Fill what this rank owns of a prepared model from StoredWeights or HeldWeights."""
-    for name, _, start, views in owned_slices(model, optimizer, for_read=True, moments=False):
+    for name, _, start, views in local_slices(model, optimizer, for_read=True, moments=False):
         if views:
             weights.fill(name, start, views["weight"])
     for name, start, view in frozen_shards(model):

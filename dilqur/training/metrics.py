@@ -1,6 +1,6 @@
-"""What a run reports: metrics.jsonl always, accelerate's trackers if asked, a line a step in a log, a bar on a terminal.
+"""What a run reports: metrics.jsonl always, accelerate's trackers if asked, a line per step in a log, a bar on a terminal.
 
-loss                     mean nats a token over the global batch; null where the step was skipped
+loss                     mean nats per token over the global batch; null where the step was skipped
 grad_norm                Euclidean norm of all trained gradients, before clipping
 learning_rate            of this step
 tokens_per_second        loss-bearing (valid) tokens over all ranks / seconds of the step; tokens_per_second_all: padding too
@@ -30,7 +30,7 @@ from pathlib import Path
 
 from dilqur.common.atomic import atomic_file
 
-ONLY_IN_THE_FILE = (  # a log's lines stay short
+FILE_ONLY_METRICS = (  # a log's lines stay short
     "tokens_per_second_all", "step_seconds_median", "forward_seconds", "backward_seconds", "optimizer_seconds",
 )  # fmt: skip
 
@@ -161,7 +161,7 @@ def _line(values):
     return " | ".join(
         f"{name} {_show(name, value)}"
         for name, value in values.items()
-        if value is not None and name not in ONLY_IN_THE_FILE
+        if value is not None and name not in FILE_ONLY_METRICS
     )
 
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from dilqur.common.errors import EveryRankError, InputError
-from dilqur.data.batches import same_past
+from dilqur.data.batches import same_prefix
 from dilqur.models.safetensors_io import fingerprint
 from dilqur.pipeline.settings_parser import keys_that, to_dict
 
@@ -135,7 +135,7 @@ def _refuse_other_run(settings, reader, identity):
             "put them back (later ones may change)"
         )
     data, was = now["data"], then["data"]
-    same = same_past(was["fingerprint"], data["fingerprint"], then["position"])
+    same = same_prefix(was["fingerprint"], data["fingerprint"], then["position"])
     if was["start_position"] != data["start_position"] or not same:
         raise EveryRankError(
             f"{reader.folder}: made on other data: datasets, weights or shards have changed: choose another --output_dir, or "

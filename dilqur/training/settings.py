@@ -35,9 +35,9 @@ class TrainingSettings(KernelSettings, StageSettings):
     encoder: ClassVar = False
     labelled_fraction: ClassVar = 1.0  # of the tokens that have a label
     model_name_or_path: ModelPath | None = setting("model folder, or the stage that made it", default=None)
-    bf16: bool = setting("bfloat16 products; weights and optimizer stay in `dtype`", default=False)
+    bf16: bool = setting("bfloat16 matmuls; weights and optimizer stay in `dtype`", default=False)
     dtype: Literal["float32", "bfloat16"] = setting(
-        "of weights and optimizer; bfloat16: 8 bytes a parameter, stochastic rounding; ddp, fsdp2", default="float32"
+        "of weights and optimizer; bfloat16: 8 bytes per parameter, stochastic rounding; ddp, fsdp2", default="float32"
     )
     reduce_dtype: Literal["float32", "bfloat16"] = setting(
         "of the gradients on the network", default="float32", on_resume="may_change"
@@ -61,14 +61,14 @@ class TrainingSettings(KernelSettings, StageSettings):
     local_dir: str | None = setting(
         "folder on the node's own disk; the shards are copied to it first, once a node", default=None, on_resume="free"
     )
-    max_length: Positive = setting("tokens a sample", default=2048)
+    max_length: Positive = setting("tokens per sample", default=2048)
     packing: Literal["concat", "best_fit"] = setting(
         "concat cuts the text every max_length tokens; best_fit keeps documents whole", default="concat"
     )
     intra_document_masking: bool = setting("the documents of one sample do not see each other", default=False)
-    global_batch_size: Positive = setting("sequences a step over all GPUs; accumulation is derived")
+    global_batch_size: Positive = setting("sequences per step over all GPUs; accumulation is derived")
     per_device_train_batch_size: Positive = setting(
-        "most sequences a GPU holds at once: a ceiling", default=8, on_resume="free"
+        "most sequences per GPU holds at once: a ceiling", default=8, on_resume="free"
     )
     dataloader_num_workers: Count = setting("processes that read ahead, for each GPU", default=0, on_resume="free")
 
@@ -108,7 +108,7 @@ class TrainingSettings(KernelSettings, StageSettings):
     eval_steps: Positive | None = setting(
         "steps between evaluations; none: at the end", default=None, on_resume="free", benchmark=None
     )
-    max_eval_samples: Positive | None = setting("samples an evaluation; none: all", default=None, on_resume="free")
+    max_eval_samples: Positive | None = setting("samples per evaluation; none: all", default=None, on_resume="free")
     load_best_model_at_end: bool = setting(
         "model/ from the checkpoint with the lowest eval_loss", default=False, on_resume="may_change", benchmark=False
     )

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from dilqur.common.errors import InputError
-from dilqur.data.batches import TokenSamples, same_past
+from dilqur.data.batches import TokenSamples, same_prefix
 from dilqur.data.local_copy import local_copy
 from dilqur.pipeline.manifest import read_manifest
 
@@ -66,7 +66,7 @@ def samples_of_stage(settings, folder, copies):
         masking=settings.masking(),
     )
     comparable = folder or settings.packing == "concat"  # without its plan best_fit's shares are not known exactly
-    if before and comparable and not same_past(before["fingerprint"], samples.fingerprint(), start):
+    if before and comparable and not same_prefix(before["fingerprint"], samples.fingerprint(), start):
         raise InputError(
             f"continue_data: {stage_before} was trained on other shards, max_length, packing or seed: make them the same, "
             "or give false, to begin a new order"

@@ -25,10 +25,10 @@ def summary(run, division, kernels, checkpoint):
     rows = [
         ("strategy", f"{run.identity['strategy']}, {processes}"),
         ("parameters", f"{sizes['parameters']:,}, of them trained {sizes['trainable']:,}, {settings.dtype}"),
-        ("batch", f"{batch} sequences, {tokens:,} tokens a step"),
+        ("batch", f"{batch} sequences, {tokens:,} tokens per step"),
         (
             "",
-            f"{batch_size * settings.max_length:,} tokens a micro-batch: {batch_size} a device, "
+            f"{batch_size * settings.max_length:,} tokens per micro-batch: {batch_size} a device, "
             f"{accumulation} times accumulated",
         ),
         ("steps", f"{step} to {max_steps}"),

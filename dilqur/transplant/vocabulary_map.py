@@ -68,7 +68,7 @@ class _Vocabulary:
     def pieces(self, token, text=None):
         """Ids of the bytes of a `token` of another vocabulary, [] where one of them is missing. text: it is an added token.
 
-        The BPE model is asked directly, without its pre-tokeniser: a token is one word already, and may not be whole UTF-8.
+        The BPE model is asked directly, without its pre-tokenizer: a token is one word already, and may not be whole UTF-8.
         """
         if text is not None:
             return self.tokenizer.encode(text)

@@ -6,7 +6,7 @@
 # Programs that train get a process for each GPU of each node, under DILQUR_ACCELERATE_CONFIG (an accelerate config; the default is
 # fsdp2.yaml, and ddp.yaml for mlm.py and sft.py); with one process in all, and for every other program: plain python, on the first node.
 # check_nodes.py runs on every node, and starts its processes by itself.
-# DILQUR_NUM_PROCESSES: processes a node where there is no GPU. DILQUR_PORT: of the first node, instead of one from the job's number.
+# DILQUR_NUM_PROCESSES: processes per node where there is no GPU. DILQUR_PORT: of the first node, instead of one from the job's number.
 # DILQUR_MODULES, DILQUR_VENV, DILQUR_IMAGE, DILQUR_LOCAL_DIR: slurm/site.env.example.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

@@ -66,7 +66,7 @@ class Runs:
         self.folder, self.server, self.tiny_model, self.shards = folder, server, tiny_model, made / "shards"
 
     def flags(self, *flags, model):
-        # two sequences a device at once: two processes accumulate two micro-batches
+        # two sequences per device at once: two processes accumulate two micro-batches
         shape = f"--max_length 64 --global_batch_size {BATCH} --per_device_train_batch_size 2 --save_steps 4".split()
         data = ("--datasets", f"{{path: {self.shards}}}")
         return ("--model_name_or_path", model, *data, *shape, "--learning_rate", "1e-3", *flags)

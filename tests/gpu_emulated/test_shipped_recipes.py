@@ -18,7 +18,7 @@ from dilqur.checkpoint.format import CheckpointReader
 from dilqur.checkpoint.local_shards import MOMENTS
 
 pytest.importorskip("triton", reason="Triton is not installed here")
-CLOSE = 2e-3  # nats: between bfloat16 products of two kernels
+CLOSE = 2e-3  # nats: between bfloat16 matmuls of two kernels
 CLOSE_NORM = 5e-3  # of the gradient, relative: bfloat16 has 3 digits
 LLAMA3_ROPE = {
     "rope_type": "llama3",

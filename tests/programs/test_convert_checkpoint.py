@@ -27,7 +27,7 @@ from train_elsewhere import AFTER, BATCH, BEFORE, BETAS, DECAY, LEARNING_RATE, b
 from transformers import AutoModelForCausalLM
 
 from dilqur.checkpoint.format import KINDS, CheckpointReader, pieces_of, publish, write_rank
-from dilqur.checkpoint.import_plain import deal_out
+from dilqur.checkpoint.import_plain import match_shapes
 from dilqur.checkpoint.import_state import TrainingState, write_checkpoint
 from dilqur.common.errors import InputError
 from dilqur.data.batches import TokenSamples
@@ -604,7 +604,7 @@ MODEL = {"embed": (9, 4), "q": (4, 4), "norm": (4,), "o": (4, 4), "head": (9, 4)
 def test_an_optimizers_numbers_mean_the_only_names_that_they_can_mean(groups, names):
     shapes = [[MODEL[name] for name in group] for group in groups]
     if names is None:
-        assert deal_out(shapes, MODEL, "optimizer.bin") == groups
+        assert match_shapes(shapes, MODEL, "optimizer.bin") == groups
     else:
         with pytest.raises(InputError, match=names):
-            deal_out(shapes, MODEL, "optimizer.bin")
+            match_shapes(shapes, MODEL, "optimizer.bin")

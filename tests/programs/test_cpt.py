@@ -17,7 +17,7 @@ LENGTH, BATCH, STEPS = 64, 8, 30
 
 @pytest.fixture(scope="module")
 def cpt(run, made, tiny_model):
-    """Runs cpt.py on the tiny model and the corpus, 8 sequences of 64 tokens a step; flags given later win."""
+    """Runs cpt.py on the tiny model and the corpus, 8 sequences of 64 tokens per step; flags given later win."""
 
     def start(*flags, model=tiny_model, shards=made / "shards", code=0, **environment):
         source = ("--model_name_or_path", model) if model else ()

@@ -22,7 +22,7 @@ def test_one_model_prints_its_figures(run, made, tiny_model):
     figures = json.loads(done.stdout)
     held_out = sum(len(json.loads(line)["text"].encode()) for line in _lines(made / "clean" / "validation"))
     assert figures["utf8_bytes"] == held_out, "the bytes of the cleaned text, not of decoded tokens"
-    # two steps of training: near the uniform guess over 1,280 ids, log2(1280) = 10.3 bits a token
+    # two steps of training: near the uniform guess over 1,280 ids, log2(1280) = 10.3 bits per token
     assert 9 < figures["bits_per_token"] < 11
 
 

@@ -36,8 +36,8 @@ def stage(folder, program, arguments, result, **files):
 
 
 def training(run, name, source, utf8_bytes, tokens, losses, unfrozen=None):
-    """A training stage with an evaluation every ten steps. losses: bits a byte."""
-    bits = [loss * math.log(2) * 4 for loss in losses]  # four bytes a token
+    """A training stage with an evaluation every ten steps. losses: bits per byte."""
+    bits = [loss * math.log(2) * 4 for loss in losses]  # four bytes per token
     arguments = {
         "model_name_or_path": str(run / source / ("model" if "@" in source else "")),
         "max_length": 16,
@@ -51,7 +51,7 @@ def training(run, name, source, utf8_bytes, tokens, losses, unfrozen=None):
 
 
 def evaluation(run, name, bits):
-    """An eval_bpb stage. bits: {model: bits a byte}."""
+    """An eval_bpb stage. bits: {model: bits per byte}."""
     draw = np.random.default_rng(1)
     sizes = draw.integers(100, 1000, DOCUMENTS)
     noise = draw.normal(1, 0.02, DOCUMENTS)
@@ -109,7 +109,7 @@ def test_it_compares_tokenizers_initialisations_and_what_is_lost(run, run_folder
     # layers 8·(8 + 8 + 8 + 8) + 3·8·16, head 512·8, attention 6·8·16; frozen layers have no gradients of their matrices
     assert best["flops"] == 5000 * (4 * 640 + 6 * 4096 + 768) + 15_000 * (6 * 640 + 6 * 4096 + 768)
     starts = result["initialisations"]
-    # 2.0 bits a byte is between the evaluations at 30 (2.1) and 40 (1.9) steps, of 50
+    # 2.0 bits per byte is between the evaluations at 30 (2.1) and 40 (1.9) steps, of 50
     assert starts["full@custom-focus"]["steps"] == pytest.approx([35, 35])
     assert starts["full@custom-focus"]["saved"] == pytest.approx(0.3)
     assert result["base_language"]["base"]["bits_per_byte"] == pytest.approx(1.5, rel=0.02)
@@ -121,7 +121,7 @@ def test_it_compares_tokenizers_initialisations_and_what_is_lost(run, run_folder
 def test_the_report_shows_what_it_found(run, run_folder):
     study(run, run_folder)
     html = vocabulary_study({run_folder / "study": read_manifest(run_folder / "study")})
-    for words in ("focus needs 30% fewer steps", "full@custom-mean", "<polyline", "bits a byte of its language"):
+    for words in ("focus needs 30% fewer steps", "full@custom-mean", "<polyline", "bits per byte of its language"):
         assert words in html
     assert html.count("<table") == 3
 

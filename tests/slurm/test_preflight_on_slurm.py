@@ -76,7 +76,7 @@ ON_THE_LOGIN_NODE = {
         "sft_1gpu", {"SBATCH_PARTITION": "project"}, "is for the accounts az123, not for none: SBATCH_ACCOUNT"
     ),
     "more GPUs than a node has": (
-        "cpt_p5", {}, "8 GPUs a node are asked for, nodes of the partition gpu have 4 at most: another SBATCH_PARTITION, or --gres=gpu:4"
+        "cpt_p5", {}, "8 GPUs per node are asked for, nodes of the partition gpu have 4 at most: another SBATCH_PARTITION, or --gres=gpu:4"
     ),
     "more nodes than the partition has": (
         "cpt_p4d", {"SBATCH_PARTITION": "short", "SBATCH_GRES": "gpu:4"},

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from dilqur.training.distributed import allow_cpu
 
-BEFORE, AFTER, BATCH = 3, 3, 8  # steps until it is saved, steps that follow, samples a step
+BEFORE, AFTER, BATCH = 3, 3, 8  # steps until it is saved, steps that follow, samples per step
 LEARNING_RATE, BETAS, DECAY = 1e-2, (0.9, 0.98), 0.1
 
 

@@ -91,7 +91,7 @@ def test_a_benchmark_written_with_other_code_points_is_found_all_the_same(tmp_pa
     assert NgramIndex.from_files([tmp_path / "a.txt"]).match(AROUND.format(QUESTION))
     (tmp_path / "b.txt").write_text(QUESTION.replace("ə", "ǝ"), encoding="utf-8")
     as_here = functools.partial(normalise, replace={"ǝ": "ə"})
-    assert NgramIndex.from_files([tmp_path / "b.txt"], normaliser=as_here).match(QUESTION)
+    assert NgramIndex.from_files([tmp_path / "b.txt"], normalizer=as_here).match(QUESTION)
 
 
 def test_files_that_cannot_be_used_are_named(tmp_path):

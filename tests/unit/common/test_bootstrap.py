@@ -7,7 +7,7 @@ from dilqur.common.bootstrap import FEWEST, interval, resampled_ratios, resample
 
 
 def documents(n, seed, ratio=3.0):
-    """(tokens, words) of n documents: their lengths vary, and tokens a word vary around `ratio`, whatever the length."""
+    """(tokens, words) of n documents: their lengths vary, and tokens per word vary around `ratio`, whatever the length."""
     random = np.random.default_rng(seed)
     words = random.lognormal(4, 0.7, n)
     return words * (ratio + 0.5 * random.standard_normal(n)), words

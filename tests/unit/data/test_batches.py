@@ -12,11 +12,11 @@ from make_shards import make_shards
 
 from dilqur.common.constants import IGNORE_INDEX
 from dilqur.common.errors import InputError
-from dilqur.data.batches import TokenSamples, evaluation_batches, same_past, split_batch, training_batches
+from dilqur.data.batches import TokenSamples, evaluation_batches, same_prefix, split_batch, training_batches
 from dilqur.data.mlm_masking import Masking
 from dilqur.data.varlen import cu_seqlens
 
-LENGTH = 64  # tokens a sample: some 900 samples in the corpus
+LENGTH = 64  # tokens per sample: some 900 samples in the corpus
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_one_folder_is_one_dataset_whatever_the_way_to_it(made, tmp_path, monkey
     assert [linked.order[p] for p in range(300)] == [plain.order[p] for p in range(300)]
     monkeypatch.chdir(made)
     assert TokenSamples([{"path": "shards"}], LENGTH, 42).fingerprint() == plain.fingerprint()[:1]
-    with pytest.raises(InputError, match="shards is there twice; add up its weights"):
+    with pytest.raises(InputError, match="shards is listed twice: list it once, with the sum of the weights"):
         TokenSamples([one, again], LENGTH, 42)
 
 
@@ -129,7 +129,7 @@ def test_datasets_that_do_not_fit_together_are_refused(made, tmp_path):
         datasets = [{"path": made / "shards", **first}, {"path": made / "held_out", **second}]
         with pytest.raises(InputError, match="give a weight to all of them, or epochs to all, or neither"):
             TokenSamples(datasets, LENGTH, 42)
-    with pytest.raises(InputError, match="shards is there twice; add up its weights"):
+    with pytest.raises(InputError, match="shards is listed twice: list it once, with the sum of the weights"):
         TokenSamples([{"path": made / "shards"}] * 2, LENGTH, 42)
     with pytest.raises(InputError, match=r"held_out: \d+ tokens are less than one sample of max_length 1000000"):
         TokenSamples([{"path": made / "held_out"}], 1_000_000, 42)
@@ -220,10 +220,12 @@ def test_a_dataset_added_later_changes_nothing_before_and_the_past_is_recognised
     assert {changed.order[p][0] for p in range(100, 200)} == {0, 1}
     assert {dropped.order[p][0] for p in range(200, 300)} == {1}
     before, after, later, else_ = (s.fingerprint() for s in (plain, changed, dropped, other))
-    assert same_past(before, after, 100) and same_past(before, else_, 100)  # position 100 is not read yet
-    assert not same_past(before, after, 101) and not same_past(after, else_, 101)
-    assert same_past(after, later, 200) and not same_past(after, later, 201)
-    assert not same_past(before, TokenSamples([one], LENGTH, 43).fingerprint(), 0)  # the seed counts from the first on
+    assert same_prefix(before, after, 100) and same_prefix(before, else_, 100)  # position 100 is not read yet
+    assert not same_prefix(before, after, 101) and not same_prefix(after, else_, 101)
+    assert same_prefix(after, later, 200) and not same_prefix(after, later, 201)
+    assert not same_prefix(
+        before, TokenSamples([one], LENGTH, 43).fingerprint(), 0
+    )  # the seed counts from the first on
 
 
 def test_epochs_are_shares_in_proportion_to_size_times_epochs(made):

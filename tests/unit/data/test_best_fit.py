@@ -113,7 +113,7 @@ def test_a_plan_cut_short_is_written_anew(tmp_path, monkeypatch):
 def test_on_real_text_a_few_documents_are_cut_instead_of_many():
     files = sorted((SHARED / "data" / "az").glob("[dlw]*.jsonl.gz"))
     texts = [json.loads(line)["text"] for file in files for line in gzip.decompress(file.read_bytes()).splitlines()]
-    lengths, room = np.array([len(text.encode()) // 3 + 1 for text in texts]), 2048  # some three bytes a token
+    lengths, room = np.array([len(text.encode()) // 3 + 1 for text in texts]), 2048  # some three bytes per token
     ends = np.cumsum(lengths)
     _, samples = place(np.concatenate([[0], ends]), room)
     cut_by_concat = ((ends - lengths) // room != (ends - 1) // room).mean()

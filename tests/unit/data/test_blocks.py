@@ -41,7 +41,7 @@ def test_a_second_stream_that_is_damaged_is_not_the_end_of_the_file(tmp_path, co
 
 @pytest.mark.parametrize("compress", [gzip.compress, zstd])
 def test_a_cut_or_damaged_file_is_never_read_as_a_shorter_one(tmp_path, compress):
-    # 1,000 random words a document: incompressible enough that every cut falls into data
+    # 1,000 random words per document: incompressible enough that every cut falls into data
     letters = random.Random(1)
     lines = "".join(json.dumps({"text": "".join(letters.choices("abcdefghij ", k=5000))}) + "\n" for _ in range(100))
     whole = compress(lines.encode())

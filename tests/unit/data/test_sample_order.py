@@ -228,14 +228,14 @@ def test_a_small_dataset_beside_a_large_one_has_its_epochs(size):
 @pytest.mark.parametrize("weights", [[0.7, 0.3], [0.9, 0.07, 0.03], [1] * 300, [1e-5, 1, 1], [5, 4, 3, 2, 1, 0, 9.5]])
 def test_every_block_is_full_and_a_cycle_of_blocks_has_the_shares(weights):
     (phase,) = SampleOrder([10**6] * len(weights), seed=0, weights=weights).phases
-    a_block = np.diff(phase.dealt, axis=0)
+    a_block = np.diff(phase.spread, axis=0)
     assert (a_block >= 0).all() and (a_block.sum(axis=1) == BLOCK).all()
     assert (a_block.max(axis=0) - a_block.min(axis=0) <= 1).all()
     shares = np.array(weights) / sum(weights)
-    assert np.abs(phase.dealt[-1] - shares * BLOCK * CYCLE).max() <= 1
-    # at every block's beginning, not at the cycle's end alone: what is dealt out lies evenly
+    assert np.abs(phase.spread[-1] - shares * BLOCK * CYCLE).max() <= 1
+    # at every block's beginning, not at the cycle's end alone: what is spread out lies evenly
     due = shares * BLOCK * np.arange(CYCLE + 1)[:, None]
-    assert np.abs(phase.dealt - due).max() < 4
+    assert np.abs(phase.spread - due).max() < 4
 
 
 def test_without_weights_the_datasets_are_mixed_in_proportion_to_their_sizes():

@@ -12,7 +12,7 @@ LLAMA_1B = {
 
 @pytest.mark.parametrize(("liger", "gigabytes"), [(True, 27), (False, 64)])
 def test_the_published_peak_of_llama_3_2_1b_on_an_h100(liger, gigabytes):
-    """10 sequences of 2,048 tokens a GPU under FSDP, over 8 GPUs: 27 GB with Liger, 64 without."""
+    """10 sequences of 2,048 tokens per GPU under FSDP, over 8 GPUs: 27 GB with Liger, 64 without."""
     state = 16 * sum(parameter_sizes(LLAMA_1B).values()) / 8
     peak = state + 10 * 2048 * activations(LLAMA_1B, 2, liger=liger).peak()
     assert peak == pytest.approx(gigabytes * 1e9, rel=0.1)

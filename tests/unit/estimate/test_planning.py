@@ -179,11 +179,11 @@ def test_activations_are_those_that_torch_keeps(monkeypatch, kind, dtype, keys):
     with products:
         _, measured = kept_bytes(model, lambda: model(**batch))
     measured /= ROWS * LENGTH
-    foretold = planned.kept(share_recomputed(run)) + planned.whole / (ROWS * LENGTH)
+    predicted = planned.kept(share_recomputed(run)) + planned.whole / (ROWS * LENGTH)
     if compiled and dtype == "autocast":
-        assert 0.75 * foretold < measured < 1.05 * foretold
+        assert 0.75 * predicted < measured < 1.05 * predicted
     else:
-        assert measured == pytest.approx(foretold, rel=0.05)
+        assert measured == pytest.approx(predicted, rel=0.05)
 
 
 @pytest.mark.parametrize(("config", "name"), [(LLAMA, "llama"), (ENCODER, "neobert")])

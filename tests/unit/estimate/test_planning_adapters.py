@@ -102,8 +102,8 @@ def test_activations_are_those_that_torch_keeps(trained, bf16, modules, dropout,
     job = Job.of_adapter(run, LLAMA)
     padded_to = LENGTH if SHORT in lengths else 0
     planned = adapter_activations(LLAMA, job.product, job.lora, padded_to, fused_dropout=False)
-    foretold = planned.kept(job.recomputed)
-    assert measured / (ROWS * LENGTH) == pytest.approx(foretold, rel=0.05)
+    predicted = planned.kept(job.recomputed)
+    assert measured / (ROWS * LENGTH) == pytest.approx(predicted, rel=0.05)
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
@@ -138,8 +138,8 @@ def test_operations_are_those_that_torch_counts(trained, recomputed):
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         trained(run, (LENGTH, LENGTH))
     attention = (6 + 2 * recomputed) * LLAMA["num_hidden_layers"] * LLAMA["hidden_size"] * LENGTH
-    foretold = Job.of_adapter(run, LLAMA).computed_flops_per_token() - attention
-    assert counter.get_total_flops() / (ROWS * LENGTH) == pytest.approx(foretold, rel=0.05)
+    predicted = Job.of_adapter(run, LLAMA).computed_flops_per_token() - attention
+    assert counter.get_total_flops() / (ROWS * LENGTH) == pytest.approx(predicted, rel=0.05)
 
 
 def test_only_whole_weights_and_a_llama_s_projections_are_planned():

@@ -38,7 +38,7 @@ def h100(*names):
 
 GOOD = [
     (verdict.check_gpus, (HOSTS, [node()] * 3, h100()), "3 × H100, 1 on each of 3 nodes"),
-    (verdict.check_holders, (HOSTS, [node()] * 3), "no process holds memory of a GPU"),
+    (verdict.check_gpu_in_use, (HOSTS, [node()] * 3), "no process holds memory of a GPU"),
     (verdict.check_versions, (HOSTS, [node()] * 3), "driver 580.82.07, Python 3.11.7, torch 2.13.0 on all nodes"),
     (verdict.check_network, (HOSTS, [[], [], []]), "each of 3 nodes reaches the others"),
     (verdict.check_clocks, (HOSTS, [0.0, 0.02, -0.5], [0.0, 0.9, 0.0]), "within 0.500 s of each other"),
@@ -61,11 +61,11 @@ MISTAKES = {
         verdict.check_gpus, (HOSTS, [node()] * 3, h100("H100", "A100", "H100")), "not all alike (2 × H100, 1 × A100): ask for one kind"
     ),
     "a process of an earlier job": (
-        verdict.check_holders, (HOSTS, with_second(holders=[holder()])),
+        verdict.check_gpu_in_use, (HOSTS, with_second(holders=[holder()])),
         "n2: GPU memory is held by python (pid 42, 62.9 GB)",
     ),
     "memory that nobody seems to hold": (
-        verdict.check_holders, (HOSTS, with_second(used=60_000 << 20)), "n2: 62.9 GB of GPU 0 are in use, and by no process"
+        verdict.check_gpu_in_use, (HOSTS, with_second(used=60_000 << 20)), "n2: 62.9 GB of GPU 0 are in use, and by no process"
     ),
     "an older driver": (verdict.check_versions, (HOSTS, with_second(driver="570.1")), "driver is 580.82.07, but n2 has 570.1"),
     "another torch": (verdict.check_versions, (HOSTS, with_second(torch="2.12.0")), "torch is 2.13.0, but n2 has 2.12.0: use the same"),
@@ -121,7 +121,7 @@ def test_it_is_found(mistake):
 def test_without_gpus_the_cpus_are_measured():
     with pytest.raises(Skipped, match="no GPU on n1, n2, n3: the CPUs are measured, over gloo"):
         verdict.check_gpus(HOSTS, [node(gpus=0, given=0, driver=None)] * 3, {host: [None] for host in HOSTS})
-    assert verdict.check_holders(HOSTS, [node(gpus=0)] * 3) is None
+    assert verdict.check_gpu_in_use(HOSTS, [node(gpus=0)] * 3) is None
 
 
 def test_of_two_nodes_nobody_can_say_which_is_slow():
@@ -191,22 +191,22 @@ def test_the_gpus_of_a_job_are_those_that_cuda_visible_devices_names_in_its_orde
 
 def test_of_a_shared_node_only_the_gpus_that_are_used_have_to_be_free(smi):
     busy = {"apps": [HELD_BY], "used": ("70000", "4", "4")}
-    assert verdict.check_holders(["n1"], [smi(WHOLE, **busy, visible="1")]) == "no process holds memory of a GPU"
+    assert verdict.check_gpu_in_use(["n1"], [smi(WHOLE, **busy, visible="1")]) == "no process holds memory of a GPU"
     with pytest.raises(InputError, match=r"held by python3 \(pid 4242.* take free ones \(CUDA_VISIBLE_DEVICES=1\), or"):
-        verdict.check_holders(["n1"], [smi(WHOLE, **busy)])
+        verdict.check_gpu_in_use(["n1"], [smi(WHOLE, **busy)])
     with pytest.raises(InputError) as found:
-        verdict.check_holders(["n1"], [smi(WHOLE, **busy, visible="0")])
+        verdict.check_gpu_in_use(["n1"], [smi(WHOLE, **busy, visible="0")])
     assert "take free ones" not in str(found.value), "it may use no other"
     with pytest.raises(InputError, match=r"70.* GB of GPU 0 are in use, and by no process .*CUDA_VISIBLE_DEVICES=1"):
-        verdict.check_holders(["n1"], [smi(WHOLE, used=("67000", "4", "4"))])
+        verdict.check_gpu_in_use(["n1"], [smi(WHOLE, used=("67000", "4", "4"))])
 
 
 def test_an_mps_server_is_a_note_and_its_clients_are_holders(smi):
-    said = verdict.check_holders(["n1"], [smi(WHOLE, apps=[SERVED_BY], used=("4", "9000", "4"), visible="1")])
+    said = verdict.check_gpu_in_use(["n1"], [smi(WHOLE, apps=[SERVED_BY], used=("4", "9000", "4"), visible="1")])
     assert "n1: an MPS server (pid 3892) shares GPU 1, of which 9.4 GB are in use" in said
     client = SERVED_BY.replace("nvidia-cuda-mps-server, 28", "/home/u/python, 8900")
     with pytest.raises(InputError, match="held by python"):
-        verdict.check_holders(["n1"], [smi(WHOLE, apps=[SERVED_BY, client], visible="1")])
+        verdict.check_gpu_in_use(["n1"], [smi(WHOLE, apps=[SERVED_BY, client], visible="1")])
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_a_mig_slice_is_a_gpu_of_which_not_all_is_known(smi, visible, names):
     facts = smi(DIVIDED, used=("[Insufficient Permissions]", "4"), visible=visible)
     assert [gpu["name"] for gpu in facts["gpus"]] == names
     assert [gpu["mig"] for gpu in facts["gpus"]] == ["MIG" in name for name in names]
-    said = verdict.check_holders(["n1"], [facts])
+    said = verdict.check_gpu_in_use(["n1"], [facts])
     assert ("is a slice: MFU, power and temperature" in said) is ("MIG" in names[0])
     if visible and facts["gpus"][0]["mig"]:
         index = facts["gpus"][0]["index"]

@@ -35,7 +35,7 @@ def counts(texts):
 
 
 def hugging_face(texts, vocab_size):
-    """What `tokenizers` learns from the text, by its own pre-tokeniser."""
+    """What `tokenizers` learns from the text, by its own pre-tokenizer."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))

@@ -1,4 +1,4 @@
-"""fertility: three rules of counting tokens a word, pooled over documents, on texts that can be counted by hand."""
+"""fertility: three rules of counting tokens per word, pooled over documents, on texts that can be counted by hand."""
 
 import numpy as np
 import pytest

@@ -116,7 +116,7 @@ def test_an_engine_that_differs_on_the_corpus_is_not_used(made, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda s: s.update(normalizer={"type": "NFC"}), "its normaliser is NFC"),
+        (lambda s: s.update(normalizer={"type": "NFC"}), "its normalizer is NFC"),
         (lambda s: s["model"].update(dropout=0.1), "its BPE has dropout"),
         (lambda s: s["added_tokens"].append({**s["added_tokens"][0], "id": 1280, "content": "☃", "special": False}),
          "added tokens that are no"),

@@ -13,7 +13,7 @@ from dilqur.checkpoint.format import CheckpointReader
 from dilqur.checkpoint.local_shards import MOMENTS
 from dilqur.checkpoint.writer import CheckpointWriter, load_checkpoint
 from dilqur.training import bf16_adamw
-from dilqur.training.bf16_adamw import BF16AdamW, noise, noise_key, round_by_chance, update_
+from dilqur.training.bf16_adamw import BF16AdamW, noise, noise_key, stochastic_round, update_
 
 SIGMAS = 5  # standard errors allowed to a mean: chance alone passes this once in two million times, and seeds are fixed
 
@@ -42,7 +42,7 @@ def test_a_value_goes_up_in_as_many_of_all_cases_as_its_fraction_says():
     for value in (1.0, -1.0, 1e-4, -3e38, 1e-39, 65504.0):  # 1e-39 is denormal; -3e38 near the end of the range
         low = int(torch.tensor(value).view(torch.int32)) & 0xFFFF0000
         for fraction in (0, 1, 0x4000, 0x8000, 0xFFFF):  # of 65,536 parts of the way to the next bfloat16
-            rounded = round_by_chance(as_float(low + fraction).expand(1 << 16).contiguous(), every_noise)
+            rounded = stochastic_round(as_float(low + fraction).expand(1 << 16).contiguous(), every_noise)
             down, up = as_float([low, low + 0x10000]).bfloat16()
             assert int((rounded == up).sum()) == fraction
             assert int((rounded == down).sum()) == (1 << 16) - fraction
@@ -51,7 +51,7 @@ def test_a_value_goes_up_in_as_many_of_all_cases_as_its_fraction_says():
 @pytest.mark.parametrize("noise", [0, 0x7FFF, 0xFFFF, -1])
 def test_what_is_a_bfloat16_stays_what_it_is(noise):
     every = torch.arange(1 << 16).to(torch.int16).view(torch.bfloat16)
-    out = round_by_chance(every.float(), torch.tensor(noise).expand(1 << 16))
+    out = stochastic_round(every.float(), torch.tensor(noise).expand(1 << 16))
     number = ~every.isnan()  # -0.0, denormals and both infinities are among them
     assert torch.equal(bits(out)[number], bits(every)[number])
     assert bool(out[~number].isnan().all())
@@ -60,10 +60,10 @@ def test_what_is_a_bfloat16_stays_what_it_is(noise):
 @pytest.mark.parametrize("noise", [0, 0xFFFF])
 def test_the_largest_do_not_become_infinite_and_no_nan_becomes_a_number(noise):
     beyond = as_float([0x7F7FFFFF, 0xFF7FFFFF])  # of fp32, above the largest bfloat16
-    out = round_by_chance(beyond, torch.tensor([noise, noise]))
+    out = stochastic_round(beyond, torch.tensor([noise, noise]))
     assert out.tolist() == [torch.finfo(torch.bfloat16).max, torch.finfo(torch.bfloat16).min]
     not_numbers = as_float([0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00000, 0xFFC00000])  # CUDA's, its negative, and those of x86
-    assert bool(round_by_chance(not_numbers, torch.tensor([noise] * 4)).isnan().all())
+    assert bool(stochastic_round(not_numbers, torch.tensor([noise] * 4)).isnan().all())
 
 
 # -- the noise --------------------------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ def test_the_second_moment_forgets_a_burst_as_in_fp32():
 
 
 def loss_after_training(optimizer_of, dtype):
-    """Cross-entropy, nats a byte, of a small network that guesses the next byte of a text from four; ln 256 = 5.545 untrained."""
+    """Cross-entropy, nats per byte, of a small network that guesses the next byte of a text from four; ln 256 = 5.545 untrained."""
     text = b"".join(path.read_bytes() for path in sorted((CORPUS / "az").iterdir()))
     text, steps, rate = torch.tensor(list(text)), 300, 3e-4
     torch.manual_seed(0)

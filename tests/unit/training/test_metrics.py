@@ -1,4 +1,4 @@
-"""metrics.jsonl: a line a step, whole after a kill, and after a resume that of a run without the interruption."""
+"""metrics.jsonl: a line per step, whole after a kill, and after a resume that of a run without the interruption."""
 
 import json
 import types
