@@ -25,12 +25,12 @@ from dilqur.data.documents import read_jsonl
 from dilqur.estimate.cost_model import training_flops_per_token
 from dilqur.models.config import read_config
 from dilqur.pipeline.inputs import FilePath
+from dilqur.pipeline.lineage import EQUAL, lineage
 from dilqur.pipeline.manifest import read_manifest
 from dilqur.pipeline.program import program
 from dilqur.pipeline.settings_parser import setting
 from dilqur.pipeline.stage import StageSettings
 
-EQUAL = 0.05  # a difference in bytes or in compute that counts as none
 REFERENCE = "mean"  # the initialisation that the others are measured against, in steps
 REPETITION = re.compile(r"-s\d+$")
 
@@ -59,22 +59,22 @@ class Run:
 
 def run_of(folder, base):
     """The Run of a training stage's folder, back to the stage folder `base`. Raises InputError where a stage is missing."""
-    manifest = read_manifest(folder)
-    arguments, result = manifest["arguments"], manifest["result"]
-    source = Path(arguments["model_name_or_path"] or "")
-    source = source.parent if source.name == "model" else source
-    if manifest["program"] == "transplant_tokenizer.py":
-        return Run(method=arguments["method"])
-    before = run_of(folder.parent / source.name, base) if source.name and source.name != base else Run()
-    config = read_config(folder / "model")
-    flops = training_flops_per_token(config, arguments["max_length"], bool(arguments["unfrozen_parameters"]))
-    return Run(
-        before.utf8_bytes + result["utf8_bytes_seen"],
-        before.flops + flops * result["tokens"],
-        before.steps + result["steps"],
-        (*before.curve, *curve(folder, arguments, before.steps)),
-        before.method,
-    )
+    run = Run()
+    for stage, manifest in lineage(folder, folder.parent).stages:
+        arguments, result = manifest["arguments"], manifest["result"]
+        if stage.name == base or manifest["program"] == "transplant_tokenizer.py":  # counting begins here
+            run = Run(method=arguments.get("method"))
+            continue
+        config = read_config(stage / "model")
+        flops = training_flops_per_token(config, arguments["max_length"], bool(arguments["unfrozen_parameters"]))
+        run = Run(
+            run.utf8_bytes + result["utf8_bytes_seen"],
+            run.flops + flops * result["tokens"],
+            run.steps + result["steps"],
+            (*run.curve, *curve(stage, arguments, run.steps)),
+            run.method,
+        )
+    return run
 
 
 def curve(folder, arguments, steps_before):

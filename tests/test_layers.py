@@ -6,7 +6,7 @@ from conftest import ROOT
 
 ROOMS = (
     "common", "pipeline", "data", "tokenizer", "models", "kernels", "checkpoint", "estimate", "cleaning", "transplant", "training",
-    "assistant", "evals", "preflight", "benchmarking",
+    "assistant", "evals", "report", "preflight", "benchmarking",
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from conftest import ROOT
 from dilqur.pipeline.manifest import read_manifest
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from report import vocabulary_study
+from report import page
 from vocabulary_study import groups_of, steps_to
 
 PROGRAM = "scripts/vocabulary_study.py"
@@ -120,10 +120,10 @@ def test_it_compares_tokenizers_initialisations_and_what_is_lost(run, run_folder
 
 def test_the_report_shows_what_it_found(run, run_folder):
     study(run, run_folder)
-    html = vocabulary_study({run_folder / "study": read_manifest(run_folder / "study")})
+    html = page("A study", run_folder, {run_folder / "study": read_manifest(run_folder / "study")}, None, None, {})
     for words in ("focus needs 30% fewer steps", "full@custom-mean", "<polyline", "bits per byte of its language"):
         assert words in html
-    assert html.count("<table") == 3
+    assert html.count("<table") == 4  # its three, and the manifest's
 
 
 def test_without_the_control_it_says_which_groups_there_are(run, run_folder):
