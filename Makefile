@@ -1,7 +1,7 @@
 # make quickstart   raw text to a model that speaks the language, on a laptop (runs/quickstart/report/report.html)
 # make quickstart-encoder   the same for an encoder from scratch (runs/quickstart-encoder/report/report.html)
 # make test         the tests, in less than half an hour of two cores
-# make test-all     those and the long ones, in parts: make test-long (kernels' combinations, a second language), make test-matrix (checkpoints)
+# make test-all     those and the long ones; PART=long (kernels' combinations, a second language) or PART=matrix (checkpoints): one part
 # make lint         ruff, shellcheck and mypy
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -20,7 +20,7 @@ quickstart-encoder: $(VENV)/installed
 test: $(VENV)/installed-dev
 	pytest -m "not long" -n $$(($$(nproc) + 1)) --dist loadfile --no-loadscope-reorder # one more than cores: a third of the time is waiting
 
-test-all: test test-long test-matrix
+test-all: $(if $(PART),test-$(PART),test test-long test-matrix)
 
 test-long: $(VENV)/installed-dev
 	pytest -m long -n $$(nproc) --dist loadfile

@@ -8,7 +8,7 @@
 A folder: every stage that trains; a recipe: its stage and the variants of it. Each on the GPUs of its batch file unless flags say others,
 under all strategies of accelerate_configs/, > before the one that slurm/lib/launch.sh would take. Neither model nor data need be there.
 From first principles and data sheets, but for one figure of each kind of GPU, the share of its peak that a published run reached;
---efficiency gives your own. How it is counted, and how near it comes: docs/performance.md.
+--efficiency gives your own. How it is counted, and how near it comes: docs/results/planner.md.
 """
 
 import json

@@ -7,7 +7,7 @@ r"""Gives a model another tokenizer: base model + new tokenizer → the same mod
 The new tokenizer replaces the old one or extends it: tokens of both vocabularies keep their rows to the bit, `method` makes the
 others, for the embeddings and, where it is not tied, for the head. Every other weight goes from file to file as it is; no model
 is loaded, so a few GB of memory do for 8B. Special tokens and generation_config follow the new tokenizer. OUTPUT_DIR is a
-Hugging Face folder. docs/vocabulary-transplant.md says which method to take.
+Hugging Face folder. docs/transplant.md says which method to take.
 """
 
 import functools

@@ -11,7 +11,7 @@ room for nearly all of them: what limits it is not knowing them. So words are cu
 p1 knows the paradigm (noun or verb), p2 the sound of the stem (vowel harmony, linking consonants). No rule of any language is in it.
 The idea of endings that stand in for each other on a set of stems is Goldsmith's (2001, "Unsupervised learning of the morphology of
 a natural language"); the score is ours. It was calibrated on held-out sources: a word with score s that was not seen is
-expected about as often as 3 · s ** 1.25 more sightings would make it (see docs/vocabulary.md).
+expected about as often as 3 · s ** 1.25 more sightings would make it (see docs/tokenizer.md).
 """
 
 import collections

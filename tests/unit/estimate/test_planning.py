@@ -1,5 +1,5 @@
 """The planner against what was published and what is measured here. No constant of it was fitted to these figures, but a GPU's
-efficiency, which is one of them: docs/performance.md shows the arithmetic."""
+efficiency, which is one of them: docs/results/planner.md shows the arithmetic."""
 
 import contextlib
 import functools
