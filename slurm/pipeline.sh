@@ -12,8 +12,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source slurm/lib/messages.sh
-source slurm/lib/read_pipeline.sh
 source slurm/lib/read_site.sh
+source slurm/lib/read_rows.sh
 usage="usage: slurm/pipeline.sh NAME [--local | --dry-run | --status] [--from STAGE]"
 recipe='' mode=submit from=''
 while (($#)); do
@@ -40,7 +40,7 @@ while (($#)); do
   shift
 done
 [[ -n $recipe ]] || die "$usage"
-read_pipeline "$recipe"
+read_rows "$recipe"
 first=0
 if [[ -n $from ]]; then
   find_stage "$from"
@@ -49,7 +49,6 @@ fi
 todo=("${stages[@]:first}")
 
 if [[ $mode == status ]]; then
-  find_python
   exec python -m dilqur.pipeline.status "$name" "${todo[@]}"
 fi
 

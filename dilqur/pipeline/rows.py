@@ -1,7 +1,11 @@
-"""pipeline.txt: the stages of a recipe folder in order, a row each: name, program, batch file, flags."""
+"""pipeline.txt: the stages of a recipe folder in order, a row each: name, program, batch file, flags.
+
+python3 -m dilqur.pipeline.rows NAME      the rows as bash arrays, for slurm/lib/read_rows.sh; standard library only
+"""
 
 import re
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,3 +58,31 @@ def read_pipeline(folder):
             raise InputError(f"{path}:{number}: the stage {words[0]} is there twice")
         rows.append(PipelineRow(words[0], words[1], words[2], tuple(words[3:])))
     return rows
+
+
+def as_bash(name):
+    """Assignments of the arrays that slurm/lib/read_rows.sh describes, of recipes/NAME. Raises InputError."""
+    name = name.removeprefix("recipes/").removesuffix("/")
+    folder = Path("recipes", name)
+    if not (folder / "pipeline.txt").is_file():
+        known = " ".join(sorted(path.parent.name for path in Path("recipes").glob("*/pipeline.txt")))
+        raise InputError(f"{folder}/pipeline.txt: no such file; recipes with one: {known}")
+    rows = read_pipeline(folder)
+    if not rows:
+        raise InputError(f"{folder}/pipeline.txt: no stage in it")
+    arrays = {
+        "stages": [row.name for row in rows],
+        "programs": [row.program for row in rows],
+        "batches": [row.batch for row in rows],
+        "flags": [shlex.join(row.flags) for row in rows],
+        **{f"words_{number}": row.arguments(folder) for number, row in enumerate(rows)},
+    }
+    lines = [f"{key}=({' '.join(map(shlex.quote, words))})" for key, words in arrays.items()]
+    return "\n".join([f"name={shlex.quote(name)}", *lines])
+
+
+if __name__ == "__main__":
+    try:
+        print(as_bash(sys.argv[1]))
+    except InputError as mistake:
+        sys.exit(print(f"error: {mistake}", file=sys.stderr) or 2)

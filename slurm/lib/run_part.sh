@@ -7,9 +7,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source slurm/lib/messages.sh
-source slurm/lib/read_pipeline.sh
+source slurm/lib/read_site.sh
+source slurm/lib/read_rows.sh
 (($# >= 3)) || die "usage: slurm/lib/run_part.sh NAME STAGE PARTS [PART]"
-read_pipeline "$1"
+read_rows "$1"
 find_stage "$2"
 check_row "$row"
 parts=$3 part=${4:-${SLURM_ARRAY_TASK_ID:-}}
@@ -18,5 +19,5 @@ case ${programs[row]} in
   data_tools/clean_corpus.py | data_tools/pack_mmap.py) ;;
   *) die "recipes/$name/pipeline.txt: $2: ${programs[row]} does not work in parts" ;;
 esac
-row_arguments "$row"
+declare -n words=words_$row
 exec slurm/lib/launch.sh "${programs[row]}" "${words[@]}" --shard "$part" --of "$parts"

@@ -13,11 +13,11 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source slurm/lib/messages.sh
-source slurm/lib/read_pipeline.sh
 source slurm/lib/read_site.sh
+source slurm/lib/read_rows.sh
 source slurm/lib/job_notes.sh
 (($# >= 2)) || die "usage: slurm/lib/run_stages.sh NAME BATCH [STAGE ...]"
-read_pipeline "$1"
+read_rows "$1"
 batch=$2
 shift 2
 slurm='' job=''
@@ -63,8 +63,7 @@ fi
 
 # Starts row $1 in the background: bash runs a trap only when the command in the foreground has ended.
 start() {
-  local words
-  row_arguments "$1"
+  local -n words=words_$1
   # No standard input: srun would read this script's.
   "${launcher[@]}" "${programs[$1]}" "${words[@]}" </dev/null &
   pid=$!
