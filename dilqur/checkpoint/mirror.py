@@ -10,7 +10,6 @@ copies nothing and says so; a machine that goes on from a copy becomes the write
 
 import contextlib
 import errno
-import importlib.util
 import json
 import os
 import re
@@ -19,41 +18,13 @@ import shutil
 import threading
 from pathlib import Path
 
+from dilqur.checkpoint.mirror_store import Store, check_address, flush_file, local_path
 from dilqur.checkpoint.steps import step_folder, step_of
 from dilqur.common.atomic import atomic_file, fsync_folder
 from dilqur.common.errors import InputError
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between two tries; doubled after each
 LAST_TRIES = 3  # with a mirror that is away, before the end of a run stops waiting for it
-
-
-def check_address(address):
-    """Can `address` be one of a mirror here? Asks no network. Raises InputError for a protocol that is unknown, or whose package
-    is missing, for a folder that cannot be made or written to, and for a password, which logs and manifests would repeat."""
-    if (path := _local_path(address)) is not None:
-        parent = path.absolute().parent
-        if path.exists() and not path.is_dir():
-            raise InputError(f"mirror_to {address}: a file, not a folder: give another path")
-        if not parent.is_dir():
-            raise InputError(f"mirror_to {address}: there is no folder {parent}: make it, or mount its disk")
-        if not os.access(path if path.exists() else parent, os.W_OK | os.X_OK):
-            raise InputError(f"mirror_to {address}: this user may not write there: look at its permissions")
-        return
-    import fsspec
-
-    protocol, _, place = address.partition("://")
-    if re.match(r"[^/@]*:[^/@]*@", place):
-        raise InputError(
-            f"mirror_to {protocol}://…: a password in it, which logs would show: credentials go into the environment"
-        )
-    if protocol not in {*fsspec.available_protocols(), *fsspec.registry}:
-        raise InputError(
-            f"mirror_to {address}: fsspec knows no {protocol}://: give a path, s3://BUCKET/FOLDER or the like"
-        )
-    if not place.strip("/"):
-        raise InputError(f"mirror_to {address}: names no bucket and no folder: give {protocol}://BUCKET/FOLDER")
-    if missing := _missing_package(protocol):
-        raise InputError(f"mirror_to {address}: {protocol}:// needs a package that is not here: pip install {missing}")
 
 
 class CheckpointMirror:
@@ -140,7 +111,7 @@ class CheckpointMirror:
     def _copy(self, folder):
         """Copy `folder` there, unless the same is there."""
         store, complete = self._store(), (folder / "COMPLETE").read_bytes()  # a checksum of checksums
-        if (local := _local_path(self.address)) and local.absolute() == folder.parent.absolute():
+        if (local := local_path(self.address)) and local.absolute() == folder.parent.absolute():
             raise OSError(errno.EINVAL, "that is the run's own folder of checkpoints")
         if store.local and not self._begun:  # later, a folder that is not there is a disk that went away
             Path(store.path).mkdir(exist_ok=True)
@@ -149,7 +120,7 @@ class CheckpointMirror:
         there, name = store.copies(), folder.name
         if "COMPLETE" in there.get(name, {}) and store.read(f"{name}/COMPLETE") == complete:
             return self._own.add(step_of(folder))
-        if name in there:
+        if name in there:  # another one of that step, or half of one
             store.remove(name)
         for file in sorted(folder.iterdir()):
             if file.name != "COMPLETE":
@@ -175,7 +146,7 @@ class CheckpointMirror:
     def _tidy(self):
         """Remove what is not to stay: incomplete copies, those of a run that this one went back from, old ones."""
         store, copies = self._store(), self._store().copies()
-        complete = {step_of(name) for name, files in copies.items() if "COMPLETE" in files}
+        complete = set(_complete(copies))
         gone = {step for step in map(step_of, copies) if step not in complete}
         gone |= {step for step in complete - self._own if step > min(self._own)}
         standing = sorted(complete - gone)
@@ -197,14 +168,14 @@ class CheckpointMirror:
     def _store(self):
         """Opened anew after a failure."""
         if self._opened is None:
-            self._opened = _Store(self.address)
+            self._opened = Store(self.address)
         return self._opened
 
     # -- fetch back ---------------------------------------------------------------------------------------------------
 
     def complete(self):
         """The steps of which a complete copy is there, ascending. Raises InputError where the mirror cannot be asked."""
-        return sorted(step_of(name) for name, files in self._listing().items() if "COMPLETE" in files)
+        return _complete(self._listing())
 
     def newest(self):
         """The last step of which a complete copy is there, or None. Raises InputError as `complete`."""
@@ -225,7 +196,7 @@ class CheckpointMirror:
         the next older step there, or the one that did not arrive; OSError for what is wrong here, such as a full disk.
         """
         copies, final = self._listing(), step_folder(checkpoints, step)
-        complete = sorted(step_of(name) for name, files in copies.items() if "COMPLETE" in files)
+        complete = _complete(copies)
         if step not in complete:
             there = ", ".join(map(str, complete)) or "none"
             raise InputError(f"{self.address}: no complete copy of step {step} there; complete ones: {there}")
@@ -265,7 +236,7 @@ class CheckpointMirror:
                     raise
                 self._opened = None
                 raise InputError(f"{self.address}/{name}/{file}: did not arrive: {_in_words(error)}") from None
-            _flush(part / file)
+            flush_file(part / file)
 
     def _listing(self):
         try:
@@ -279,95 +250,6 @@ class CheckpointMirror:
             ) from None
 
 
-class _Store:
-    """The copies at an address, by fsspec: files arrive under their names, and COMPLETE makes a copy of them."""
-
-    def __init__(self, address):
-        import fsspec
-
-        # an instance of its own, which remembers no listing: another process may have changed what is there
-        self.fs, self.path = fsspec.core.url_to_fs(address, skip_instance_cache=True, use_listings_cache=False)
-        self.local = _local_path(address) is not None
-
-    def copies(self):
-        """{name: {file: bytes}} of all copies, complete or not."""
-        self.fs.invalidate_cache()
-        found = {}
-        for entry in self._entries(self.path):
-            name = entry["name"].rstrip("/").rpartition("/")[2]
-            if entry["type"] == "directory" and step_of(name) is not None:
-                files = self._entries(entry["name"])
-                found[name] = {file["name"].rpartition("/")[2]: file["size"] for file in files}
-        return found
-
-    def _entries(self, path):
-        try:
-            return self.fs.ls(path, detail=True)
-        except FileNotFoundError:
-            if self.local and path == self.path:
-                raise
-            return []
-
-    def put(self, source, name):
-        """Copy the file `source` into the copy `name`. Raises OSError where not all of it arrives."""
-        target = f"{self.path}/{name}/{source.name}"
-        self._in_a_folder(name, lambda: self.fs.put_file(str(source), target))
-        if self.local:
-            _flush(Path(target))
-        arrived, size = self.fs.size(target), source.stat().st_size
-        if arrived != size:
-            raise OSError(errno.EIO, f"{arrived} of {size} bytes arrived", source.name)
-
-    def write(self, name, content):
-        self._in_a_folder("", lambda: self.fs.pipe_file(f"{self.path}/{name}", content))
-
-    def _in_a_folder(self, name, write):
-        """Call `write`, again where file systems with real folders, such as a disk or sftp, do not have that of `name` yet. No bucket is
-        made, nor the folder of a disk that went away."""
-        try:
-            return write()
-        except FileNotFoundError:
-            for folder in [self.path] * (not self.local) + [f"{self.path}/{name}"] * bool(name):
-                with contextlib.suppress(FileExistsError):
-                    if "/" in folder:
-                        self.fs.mkdir(folder, create_parents=False)
-            return write()
-
-    def remove(self, name):
-        with contextlib.suppress(FileNotFoundError):
-            self.fs.rm_file(f"{self.path}/{name}/COMPLETE")  # first: from here on it is incomplete
-        with contextlib.suppress(FileNotFoundError):
-            self.fs.rm(f"{self.path}/{name}", recursive=True)
-
-    def read(self, name):
-        return self.fs.cat_file(f"{self.path}/{name}")
-
-    def get(self, name, target):
-        self.fs.get_file(f"{self.path}/{name}", str(target))
-
-
-def _local_path(address):
-    protocol, separator, place = str(address).partition("://")
-    if not separator:
-        return Path(address)
-    return Path(place) if protocol in ("file", "local") else None
-
-
-def _missing_package(protocol):
-    """The package without which fsspec cannot open `protocol`, or None."""
-    import fsspec
-    from fsspec.registry import known_implementations
-
-    package = known_implementations.get(protocol, {"class": "fsspec."})["class"].partition(".")[0]
-    if package != "fsspec":  # looked for, not imported: --check answers in a second
-        return None if importlib.util.find_spec(package) else package
-    try:
-        fsspec.get_filesystem_class(protocol)
-    except ImportError as error:
-        return getattr(error.__cause__, "name", None) or str(error)
-    return None
-
-
 def _verify(checkpoint):
     """Read every byte. Raises InputError naming the file that is damaged."""
     from dilqur.checkpoint.format import CheckpointReader
@@ -375,6 +257,11 @@ def _verify(checkpoint):
     reader = CheckpointReader(checkpoint)
     for kind, name in reader.dtypes:
         reader.tensor(kind, name)
+
+
+def _complete(copies):
+    """The steps of complete copies, ascending."""
+    return sorted(step_of(name) for name, files in copies.items() if "COMPLETE" in files)
 
 
 def _writer_id(checkpoints):
@@ -387,11 +274,6 @@ def _writer_id(checkpoints):
         if re.fullmatch("[0-9a-f]{8}", found := file.read_text()):
             return found
     return secrets.token_hex(4)
-
-
-def _flush(path):
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _in_words(error):

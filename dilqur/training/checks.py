@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from dilqur.checkpoint.mirror import check_address
+from dilqur.checkpoint.mirror_store import check_address
 from dilqur.common.errors import InputError
 from dilqur.data.batches import split_batch
 from dilqur.kernels.settings import check_kernels

@@ -16,7 +16,8 @@ import torch
 
 from dilqur.checkpoint import mirror as checkpoint_mirror
 from dilqur.checkpoint.format import CheckpointReader
-from dilqur.checkpoint.mirror import CheckpointMirror, check_address
+from dilqur.checkpoint.mirror import CheckpointMirror
+from dilqur.checkpoint.mirror_store import check_address
 from dilqur.checkpoint.steps import complete_checkpoints
 from dilqur.checkpoint.writer import CheckpointWriter
 from dilqur.common.errors import InputError
