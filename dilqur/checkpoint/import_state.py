@@ -88,7 +88,7 @@ def write_checkpoint(checkpoints, step, state, names, trainer):
     float16, which the format does not know, becomes float32, exactly. trainer: a dict for trainer.json. Raises InputError
     where that step is there already; nothing half-written stays.
     """
-    from dilqur.checkpoint.format import pieces_of, publish, write_rank
+    from dilqur.checkpoint.format import chunks_of, publish, write_rank
     from dilqur.checkpoint.steps import step_folder
 
     checkpoints, final = Path(checkpoints), step_folder(checkpoints, step)
@@ -97,15 +97,15 @@ def write_checkpoint(checkpoints, step, state, names, trainer):
     kinds = ("weight", *(MOMENTS if state.trained is not None else ()))
     dtypes = {(kind, name): _kept(state.stored[kind, name][1]) for kind in kinds for name in names}
     order = sorted(dtypes, key=lambda item: -dtypes[item].itemsize)  # F32 first: what follows stays aligned
-    pieces = [
+    chunks = [
         p
         for kind, name in order
-        for p in pieces_of(kind, name, 0, math.prod(state.stored[kind, name][0]), dtypes[kind, name])
+        for p in chunks_of(kind, name, 0, math.prod(state.stored[kind, name][0]), dtypes[kind, name])
     ]
     part = checkpoints / f".tmp-{step}-{secrets.token_hex(4)}"
     part.mkdir(parents=True)
     try:
-        files = _files(pieces, dtypes)
+        files = _files(chunks, dtypes)
         for rank, inside in enumerate(files):
             shapes = {p["name"]: list(state.stored["weight", p["name"]][0]) for p in inside}
             write_rank(part, rank, inside, shapes, _bytes_of(inside, state, dtypes))
@@ -122,30 +122,30 @@ def _kept(dtype):
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def _files(pieces, dtypes):
-    """Runs of pieces of at most FILE_BYTES."""
+def _files(chunks, dtypes):
+    """Runs of chunks of at most FILE_BYTES."""
     files, room = [[]], FILE_BYTES
-    for piece in pieces:
-        size = piece["length"] * dtypes[piece["kind"], piece["name"]].itemsize
+    for chunk in chunks:
+        size = chunk["length"] * dtypes[chunk["kind"], chunk["name"]].itemsize
         if size > room and files[-1]:
             files.append([])
             room = FILE_BYTES
-        files[-1].append(piece)
+        files[-1].append(chunk)
         room -= size
     return files
 
 
-def _bytes_of(pieces, state, dtypes):
-    """The bytes of each piece; one tensor is in memory at a time."""
+def _bytes_of(chunks, state, dtypes):
+    """The bytes of each chunk; one tensor is in memory at a time."""
     from dilqur.models.safetensors_io import tensor_bytes
 
     held, flat = None, None
-    for piece in pieces:
-        key = piece["kind"], piece["name"]
+    for chunk in chunks:
+        key = chunk["kind"], chunk["name"]
         if key != held:
             flat = None  # before the next one is read
             held, flat = key, state.read(*key).to(dtypes[key]).contiguous().view(-1)
-        yield tensor_bytes(flat[piece["start"] : piece["start"] + piece["length"]])
+        yield tensor_bytes(flat[chunk["start"] : chunk["start"] + chunk["length"]])
 
 
 def _shape(shape):

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from train_elsewhere import AFTER, BATCH, BEFORE, BETAS, DECAY, LEARNING_RATE, batch, new_model, new_optimizer
 from transformers import AutoModelForCausalLM
 
-from dilqur.checkpoint.format import KINDS, CheckpointReader, pieces_of, publish, write_rank
+from dilqur.checkpoint.format import KINDS, CheckpointReader, chunks_of, publish, write_rank
 from dilqur.checkpoint.import_plain import match_shapes
 from dilqur.checkpoint.import_state import TrainingState, write_checkpoint
 from dilqur.common.errors import InputError
@@ -568,7 +568,7 @@ def test_verify_finds_an_element_that_no_piece_holds_or_two_do(convert, checkpoi
     """Files that are whole in themselves, of ranks that shared out the work wrongly."""
     for name, start, length, said in (
         ("gap", 0, 30, "no file holds weight/w[30:32]"),
-        ("twice", 30, 32, "as another piece does"),
+        ("twice", 30, 32, "as another chunk does"),
     ):
         part, final = tmp_path / f".tmp-{name}", tmp_path / name / "step-0000001"
         part.mkdir()
@@ -577,8 +577,8 @@ def test_verify_finds_an_element_that_no_piece_holds_or_two_do(convert, checkpoi
             [(32, 32), (0, length)] if name == "twice" else [(32, 32), (start, length)]
         ):
             count = count + 1 if name == "twice" and rank == 1 else count
-            pieces = pieces_of("weight", "w", first, count, torch.float32)
-            write_rank(part, rank, pieces, {"w": [64]}, [tensor_bytes(torch.zeros(count))])
+            chunks = chunks_of("weight", "w", first, count, torch.float32)
+            write_rank(part, rank, chunks, {"w": [64]}, [tensor_bytes(torch.zeros(count))])
         publish(part, final, 1, 2, {})
         assert said in refusal(convert, "--checkpoint", final, "--verify")
 

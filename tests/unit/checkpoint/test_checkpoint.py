@@ -19,7 +19,7 @@ from dilqur.training.distributed import make_accelerator
 FILES = {"rank-00000.safetensors", "rank-00000.json", "trainer.json", "index.json", "COMPLETE"}
 KINDS = {
     "weights": "rank-00000.safetensors",
-    "pieces": "rank-00000.json",
+    "chunks": "rank-00000.json",
     "trainer": "trainer.json",
     "index": "index.json",
 }
@@ -79,12 +79,12 @@ def saved(tmp_path, accelerator, training):
 # -- write and read ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("piece", [None, 400])  # 400 bytes: smaller than the matrices, which then lie in many pieces
+@pytest.mark.parametrize("chunk", [None, 400])  # 400 bytes: smaller than the matrices, which then lie in many chunks
 def test_what_is_written_is_read_to_the_bit_and_training_goes_on_as_if_nothing_had_been(
-    tmp_path, monkeypatch, accelerator, training, piece
+    tmp_path, monkeypatch, accelerator, training, chunk
 ):
-    if piece:
-        monkeypatch.setattr("dilqur.checkpoint.format.PIECE_BYTES", piece)
+    if chunk:
+        monkeypatch.setattr("dilqur.checkpoint.format.CHUNK_BYTES", chunk)
     model, optimizer, step = training(seed=0)
     for number in range(3):
         step(number)
@@ -280,11 +280,11 @@ def test_without_complete_it_is_never_read_and_never_counted(saved, accelerator,
     assert [p.name for p in complete_checkpoints(folder.parent)] == ["step-0000003", "step-0000004"]
 
 
-def test_a_complete_that_vouches_for_another_index_is_refused(saved):
+def test_a_complete_with_the_checksum_of_another_index_is_refused(saved):
     marker = saved[0] / "COMPLETE"
     for content in (b"", marker.read_bytes()[:8], b"0" * 16):
         marker.write_bytes(content)
-        with pytest.raises(InputError, match="not the one COMPLETE vouches for"):
+        with pytest.raises(InputError, match="its checksum does not match COMPLETE"):
             CheckpointReader(saved[0])
 
 
