@@ -52,6 +52,11 @@ def chunks_of(kind, name, start, length, dtype):
     ]
 
 
+def size_of(chunk):
+    """Bytes of a chunk's elements."""
+    return chunk["length"] * DTYPES[chunk["dtype"]].itemsize
+
+
 def write_rank(folder, rank, chunks, shapes, data):
     """Write rank-RANK.safetensors and, once that is flushed, the JSON with its checksums.
 
@@ -59,8 +64,7 @@ def write_rank(folder, rank, chunks, shapes, data):
     data: an iterable of each chunk's bytes in the same order, possibly a generator. Raises OSError.
     """
     name = f"rank-{rank:05d}"
-    entries = [(c["key"], c["dtype"], [c["length"]], c["length"] * DTYPES[c["dtype"]].itemsize) for c in chunks]
-    head, size = file_header(entries)
+    head, size = file_header([(c["key"], c["dtype"], [c["length"]], size_of(c)) for c in chunks])
     with atomic_file(Path(folder) / f"{name}.safetensors") as file:
         file.write(head)
         for chunk, content in zip(chunks, data, strict=True):

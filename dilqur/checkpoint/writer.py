@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dilqur.checkpoint.format import DTYPES, chunks_of, publish, remove_checkpoint, tidy_up_after_a_kill, write_rank
+from dilqur.checkpoint.format import chunks_of, publish, remove_checkpoint, size_of, tidy_up_after_a_kill, write_rank
 from dilqur.checkpoint.local_shards import local_slices, refresh, set_optimizer_step
 from dilqur.checkpoint.steps import complete_checkpoints, step_folder, step_of
 from dilqur.checkpoint.verify import refuse_lost_moments, refuse_rounded_weights
@@ -143,9 +143,8 @@ class CheckpointWriter:
     def _bytes_of(self, chunks):
         at = 0
         for chunk in chunks:
-            end = at + chunk["length"] * DTYPES[chunk["dtype"]].itemsize
-            yield tensor_bytes(self._buffer[at:end])
-            at = end
+            yield tensor_bytes(self._buffer[at : at + size_of(chunk)])
+            at += size_of(chunk)
 
     def _everyone_wrote(self, part):
         """Are all ranks' files there? False when `wait` has heard that one of them never will be."""

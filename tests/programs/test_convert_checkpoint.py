@@ -27,8 +27,9 @@ from train_elsewhere import AFTER, BATCH, BEFORE, BETAS, DECAY, LEARNING_RATE, b
 from transformers import AutoModelForCausalLM
 
 from dilqur.checkpoint.format import KINDS, CheckpointReader, chunks_of, publish, write_rank
+from dilqur.checkpoint.import_checkpoint import write_checkpoint
 from dilqur.checkpoint.import_plain import match_shapes
-from dilqur.checkpoint.import_state import TrainingState, write_checkpoint
+from dilqur.checkpoint.import_state import TrainingState
 from dilqur.common.errors import InputError
 from dilqur.data.batches import TokenSamples
 from dilqur.models.config import load_config
@@ -448,7 +449,7 @@ def test_an_optimizer_beside_weights_that_have_changed_since_is_refused(convert,
     weights["model.norm.weight"][3] += 1
     save_file(weights, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
     back = ("--model_name_or_path", tmp_path / "hf", "--output_dir", tmp_path / "back")
-    assert "weight of model.norm.weight is not what" in refusal(convert, *back)
+    assert "weight of model.norm.weight: its checksum does not match" in refusal(convert, *back)
     assert not list((tmp_path / "back").iterdir())
     shutil.rmtree(tmp_path / "hf" / "optimizer")
     convert(*back)
