@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dilqur.checkpoint.format import CheckpointReader
+from dilqur.checkpoint.format import CheckpointReader, chunks_of, publish, write_rank
 from dilqur.checkpoint.steps import complete_checkpoints
 from dilqur.checkpoint.verify import verify_checkpoint
 from dilqur.checkpoint.writer import CheckpointWriter, SaveFailed, load_checkpoint
 from dilqur.common.errors import InputError
+from dilqur.models.safetensors_io import tensor_bytes
 from dilqur.training.distributed import make_accelerator
 
 FILES = {"rank-00000.safetensors", "rank-00000.json", "trainer.json", "index.json", "COMPLETE"}
@@ -224,6 +225,21 @@ def test_a_flipped_bit_anywhere_is_refused_by_name(saved, training, name):
         file.write_bytes(broken)
         with pytest.raises(InputError, match=name):
             read_all(saved[0], training)
+        with pytest.raises(InputError, match=name):
+            verify_checkpoint(saved[0])
+
+
+@pytest.mark.parametrize(("length", "said"), [(30, r"no file holds weight/w\[30:32\]"), (33, "as another chunk does")])
+def test_an_element_in_no_chunk_or_in_two_is_found(tmp_path, length, said):
+    """Files that are whole in themselves, of ranks that split a tensor wrongly."""
+    part = tmp_path / ".tmp"
+    part.mkdir()
+    for rank, (start, count) in enumerate([(32, 32), (0, length)]):
+        chunks = chunks_of("weight", "w", start, count, torch.float32)
+        write_rank(part, rank, chunks, {"w": [64]}, [tensor_bytes(torch.zeros(count))])
+    publish(part, tmp_path / "step-0000001", 1, 2, {})
+    with pytest.raises(InputError, match=said):
+        verify_checkpoint(tmp_path / "step-0000001")
 
 
 def test_moments_that_an_earlier_version_lost_after_an_evaluation_are_refused(tmp_path, accelerator, training):
