@@ -73,7 +73,7 @@ def make_task(settings):
     """What the loop trains: model, loss, how the result is written, FLOPs."""
     import torch
 
-    from dilqur.checkpoint.export_hf_folder import write_folder
+    from dilqur.checkpoint.hf_folder import write_folder
     from dilqur.models.parameters import parameters_of
     from dilqur.training.run import Task
 

@@ -1,15 +1,15 @@
-"""The checkpoint format on disk: plain safetensors and JSON, no pickle, the same for every strategy and number of processes.
+"""The checkpoint format on disk: plain safetensors and JSON, no pickle, the same for every strategy and world size.
 
-    checkpoints/step-0000500/rank-00003.safetensors   the flat pieces rank 3 owned: {weight,exp_avg,exp_avg_sq}/NAME@START
-    checkpoints/step-0000500/rank-00003.json          the same pieces with checksums, shapes, the size of the file
+    checkpoints/step-0000500/rank-00003.safetensors   the flat chunks of rank 3: {weight,exp_avg,exp_avg_sq}/NAME@START
+    checkpoints/step-0000500/rank-00003.json          the same chunks (key "pieces") with checksums, shapes, file size
     checkpoints/step-0000500/trainer.json             step, position in the stream, seed, recipe, data, trained names
     checkpoints/step-0000500/index.json               checksums of the JSON files
     checkpoints/step-0000500/COMPLETE                 checksum of index.json
 
-A piece is a run of elements of one flattened tensor, in the dtype it is trained in (F32, or BF16 for pure-bf16 training), at
-most PIECE_BYTES long, so that a rank that needs a corner of one verifies no more than that. A checkpoint becomes complete in
-`publish`: all files lie in a folder named `.tmp-…`, COMPLETE is written last, everything is flushed, and one rename gives it
-its name. What lacks COMPLETE is never read and never counted.
+A chunk is a run of elements of one flattened tensor in its training dtype (F32; BF16 in pure-bf16 training), at most
+CHUNK_BYTES long: a rank that needs a part of a tensor reads and verifies only the chunks around it. `publish` makes a
+checkpoint complete: all files are in a folder named `.tmp-…`, COMPLETE is written last, everything is flushed, and one
+rename gives the folder its name. A folder without COMPLETE is never read and never counted.
 """
 
 import bisect
@@ -24,10 +24,10 @@ from dilqur.checkpoint.steps import step_folder
 from dilqur.common.atomic import atomic_file, fsync_folder, write_json
 from dilqur.common.errors import InputError
 from dilqur.common.hashing import checksum
-from dilqur.models.safetensors_io import tensor_bytes
+from dilqur.models.safetensors_io import file_header, tensor_bytes
 
 VERSION = 2
-PIECE_BYTES = 64 << 20
+CHUNK_BYTES = 64 << 20
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -36,9 +36,9 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # -- write ------------------------------------------------------------------------------------------------------------
 
 
-def pieces_of(kind, name, start, length, dtype):
-    """Describe the elements [start, start + length) of `kind`/`name`, of torch `dtype`, as a list of pieces in their order."""
-    step = PIECE_BYTES // dtype.itemsize
+def chunks_of(kind, name, start, length, dtype):
+    """The chunks, in order, of the elements [start, start + length) of `kind`/`name`, of torch `dtype`."""
+    step = CHUNK_BYTES // dtype.itemsize
     return [
         {
             "key": f"{kind}/{name}@{first}",
@@ -52,33 +52,32 @@ def pieces_of(kind, name, start, length, dtype):
     ]
 
 
-def write_rank(folder, rank, pieces, shapes, data):
-    """Write rank-RANK.safetensors and, when that is on the disk, the JSON that vouches for it.
+def size_of(chunk):
+    """Bytes of a chunk's elements."""
+    return chunk["length"] * DTYPES[chunk["dtype"]].itemsize
 
-    pieces: as `pieces_of` makes them, F32 before BF16 (safetensors wants data aligned). shapes: {name: shape} of the whole
-    parameters. data: an iterable of each piece's bytes, in the same order; it may make them as it goes. Raises OSError.
+
+def write_rank(folder, rank, chunks, shapes, data):
+    """Write rank-RANK.safetensors and, once that is flushed, the JSON with its checksums.
+
+    chunks: of `chunks_of`, F32 before BF16 (safetensors wants aligned data). shapes: {name: shape} of the whole parameters.
+    data: an iterable of each chunk's bytes in the same order, possibly a generator. Raises OSError.
     """
-    name, at, header = f"rank-{rank:05d}", 0, {}
-    for piece in pieces:
-        end = at + piece["length"] * DTYPES[piece["dtype"]].itemsize
-        header[piece["key"]] = {"dtype": piece["dtype"], "shape": [piece["length"]], "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    head = len(text).to_bytes(8, "little") + text
+    name = f"rank-{rank:05d}"
+    head, size = file_header([(c["key"], c["dtype"], [c["length"]], size_of(c)) for c in chunks])
     with atomic_file(Path(folder) / f"{name}.safetensors") as file:
         file.write(head)
-        for piece, content in zip(pieces, data, strict=True):
-            piece["xxh3"] = checksum(content)
+        for chunk, content in zip(chunks, data, strict=True):
+            chunk["xxh3"] = checksum(content)
             file.write(content)
-    record = {"file": f"{name}.safetensors", "bytes": len(head) + at, "header_xxh3": checksum(head)}
-    write_json(Path(folder) / f"{name}.json", {**record, "shapes": shapes, "pieces": pieces})
+    record = {"file": f"{name}.safetensors", "bytes": len(head) + size, "header_xxh3": checksum(head)}
+    write_json(Path(folder) / f"{name}.json", {**record, "shapes": shapes, "pieces": chunks})
 
 
 def publish(part, final, step, world, trainer):
-    """Make the folder `part`, in which every rank's two files lie, the checkpoint `final`, replacing what has that name.
+    """Rename the folder `part`, which holds every rank's two files, to the checkpoint `final`, replacing one of that name.
 
-    trainer: what trainer.json is to hold beside format version and step. From the rename on the checkpoint exists.
+    trainer: the content of trainer.json besides format version, step and world size.
     """
     part, final = Path(part), Path(final)
     write_json(part / "trainer.json", {"version": VERSION, "step": step, "world_size": world, **trainer})
@@ -123,14 +122,15 @@ def tidy_up_after_a_kill(checkpoints):
 
 
 class CheckpointReader:
-    """Opens a complete checkpoint: markers, JSON files, sizes and headers are checked at once, data when it is read.
+    """Opens a complete checkpoint: markers, JSON files, sizes and headers are checked at once, data as it is read.
 
-    trainer: the dict of trainer.json. shapes: {parameter name: shape}. dtypes: {(kind, name): torch dtype}, which also says
-    what is there. Raises InputError naming the file that is missing, cut or damaged.
+    trainer: the dict of trainer.json. shapes: {parameter name: shape}. dtypes: {(kind, name): torch dtype} of every tensor
+    stored. chunks: {(kind, name): [chunk, …]} in order of "start", each with the "path" of its file. Raises InputError naming
+    the file that is missing, cut or damaged.
     """
 
     def __init__(self, folder):
-        self.folder, self.shapes, self.dtypes, self._pieces, self._files = Path(folder), {}, {}, {}, {}
+        self.folder, self.shapes, self.dtypes, self.chunks, self._files = Path(folder), {}, {}, {}, {}
         if not (self.folder / "COMPLETE").exists():
             raise InputError(f"{self.folder}: no COMPLETE in it: half-written, or no checkpoint")
         raw = self._bytes("index.json")
@@ -142,13 +142,13 @@ class CheckpointReader:
         for name, stated in index["files"].items():
             content = self._bytes(name)
             if checksum(content) != stated:
-                raise InputError(f"{self.folder / name}: damaged: its checksum is not the one in index.json")
+                raise InputError(f"{self.folder / name}: damaged: its checksum does not match index.json")
             if name == "trainer.json":
                 self.trainer = json.loads(content)
             else:
                 self._open(json.loads(content))
-        for pieces in self._pieces.values():
-            pieces.sort(key=lambda p: p["start"])
+        for chunks in self.chunks.values():
+            chunks.sort(key=lambda chunk: chunk["start"])
 
     def _open(self, rank):
         path = self.folder / rank["file"]
@@ -160,11 +160,11 @@ class CheckpointReader:
                 raise InputError(f"{path}: damaged: the checksum of its header differs")
         self._files[path] = safe_open(path, "pt")
         self.shapes.update(rank["shapes"])
-        for piece in rank["pieces"]:
-            kind = {"fp32": "weight"}.get(piece["kind"], piece["kind"])  # version 1 called it so, and knew only F32
-            dtype = DTYPES[piece.get("dtype", "F32")]
-            self._pieces.setdefault((kind, piece["name"]), []).append({**piece, "path": path})
-            self.dtypes[kind, piece["name"]] = dtype
+        for chunk in rank["pieces"]:
+            kind = {"fp32": "weight"}.get(chunk["kind"], chunk["kind"])  # version 1 called it so, and knew only F32
+            dtype = DTYPES[chunk.get("dtype", "F32")]
+            self.chunks.setdefault((kind, chunk["name"]), []).append({**chunk, "path": path})
+            self.dtypes[kind, chunk["name"]] = dtype
 
     def _bytes(self, name):
         try:
@@ -174,18 +174,18 @@ class CheckpointReader:
 
     def fill(self, kind, name, start, out):
         """Copy the elements [start, start + len(out)) of `kind`/`name` into the 1-D tensor `out`, checking what is read."""
-        pieces, at, stop = self._pieces.get((kind, name), []), start, start + out.numel()
-        i = max(0, bisect.bisect_right(pieces, start, key=lambda p: p["start"]) - 1)
+        chunks, at, stop = self.chunks.get((kind, name), []), start, start + out.numel()
+        i = max(0, bisect.bisect_right(chunks, start, key=lambda chunk: chunk["start"]) - 1)
         while at < stop:
-            if i >= len(pieces) or not pieces[i]["start"] <= at < pieces[i]["start"] + pieces[i]["length"]:
+            if i >= len(chunks) or not chunks[i]["start"] <= at < chunks[i]["start"] + chunks[i]["length"]:
                 raise InputError(f"{self.folder}: no file holds {kind}/{name}[{at}:{stop}]")
-            piece = pieces[i]
-            end = min(stop, piece["start"] + piece["length"])
-            stored = self._files[piece["path"]].get_tensor(piece["key"])
-            if checksum(tensor_bytes(stored)) != piece["xxh3"]:
-                raise InputError(f"{piece['path']}: damaged: the checksum of {piece['key']} differs")
+            chunk = chunks[i]
+            end = min(stop, chunk["start"] + chunk["length"])
+            stored = self._files[chunk["path"]].get_tensor(chunk["key"])
+            if checksum(tensor_bytes(stored)) != chunk["xxh3"]:
+                raise InputError(f"{chunk['path']}: damaged: the checksum of {chunk['key']} differs")
             with torch.no_grad():  # grad mode is per thread
-                out[at - start : end - start].copy_(stored[at - piece["start"] : end - piece["start"]])
+                out[at - start : end - start].copy_(stored[at - chunk["start"] : end - chunk["start"]])
             at, i = end, i + 1
 
     def tensor(self, kind, name):

@@ -4,30 +4,29 @@
         mp_rank_00_model_states.pt, zero_pp_rank_0_mp_rank_00_model_states.pt, …    names, shapes, the step
         zero_pp_rank_0_mp_rank_00_optim_states.pt, …     a rank's partition of each parameter group; bf16_zero_pp_… in bf16
 
-DeepSpeed's `ds_to_universal` gives moments by name, too, but below ZeRO-3 it asks for metadata that neither accelerate nor
-the Trainer writes, and it copies everything into pickles of its own first. So its reading is done here, from mapped files
+DeepSpeed's `ds_to_universal` also gives moments by name, but below ZeRO-3 it needs metadata that neither accelerate nor the
+Trainer writes, and it first copies everything into pickles of its own. Here its way of reading works on mapped files
 (deepspeed/checkpoint/ds_to_universal.py, `extract_zero_shards`, `extract_zero_shards_stage3`).
 """
 
 import math
 import re
 
-from dilqur.checkpoint.import_state import TrainingState
+from dilqur.checkpoint.import_state import TrainingState, adam_steps, expected, hyperparameters, load_pickle
 from dilqur.checkpoint.local_shards import MOMENTS
-from dilqur.checkpoint.pickled_state import adam_steps, expected, hyperparameters, load_pickle
 from dilqur.common.errors import InputError
 
 RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt$")
 
 
 def is_deepspeed(folder):
-    """Is it one, or does it hold one?"""
+    """Is the folder one, or does it hold one?"""
     return any(next(folder.glob(f"{place}*_states.pt"), None) for place in ("", "*/"))
 
 
 def read_deepspeed(folder, model):
-    """TrainingState of `folder`, a pathlib.Path. What was frozen is there as the ranks held it: under bf16, rounded."""
-    folder = _where_the_files_lie(folder)
+    """TrainingState of `folder`, a pathlib.Path. Frozen weights are as the ranks held them: under bf16, rounded."""
+    folder = _folder_of_ranks(folder)
     files = {int(found[1]): file for file in folder.iterdir() if (found := RANK.search(file.name))}
     models = sorted(folder.glob("*_model_states.pt"), key=lambda file: [int(n) for n in re.findall(r"\d+", file.name)])
     if parallel := [f.name for f in folder.iterdir() if re.search(r"mp_rank_(?!00)\d\d|expert|expp_", f.name)]:
@@ -35,9 +34,7 @@ def read_deepspeed(folder, model):
             f"{folder}: {min(parallel)} is of tensor, pipeline or expert parallelism, which is not read here"
         )
     if not files:
-        raise InputError(
-            f"{folder}: no zero_pp_rank_*_optim_states.pt in it: not whole, or written without ZeRO (stage 0)"
-        )
+        raise InputError(f"{folder}: no zero_pp_rank_*_optim_states.pt in it: not whole, or written without ZeRO")
     if not models:
         raise InputError(f"{folder}: no *_model_states.pt in it: not whole")
     ranks = [load_pickle(files[rank], "DeepSpeed") for rank in sorted(files)]
@@ -89,25 +86,20 @@ def read_deepspeed(folder, model):
     )
 
 
-def _where_the_files_lie(folder):
-    """The folder itself, or the subfolder that `latest` names."""
+def _folder_of_ranks(folder):
+    """The folder itself, or the one in it that `latest` names, or the only one."""
     if next(folder.glob("*_states.pt"), None):
         return folder
-    if (folder / "latest").exists():
-        named = folder / (folder / "latest").read_text().strip()
-        if not named.is_dir():
-            raise InputError(f"{named}: not there, but {folder}/latest names it")
-        return named
-    inside = sorted({file.parent for file in folder.glob("*/*_states.pt")})
-    if len(inside) > 1:
-        raise InputError(
-            f"{folder}: holds {len(inside)} checkpoints and no file `latest`: name one, such as {inside[-1]}"
-        )
-    return inside[0]
+    inside, latest = sorted({file.parent for file in folder.glob("*/*_states.pt")}), folder / "latest"
+    if latest.exists() and (named := folder / latest.read_text().strip()) not in inside:
+        raise InputError(f"{named}: not there or empty, but {latest} names it")
+    if not latest.exists() and len(inside) > 1:
+        raise InputError(f"{folder}: holds {len(inside)} checkpoints and no file `latest`: name one: {inside[-1]}")
+    return named if latest.exists() else inside[0]
 
 
 def _flat(rank, stage):
-    """[{"weight", "exp_avg", "exp_avg_sq", "step"}] of one rank, flat: for each group, or under ZeRO-3 each sub-group."""
+    """[{"weight", "exp_avg", "exp_avg_sq", "step"}] of one rank, flat, per group, or under ZeRO-3 per sub-group."""
     weights = rank["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"]
     optimizer = rank["optimizer_state_dict" if stage == 3 else "base_optimizer_state"]
     states = optimizer["state"] if isinstance(optimizer, dict) else optimizer  # a list in an elastic checkpoint
@@ -115,7 +107,7 @@ def _flat(rank, stage):
 
 
 def _fragments_zero12(ranks):
-    """{name: [(rank, group, start in the rank's partition, length), …]}: a parameter lies on the ranks in their order."""
+    """{name: [(rank, group, start in the rank's partition, length), …]}, in the order of the ranks."""
     fragments = {}
     for rank, state in enumerate(ranks):
         for group, mapping in enumerate(state["param_slice_mappings"]):
@@ -125,7 +117,7 @@ def _fragments_zero12(ranks):
 
 
 def _fragments_zero3(ranks, groups):
-    """The same: each parameter is cut into as many equal parts as there are ranks, the last of them padded."""
+    """The same: each parameter is split into one equal part per rank, the last one padded."""
     if ranks[0].get("ds_zero_partition_groups"):
         raise InputError("this DeepSpeed checkpoint is of expert parallelism, which is not read here")
     fragments = {}

@@ -3,14 +3,13 @@
     pytorch_model_fsdp_0/, optimizer_0/            .metadata (a pickle) and __RANK_0.distcp: SHARDED_STATE_DICT
     pytorch_model_fsdp.bin, optimizer.bin          FULL_STATE_DICT
 
-Both have optimizer states by parameter name (accelerate/utils/fsdp_utils.py). Read in one process, a tensor at a time.
+Both have optimizer states by parameter name (accelerate/utils/fsdp_utils.py). Read in one process, tensor by tensor.
 """
 
 import warnings
 
-from dilqur.checkpoint.import_state import TrainingState
+from dilqur.checkpoint.import_state import TrainingState, adam_steps, expected, hyperparameters, load_pickle
 from dilqur.checkpoint.local_shards import MOMENTS
-from dilqur.checkpoint.pickled_state import adam_steps, expected, hyperparameters, load_pickle
 from dilqur.common.errors import InputError
 
 WRITER = "accelerate's FSDP"
@@ -32,9 +31,7 @@ def read_sharded(folder, model):
     trained, steps, groups = None, None, []
     if (folder / "optimizer_0").is_dir():
         optimizer = _DcpFolder(folder / "optimizer_0", "optimizer.")
-        scalars = optimizer.read(
-            [key for key in optimizer.every if key.endswith(".step") or key.startswith("param_groups")]
-        )
+        scalars = optimizer.read(k for k in optimizer.every if k.endswith(".step") or k.startswith("param_groups"))
         states = {}
         for key in optimizer.every:
             if key.startswith("state."):
@@ -121,18 +118,17 @@ class _DcpFolder:
 
 
 def _plain(name):
-    """A parameter's name without what wrappers put into it."""
+    """A parameter's name without the prefixes of wrappers."""
     for wrapper in WRAPPERS:
         name = name.replace(wrapper, "")
     return name.removeprefix("module.")
 
 
 def _groups(scalars):
-    """The optimizer's groups: keys are param_groups.NUMBER.SETTING."""
+    """The optimizer's groups; keys are param_groups.NUMBER.SETTING."""
     groups = {}
     for key, value in scalars.items():
-        first, _, rest = key.partition(".")
-        number, _, setting = rest.partition(".")
-        if first == "param_groups" and setting:
+        if key.startswith("param_groups.") and key.count(".") > 1:
+            _, number, setting = key.split(".", 2)
             groups.setdefault(number, {})[setting] = value
     return list(groups.values())

@@ -3,16 +3,16 @@
     model.safetensors, or shards of it        weights
     optimizer.bin (accelerate), optimizer.pt (Trainer)      the optimizer's state_dict: a pickle
 
-Its states have numbers, not names: 0, 1, 2, … through the optimizer's groups. Newer torch optimizers that were given names keep
-them (`param_names`). Else a group lists its parameters in the model's order, as everybody's list comprehension over
-`model.named_parameters()` does, and there must be exactly one such way to deal out the model's shapes over the groups.
+The optimizer's states have numbers, not names: 0, 1, 2, … over its groups. Newer torch optimizers made with names keep them
+(`param_names`). Otherwise a group lists its parameters in the model's order, as any list comprehension over
+`model.named_parameters()` does, and exactly one assignment of the model's parameters to the groups must fit their shapes.
 """
 
-from dilqur.checkpoint.import_state import TrainingState
+from itertools import chain
+
+from dilqur.checkpoint.import_state import TrainingState, adam_steps, expected, hyperparameters, load_pickle
 from dilqur.checkpoint.local_shards import MOMENTS
-from dilqur.checkpoint.pickled_state import adam_steps, expected, hyperparameters, load_pickle
 from dilqur.common.errors import InputError
-from dilqur.models.safetensors_io import read_tensor, stored_tensors
 
 
 def optimizer_file(folder):
@@ -21,31 +21,26 @@ def optimizer_file(folder):
 
 
 def read_plain(folder, model):
-    """TrainingState of a folder with both. Raises InputError where the numbers cannot be told to mean one name each."""
-    file = optimizer_file(folder)
+    """TrainingState of a folder with both. Raises InputError where a number could mean no name, or several."""
+    from dilqur.checkpoint.hf_folder import read_weights
+
+    file, writer = optimizer_file(folder), "accelerate or the Trainer"
     if not next(folder.glob("*.safetensors"), None):
         raise InputError(f"{folder}: no .safetensors beside {file.name}: the weights are missing, or saved as a pickle")
-    weights = stored_weights(folder, model)
-    optimizer = load_pickle(file, "accelerate or the Trainer", tensors_only=True)
-    with expected(file, "accelerate or the Trainer"):
+    weights = read_weights(folder, model)
+    optimizer = load_pickle(file, writer, tensors_only=True)
+    with expected(file, writer):
         states, groups = optimizer["state"], optimizer["param_groups"]
         numbers = [group["params"] for group in groups]
-        if without := [number for inside in numbers for number in inside if number not in states]:
+        if without := [number for number in chain(*numbers) if number not in states]:
             raise InputError(f"{file}: no state for its parameter {without[0]}: the optimizer has not stepped it")
         steps = adam_steps(file, states.values(), groups)
-        shapes = [[tuple(states[number]["exp_avg"].shape) for number in inside] for inside in numbers]
-        given = [group.get("param_names") for group in groups]
-        names = (
-            [[model.first_name(n) for n in g] for g in given]
-            if all(given)
-            else match_shapes(shapes, model.shapes, file)
-        )
-        named = {
-            name: states[n]
-            for inside, ns in zip(names, numbers, strict=True)
-            for name, n in zip(inside, ns, strict=True)
-        }
-        moments = {(kind, name): state[kind] for name, state in named.items() for kind in MOMENTS}
+        names = [group.get("param_names") for group in groups]
+        if not all(names):
+            shapes = [[tuple(states[number]["exp_avg"].shape) for number in inside] for inside in numbers]
+            names = match_shapes(shapes, model.shapes, file)
+        named = dict(zip(map(model.first_name, chain(*names)), chain(*numbers), strict=True))
+        moments = {(kind, name): states[number][kind] for name, number in named.items() for kind in MOMENTS}
     stored = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in moments.items()}
     return TrainingState(
         format=f"weights and {file.name}, of one process or DDP",
@@ -58,27 +53,12 @@ def read_plain(folder, model):
     )
 
 
-def stored_weights(folder, model):
-    """TrainingState of a model folder's safetensors files: weights alone; of tied ones, only those under the first name."""
-    import torch
-
-    from dilqur.models.safetensors_io import torch_dtype
-
-    tensors = stored_tensors(folder)
-    buffers = set(model.every) - set(model.shapes) - set(model.tied)
-    stored = {}
-    for name, where in tensors.items():
-        if name not in buffers and name not in model.tied:
-            stored["weight", name] = where.shape, torch_dtype(where.dtype) or torch.uint8
-    return TrainingState("a Hugging Face folder", stored, lambda _, name: read_tensor(tensors[name], name))
-
-
 def match_shapes(groups, model, source):
-    """[[name, …]] for `groups`, [[shape, …]]: the parameters of `model`, {name: shape} in order, spread out so that each group
-    keeps that order; those of no group were frozen. Raises InputError where there is no way to do it, or more than one."""
+    """[[name, …]] for `groups`, [[shape, …]]: the parameters of `model`, {name: shape} in order, assigned to the groups in that
+    order; those of no group were frozen. Raises InputError where no assignment fits, or several do."""
     lengths = tuple(map(len, groups))
     frozen = len(model) - sum(lengths)
-    # after each parameter of the model: {how many of each group are taken: (ways to come here, capped at 2; the choices of one)}
+    # after each parameter: {assigned so far, per group: (assignments that lead here, at most 2; the moves of one)}
     ways = {(0,) * len(groups): (1, ())}
     for position, (name, shape) in enumerate(model.items()):
         after = {}

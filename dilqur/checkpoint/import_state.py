@@ -1,27 +1,26 @@
-"""A training state from anywhere, written as a checkpoint of this project: one process, tensor by tensor."""
+"""What every reader of an import returns, a TrainingState, and how checkpoints of other programs are unpickled.
 
-import math
-import secrets
-import shutil
+A pickle is a program: to load one is to run it. `load_pickle` is called only after the user's --trust_pickle.
+"""
+
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from dilqur.checkpoint.local_shards import MOMENTS
 from dilqur.common.errors import InputError
-from dilqur.models.safetensors_io import read_tensor, stored_tensors
 
-FILE_BYTES = 4 << 30  # of one rank's file: small enough to copy
+HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
 
 
 @dataclass
 class TrainingState:
-    """What a folder holds: weights, and where there is an optimizer both AdamW moments.
+    """Weights and, where there is an optimizer, both AdamW moments.
 
-    stored: {(kind, name): (shape, torch dtype)}, kind being weight, exp_avg or exp_avg_sq. read(kind, name): that tensor on the
-    CPU, of that shape and dtype. trained: the names the optimizer holds, None without one. step, optimizer_steps: of the run,
-    and that the moments have seen; None where nothing says so. groups: the optimizer's, [{"lr", "betas", "eps",
-    "weight_decay"}]. trainer: what trainer.json held, where the state once was a checkpoint of ours.
+    stored: {(kind, name): (shape, torch dtype)}; kind is weight, exp_avg or exp_avg_sq. read(kind, name): that tensor, on the
+    CPU. trained: the names in the optimizer; None without one. step, optimizer_steps: of the run, and of the moments; None
+    where unknown. groups: of the optimizer, [{"lr", "betas", "eps", "weight_decay"}]. trainer: the content of trainer.json,
+    where the state once was a checkpoint of ours.
     """
 
     format: str
@@ -34,119 +33,56 @@ class TrainingState:
     trainer: dict | None = None
 
 
-def trained_names(state, model, source, model_source):
-    """The names of `state` to keep, in the model's order. model: a ModelParameters, of `model_source`.
-
-    Raises InputError where a weight or a moment is missing, has another shape, or belongs to no parameter of the model.
-    """
-    known = set(model.shapes) | set(model.every)
-    if strange := sorted({name for _, name in state.stored if name not in known}):
-        raise InputError(
-            f"{source}: holds {strange[0]}, which the model of {model_source} does not have: not a checkpoint of it"
-        )
-    names = model.shapes if state.trained is None else dict.fromkeys(map(model.first_name, state.trained))
-    if state.trained is not None and not names:
-        raise InputError(f"{source}: its optimizer holds no parameter")
-    for name, expected in model.shapes.items():
-        for kind in ("weight", *(MOMENTS if state.trained is not None and name in names else ())):
-            if (kind, name) not in state.stored:
-                raise InputError(f"{source}: holds no {kind} of {name}, which the model of {model_source} has")
-            shape, dtype = state.stored[kind, name]
-            if tuple(shape) != expected:
-                raise InputError(
-                    f"{source}: {kind} of {name} is {_shape(shape)}, the model of {model_source} has {_shape(expected)}"
-                )
-            if not dtype.is_floating_point or dtype.itemsize not in (2, 4):
-                raise InputError(
-                    f"{source}: {kind} of {name} is {dtype}; float32, bfloat16 and float16 can be taken over"
-                )
-    return [name for name in model.shapes if name in names]
-
-
-def refuse_other_base(state, names, model, base, source):
-    """What was frozen is not in a checkpoint of ours, but comes from the model in `base`: raise InputError where `state`, of
-    `source`, says that it was another one. names: the trained ones. model: the ModelParameters of `base`. Compared in the
-    narrower dtype of the two: bf16 training may have rounded what it froze."""
-    import torch
-
-    frozen = [name for name in model.shapes if name not in names]
-    tensors = stored_tensors(base) if frozen else {}
-    for name in frozen:
-        if name in tensors:
-            one, other = state.read("weight", name), read_tensor(tensors[name], name)
-            dtype = min(one.dtype, other.dtype, key=lambda t: t.itemsize)
-            if not torch.equal(one.to(dtype), other.to(dtype)):
-                raise InputError(
-                    f"{source}: {name}, which its run did not train, is not that of {base}: give --model_name_or_path, the "
-                    "model the run began with"
-                )
-
-
-def write_checkpoint(checkpoints, step, state, names, trainer):
-    """Write `names` of `state` as checkpoints/step-N, in files of at most FILE_BYTES; returns the folder.
-
-    float16, which the format does not know, becomes float32, exactly. trainer: a dict for trainer.json. Raises InputError
-    where that step is there already; nothing half-written stays.
-    """
-    from dilqur.checkpoint.format import pieces_of, publish, write_rank
-    from dilqur.checkpoint.steps import step_folder
-
-    checkpoints, final = Path(checkpoints), step_folder(checkpoints, step)
-    if final.exists():
-        raise InputError(f"{final}: is there already: remove it, or choose another --output_dir")
-    kinds = ("weight", *(MOMENTS if state.trained is not None else ()))
-    dtypes = {(kind, name): _kept(state.stored[kind, name][1]) for kind in kinds for name in names}
-    order = sorted(dtypes, key=lambda item: -dtypes[item].itemsize)  # F32 first: what follows stays aligned
-    pieces = [
-        p
-        for kind, name in order
-        for p in pieces_of(kind, name, 0, math.prod(state.stored[kind, name][0]), dtypes[kind, name])
-    ]
-    part = checkpoints / f".tmp-{step}-{secrets.token_hex(4)}"
-    part.mkdir(parents=True)
+@contextlib.contextmanager
+def expected(path, writer):
+    """Turns any error inside into an InputError: `path` is not what `writer` writes, or not all of it."""
     try:
-        files = _files(pieces, dtypes)
-        for rank, inside in enumerate(files):
-            shapes = {p["name"]: list(state.stored["weight", p["name"]][0]) for p in inside}
-            write_rank(part, rank, inside, shapes, _bytes_of(inside, state, dtypes))
-        publish(part, final, step, len(files), trainer)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
+        yield
+    except (InputError, MemoryError):
         raise
-    return final
+    except ImportError as problem:
+        raise InputError(f"{path}: cannot be unpickled without {problem.name}: pip install it") from None
+    except Exception as problem:  # which one depends on the content
+        said = str(problem).splitlines()[0][:200] if str(problem) else ""
+        raise InputError(
+            f"{path}: damaged or cut, or not as {writer} writes it ({type(problem).__name__}: {said})"
+        ) from None
 
 
-def _kept(dtype):
+def load_pickle(path, writer, tensors_only=False):
+    """What `torch.save` wrote, its tensors mapped from the file. tensors_only: torch unpickles tensors and plain values alone."""
     import torch
 
-    return torch.float32 if dtype == torch.float16 else dtype
+    with expected(path, writer):
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=tensors_only)
 
 
-def _files(pieces, dtypes):
-    """Runs of pieces of at most FILE_BYTES."""
-    files, room = [[]], FILE_BYTES
-    for piece in pieces:
-        size = piece["length"] * dtypes[piece["kind"], piece["name"]].itemsize
-        if size > room and files[-1]:
-            files.append([])
-            room = FILE_BYTES
-        files[-1].append(piece)
-        room -= size
-    return files
+def adam_steps(source, states, groups):
+    """How many steps the moments in `states`, the optimizer's state of each parameter, have seen.
+
+    Raises InputError where they differ, or this is no AdamW. `groups` have the count where an older FusedAdam's states do not.
+    """
+    for state in states:
+        if missing := [kind for kind in MOMENTS if kind not in state]:
+            raise InputError(
+                f"{source}: its optimizer has no {missing[0]} ({', '.join(map(str, state)) or 'nothing'}): not AdamW"
+            )
+        if surplus := set(state) - {"step", *MOMENTS}:
+            raise InputError(f"{source}: its optimizer keeps {min(surplus)}, too: not a plain AdamW")
+    steps = {int(state["step"]) for state in states if "step" in state}
+    steps = steps or {int(group["step"]) for group in groups if "step" in group}
+    if len(steps) != 1:
+        raise InputError(
+            f"{source}: its parameters have seen {' and '.join(map(str, sorted(steps))) or 'an unknown number of'} steps; "
+            "a checkpoint here has one number for all"
+        )
+    return steps.pop()
 
 
-def _bytes_of(pieces, state, dtypes):
-    """The bytes of each piece; one tensor is in memory at a time."""
-    from dilqur.models.safetensors_io import tensor_bytes
-
-    held, flat = None, None
-    for piece in pieces:
-        key = piece["kind"], piece["name"]
-        if key != held:
-            flat = None  # before the next one is read
-            held, flat = key, state.read(*key).to(dtypes[key]).contiguous().view(-1)
-        yield tensor_bytes(flat[piece["start"] : piece["start"] + piece["length"]])
+def hyperparameters(groups):
+    """[{"lr", "betas", "eps", "weight_decay"}] of an optimizer's groups, which a recipe should repeat."""
+    return [{key: _plain(group[key]) for key in HYPERPARAMETERS if key in group} for group in groups]
 
 
-def _shape(shape):
-    return " × ".join(map(str, shape)) or "a scalar"
+def _plain(value):
+    return [float(v) for v in value] if isinstance(value, tuple | list) else float(value)  # some are tensors

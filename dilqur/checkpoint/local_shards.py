@@ -1,13 +1,13 @@
-"""Who owns which part of the training state: the one thing a checkpoint has to know of a strategy.
+"""The local shard of the training state: the one thing a checkpoint has to know of a strategy.
 
-    strategy        weights live in             this rank owns
+    strategy        weights are in              this rank's shard
     single          the module                  everything
     ddp             the module, on every rank   an equal run of rows of each tensor
     fsdp2           DTensors, sharded by rows   its local rows; with replicas (HSDP), an equal part of them
-    zero1, zero2    flat fp32 partitions        the fragments of its partition
+    zero1, zero2    flat fp32 partitions        the fragments in its partition
     zero3           partitioned parameters      its slice of each flattened parameter
 
-All ranks together own every element of every trainable parameter once.
+The shards of all ranks hold every element of every trainable parameter exactly once.
 """
 
 import math
@@ -19,9 +19,9 @@ def local_slices(model, optimizer, for_read=False, moments=True):
     """Yield (name, shape, start, {"weight": view, "exp_avg": view, "exp_avg_sq": view}) for every trainable parameter.
 
     The views are 1-D, alias the live training state (the fp32 master weights; bfloat16 where training is pure bf16), and
-    cover the elements [start, start + len) of the flattened parameter that this rank owns. for_read: what this rank has to
-    fill, which under ddp is everything. moments: False: the weights alone. Frozen parameters are not training state: they are where
-    the model came from.
+    cover the elements [start, start + len) of the flattened parameter. for_read: the slices this rank has to fill on loading,
+    under ddp everything. moments: False for the weights alone. Frozen parameters are no training state: the base model has
+    them.
     """
     base, zero = base_optimizer(optimizer), zero_optimizer(optimizer)
     stepped = {id(p) for group in base.param_groups for p in group["params"]}
@@ -30,13 +30,13 @@ def local_slices(model, optimizer, for_read=False, moments=True):
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         assert zero is not None or id(parameter) in stepped, f"{name} is not what the optimizer steps"
         if hasattr(parameter, "ds_id"):
-            start, views = _owned_zero3(parameter, base, zero, for_read, kinds)
+            start, views = _slice_zero3(parameter, base, zero, for_read, kinds)
         elif zero is not None:
-            start, views = _owned_zero12(parameter, base, zero, for_read, kinds)
+            start, views = _slice_zero12(parameter, base, zero, for_read, kinds)
         elif hasattr(parameter, "to_local"):
-            start, views = _owned_fsdp2(parameter, base, for_read, kinds)
+            start, views = _slice_fsdp2(parameter, base, for_read, kinds)
         else:
-            start, views = _owned_whole(parameter, base, for_read, kinds)
+            start, views = _slice_whole(parameter, base, for_read, kinds)
         yield name, shape, start, views
 
 
@@ -77,7 +77,7 @@ def set_optimizer_step(optimizer, step):
             state["step"] = torch.full_like(state["step"], step) if torch.is_tensor(state["step"]) else step
 
 
-def _owned_whole(parameter, base, for_read, kinds):
+def _slice_whole(parameter, base, for_read, kinds):
     import torch.distributed as dist
 
     rank, world = (_rank(), dist.get_world_size()) if dist.is_initialized() and not for_read else (0, 1)
@@ -88,7 +88,7 @@ def _owned_whole(parameter, base, for_read, kinds):
     return start, {k: v.view(-1)[start:stop] for k, v in state.items()}
 
 
-def _owned_fsdp2(parameter, base, for_read, kinds):
+def _slice_fsdp2(parameter, base, for_read, kinds):
     start = first_element(parameter)
     views = {
         k: v.to_local().reshape(-1) for k, v in _state(base, parameter, parameter.detach(), for_read, kinds).items()
@@ -113,7 +113,7 @@ def first_element(parameter):
     return offset[0] * math.prod(parameter.shape[1:]) if offset else 0
 
 
-def _owned_zero12(parameter, base, zero, for_read, kinds):
+def _slice_zero12(parameter, base, zero, for_read, kinds):
     mapping = getattr(parameter, "_hp_mapping", None)
     if mapping is None:  # wholly in another rank's partition
         return 0, {}
@@ -123,7 +123,7 @@ def _owned_zero12(parameter, base, zero, for_read, kinds):
     return mapping.lp_fragment_address.start, views
 
 
-def _owned_zero3(parameter, base, zero, for_read, kinds):
+def _slice_zero3(parameter, base, zero, for_read, kinds):
     start = min(parameter.partition_numel() * _rank(), parameter.ds_numel)
     count = min(parameter.partition_numel(), parameter.ds_numel - start)
     fp32, group = zero._get_fp32_opt_state_partition(parameter, release_swap_buffers=False)

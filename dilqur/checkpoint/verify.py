@@ -1,82 +1,96 @@
-"""Reads every byte of a checkpoint: all checksums, and every element of every parameter in exactly one piece."""
+"""Is a checkpoint sound? `verify_checkpoint` reads every byte: all checksums, and each element in exactly one chunk.
 
-import json
+The two `refuse_…` find checkpoints with whole files but wrong content. An earlier version saved gathered copies right after
+an evaluation under FSDP2, not the weights that the optimizer steps: the embeddings or the head, and the last norm, have zero
+moments, and in a bf16 run weights rounded to bfloat16.
+"""
+
 import math
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from dilqur.checkpoint.damage import refuse_lost_moments, refuse_rounded_weights
 from dilqur.checkpoint.format import KINDS, CheckpointReader
 from dilqur.checkpoint.local_shards import MOMENTS
 from dilqur.checkpoint.steps import step_of
 from dilqur.common.errors import InputError
 
-READERS = 4  # threads, each with one piece in memory
+READERS = 4  # threads, each with one chunk in memory
+SAVED_WRONG = (
+    "an earlier version saved it wrong, after an evaluation under FSDP2 (--resume_without_optimizer true takes its weights as "
+    "they are, and begins new moments)"
+)
 
 
 def verify_checkpoint(folder):
     """What the checkpoint is, as a dict. Raises InputError with the name of the file that is missing, cut or damaged."""
-    reader = CheckpointReader(folder)
-    files = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(reader.folder.glob("rank-*.json"))]
-    held = {}
-    for file in files:
-        for piece in file["pieces"]:
-            kind = {"fp32": "weight"}.get(piece["kind"], piece["kind"])  # as version 1 called it
-            held.setdefault((kind, piece["name"]), []).append((piece["start"], piece["length"], file["file"]))
-    kinds = [kind for kind in KINDS if any(kind == k for k, _ in held)]
+    reader, moved = CheckpointReader(folder), set()
+    kinds = [kind for kind in KINDS if any(kind == stored for stored, _ in reader.dtypes)]
     for name, shape in reader.shapes.items():
         for kind in kinds:
-            _refuse_gaps(reader.folder, kind, name, sorted(held.get((kind, name), [])), math.prod(shape))
+            _refuse_gaps(reader, kind, name, math.prod(shape))
     if step_of(reader.folder) not in (None, reader.trainer["step"]):
         raise InputError(f"{reader.folder}: its trainer.json is of step {reader.trainer['step']}")
 
-    moved = set()
-
     def read(job):
-        kind, name, start, length = job
-        piece = torch.empty(length, dtype=reader.dtypes[kind, name])
-        reader.fill(kind, name, start, piece)
-        if kind in MOMENTS and piece.any():
+        (kind, name), chunk = job
+        elements = torch.empty(chunk["length"], dtype=reader.dtypes[kind, name])
+        reader.fill(kind, name, chunk["start"], elements)
+        if kind in MOMENTS and elements.any():
             moved.add(name)
 
-    jobs = [(kind, name, start, length) for (kind, name), pieces in held.items() for start, length, _ in pieces]
     with ThreadPoolExecutor(READERS) as pool:
-        for _ in pool.map(read, jobs):
-            pass
+        list(pool.map(read, ((key, chunk) for key, chunks in reader.chunks.items() for chunk in chunks)))
     refuse_rounded_weights(reader)
     if MOMENTS[0] in kinds:
         refuse_lost_moments(reader, moved)
     return {
         "checkpoint": str(reader.folder),
         "step": reader.trainer["step"],
-        "parameters": sum(math.prod(shape) for shape in reader.shapes.values()),
+        "parameters": sum(map(math.prod, reader.shapes.values())),
         "tensors": len(reader.shapes),
         "optimizer": kinds == list(KINDS),
         "dtypes": sorted({str(dtype).removeprefix("torch.") for dtype in reader.dtypes.values()}),
         "bytes": sum(path.stat().st_size for path in reader.folder.iterdir()),
-        "ranks": len(files),
+        "ranks": reader.trainer["world_size"],
     }
 
 
 def describe(result):
-    """What `verify_checkpoint` found, in one line."""
-    ranks = f"{result['ranks']} rank{'s' * (result['ranks'] > 1)}"
+    """What `verify_checkpoint` returned, in one line."""
     return (
         f"{result['checkpoint']}: whole: step {result['step']}, {result['parameters']:,} parameters in {result['tensors']} "
         f"tensors, {'both moments' if result['optimizer'] else 'no optimizer'}, {' and '.join(result['dtypes'])}, "
-        f"{result['bytes'] / 1e9:,.3f} GB from {ranks}"
+        f"{result['bytes'] / 1e9:,.3f} GB from {result['ranks']} rank{'s' * (result['ranks'] > 1)}"
     )
 
 
-def _refuse_gaps(folder, kind, name, pieces, size):
-    """pieces: [(start, length, file), …] in order."""
+def refuse_rounded_weights(reader):
+    """InputError where a run with fp32 weights saved one in bfloat16. reader: a CheckpointReader."""
+    fp32 = reader.trainer.get("recipe", {}).get("dtype") == "float32"
+    if rounded := [name for name in reader.shapes if fp32 and reader.dtypes["weight", name] == torch.bfloat16]:
+        raise InputError(f"{reader.folder}: damaged: {rounded[0]} is rounded to bfloat16: {SAVED_WRONG}")
+
+
+def refuse_lost_moments(reader, moved):
+    """InputError where FSDP2 saved only zeros as moments of a trained parameter after a step. moved: names of the parameters
+    with a nonzero moment."""
+    steps = reader.trainer.get("optimizer_steps", reader.trainer["step"])
+    lost = sorted(set(reader.shapes) - set(moved))
+    fsdp2 = reader.trainer.get("strategy", "fsdp2") == "fsdp2"
+    if steps and lost and fsdp2 and "imported" not in reader.trainer:
+        raise InputError(
+            f"{reader.folder}: damaged: the moments of {lost[0]} are zero after {steps} steps: {SAVED_WRONG}"
+        )
+
+
+def _refuse_gaps(reader, kind, name, elements):
+    """InputError unless the chunks of a tensor hold each of its elements once."""
     at = 0
-    for start, length, file in pieces:
-        if start < at:
-            raise InputError(f"{folder / file}: holds {kind}/{name} from element {start}, as another piece does")
-        if start > at:
-            raise InputError(f"{folder}: no file holds {kind}/{name}[{at}:{start}]")
-        at = start + length
-    if at != size:
-        raise InputError(f"{folder}: no file holds {kind}/{name}[{at}:{size}]")
+    for chunk in [*reader.chunks.get((kind, name), ()), {"start": elements, "length": 0}]:
+        if chunk["start"] > at:
+            raise InputError(f"{reader.folder}: no file holds {kind}/{name}[{at}:{chunk['start']}]")
+        if chunk["start"] < at:
+            where = chunk.get("path", reader.folder)
+            raise InputError(f"{where}: holds {kind}/{name} from element {chunk['start']}, as another chunk does")
+        at = chunk["start"] + chunk["length"]

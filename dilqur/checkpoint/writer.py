@@ -1,9 +1,9 @@
 """Saving and loading the state of a run while it trains; the format is dilqur/checkpoint/format.py's.
 
-Nobody gathers: every rank writes what it owns (dilqur/checkpoint/local_shards.py), from a copy in a kept buffer. The copy is all that
-training waits for; a thread writes the files, and on rank 0 publishes the checkpoint when everybody's are there. No thread
-takes part in a collective, which could cross one of training: whether all ranks wrote is asked in the main thread, in `wait`.
-Only trained weights are inside; frozen ones come from the model the run began with, to the bit.
+Sharded save: each rank writes its own shard (dilqur/checkpoint/local_shards.py) from a reused pinned staging buffer. Training
+waits only for the copy into that buffer; a thread writes the files, and rank 0's publishes the checkpoint once all ranks'
+files are there. No thread takes part in a collective, which could interleave with one of training: the main thread asks in
+`wait` whether all ranks wrote. Only trained weights are saved; frozen ones come from the base model, to the bit.
 """
 
 import json
@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dilqur.checkpoint.damage import refuse_lost_moments, refuse_rounded_weights
-from dilqur.checkpoint.format import DTYPES, pieces_of, publish, remove_checkpoint, tidy_up_after_a_kill, write_rank
+from dilqur.checkpoint.format import chunks_of, publish, remove_checkpoint, size_of, tidy_up_after_a_kill, write_rank
 from dilqur.checkpoint.local_shards import local_slices, refresh, set_optimizer_step
 from dilqur.checkpoint.steps import complete_checkpoints, step_folder, step_of
+from dilqur.checkpoint.verify import refuse_lost_moments, refuse_rounded_weights
 from dilqur.common.errors import EveryRankError, InputError
 from dilqur.models.safetensors_io import tensor_bytes
 
@@ -32,7 +32,7 @@ class SaveFailed(EveryRankError):
 
 
 class CheckpointWriter:
-    """`save` copies what this rank owns, the only stall, and returns. The file is the state of the moment of the call."""
+    """`save` copies this rank's shard, the only stall, and returns. The checkpoint is the state at the time of the call."""
 
     def __init__(self, folder, accelerator, keep=None, keep_every=None, mirror=None):
         """folder: `checkpoints`. keep: how many complete ones stay (None: all); those at multiples of `keep_every` steps stay
@@ -57,25 +57,25 @@ class CheckpointWriter:
         """Start saving the state after `step` steps. trainer: dict for trainer.json, the same on every rank. A collective;
         raises SaveFailed if the save before this one did."""
         self.wait()  # the buffer is in use until the last one is written
-        owned, shapes = [], {}
+        shard, shapes = [], {}
         for name, shape, start, state in local_slices(model, optimizer):
             shapes[name] = list(shape)
-            owned += [(kind, name, start, view) for kind, view in state.items() if view.numel()]
-        owned.sort(key=lambda item: -item[3].element_size())  # float32 first: what follows stays aligned
-        size = sum(view.nbytes for *_, view in owned)
+            shard += [(kind, name, start, view) for kind, view in state.items() if view.numel()]
+        shard.sort(key=lambda item: -item[3].element_size())  # float32 first: what follows stays aligned
+        size = sum(view.nbytes for *_, view in shard)
         if self._buffer.numel() != size:
-            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=any(v.is_cuda for *_, v in owned))
-        pieces, at = [], 0
-        for kind, name, start, view in owned:
+            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=any(v.is_cuda for *_, v in shard))
+        chunks, at = [], 0
+        for kind, name, start, view in shard:
             self._buffer[at : at + view.nbytes].view(view.dtype).copy_(view, non_blocking=True)
-            pieces += pieces_of(kind, name, start, view.numel(), view.dtype)
+            chunks += chunks_of(kind, name, start, view.numel(), view.dtype)
             at += view.nbytes
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._step = step
         self._own_part.clear()
         self._abandoned.clear()
-        arguments = (step, pieces, shapes, trainer)
+        arguments = (step, chunks, shapes, trainer)
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -123,11 +123,11 @@ class CheckpointWriter:
         dist.all_gather_object(errors, mine[0])
         return errors
 
-    def _write(self, step, pieces, shapes, trainer):
+    def _write(self, step, chunks, shapes, trainer):
         part, began = self._part(step), time.monotonic()
         try:
             part.mkdir(exist_ok=True)
-            write_rank(part, self.rank, pieces, shapes, self._bytes_of(pieces))
+            write_rank(part, self.rank, chunks, shapes, self._bytes_of(chunks))
             self._own_part.set()
             if self.rank == 0 and self._everyone_wrote(part):
                 publish(part, step_folder(self.folder, step), step, self.world, trainer)
@@ -140,12 +140,11 @@ class CheckpointWriter:
         finally:
             self._own_part.set()
 
-    def _bytes_of(self, pieces):
+    def _bytes_of(self, chunks):
         at = 0
-        for piece in pieces:
-            end = at + piece["length"] * DTYPES[piece["dtype"]].itemsize
-            yield tensor_bytes(self._buffer[at:end])
-            at = end
+        for chunk in chunks:
+            yield tensor_bytes(self._buffer[at : at + size_of(chunk)])
+            at += size_of(chunk)
 
     def _everyone_wrote(self, part):
         """Are all ranks' files there? False when `wait` has heard that one of them never will be."""

@@ -11,7 +11,7 @@ A run of 30 steps under each of them is stopped by nothing. The saving cells: a 
 best of its checkpoints as model/; every weight and moment of all checkpoints, and of model/, has to be the first one's, to the bit. The
 resume cells: the checkpoint of step 10 is loaded under each, and the 20 losses that follow are compared with those of the loading one's own
 uninterrupted run. Controls show what the comparison would see: moments that
-were not loaded, a step that was not, two pieces of a file that changed places.
+were not loaded, a step that was not, two parameters that changed places.
 """
 
 import argparse
@@ -113,7 +113,7 @@ class Matrix:
         return self._rewritten(checkpoint, "swapped", {}, lambda _: dict(zip(names, names[::-1], strict=True)))
 
     def _rewritten(self, checkpoint, name, trainer, renamed):
-        from dilqur.checkpoint.format import KINDS, CheckpointReader, pieces_of, publish, write_rank
+        from dilqur.checkpoint.format import KINDS, CheckpointReader, chunks_of, publish, write_rank
         from dilqur.models.safetensors_io import tensor_bytes
 
         reader = CheckpointReader(checkpoint)
@@ -121,9 +121,9 @@ class Matrix:
         part, final = self.folder / f".tmp-{name}", self.folder / f"{name}-{checkpoint.parent.parent.parent.name}"
         part.mkdir()
         tensors = {(k, n): reader.tensor(k, takes.get(n, n)).view(-1) for n in reader.shapes for k in KINDS}
-        pieces = [p for (k, n), t in tensors.items() for p in pieces_of(k, n, 0, t.numel(), t.dtype)]
-        data = (tensor_bytes(tensors[p["kind"], p["name"]][p["start"] : p["start"] + p["length"]]) for p in pieces)
-        write_rank(part, 0, pieces, reader.shapes, data)
+        chunks = [p for (k, n), t in tensors.items() for p in chunks_of(k, n, 0, t.numel(), t.dtype)]
+        data = (tensor_bytes(tensors[p["kind"], p["name"]][p["start"] : p["start"] + p["length"]]) for p in chunks)
+        write_rank(part, 0, chunks, reader.shapes, data)
         own = {k: v for k, v in reader.trainer.items() if k not in ("version", "step", "world_size")}
         publish(part, final, reader.trainer["step"], 1, {**own, **trainer})
         return final

@@ -9,17 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from dilqur.checkpoint.format import CheckpointReader
+from dilqur.checkpoint.format import CheckpointReader, chunks_of, publish, write_rank
 from dilqur.checkpoint.steps import complete_checkpoints
 from dilqur.checkpoint.verify import verify_checkpoint
 from dilqur.checkpoint.writer import CheckpointWriter, SaveFailed, load_checkpoint
 from dilqur.common.errors import InputError
+from dilqur.models.safetensors_io import tensor_bytes
 from dilqur.training.distributed import make_accelerator
 
 FILES = {"rank-00000.safetensors", "rank-00000.json", "trainer.json", "index.json", "COMPLETE"}
 KINDS = {
     "weights": "rank-00000.safetensors",
-    "pieces": "rank-00000.json",
+    "chunks": "rank-00000.json",
     "trainer": "trainer.json",
     "index": "index.json",
 }
@@ -79,12 +80,12 @@ def saved(tmp_path, accelerator, training):
 # -- write and read ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("piece", [None, 400])  # 400 bytes: smaller than the matrices, which then lie in many pieces
+@pytest.mark.parametrize("chunk", [None, 400])  # 400 bytes: smaller than the matrices, which then lie in many chunks
 def test_what_is_written_is_read_to_the_bit_and_training_goes_on_as_if_nothing_had_been(
-    tmp_path, monkeypatch, accelerator, training, piece
+    tmp_path, monkeypatch, accelerator, training, chunk
 ):
-    if piece:
-        monkeypatch.setattr("dilqur.checkpoint.format.PIECE_BYTES", piece)
+    if chunk:
+        monkeypatch.setattr("dilqur.checkpoint.format.CHUNK_BYTES", chunk)
     model, optimizer, step = training(seed=0)
     for number in range(3):
         step(number)
@@ -224,6 +225,21 @@ def test_a_flipped_bit_anywhere_is_refused_by_name(saved, training, name):
         file.write_bytes(broken)
         with pytest.raises(InputError, match=name):
             read_all(saved[0], training)
+        with pytest.raises(InputError, match=name):
+            verify_checkpoint(saved[0])
+
+
+@pytest.mark.parametrize(("length", "said"), [(30, r"no file holds weight/w\[30:32\]"), (33, "as another chunk does")])
+def test_an_element_in_no_chunk_or_in_two_is_found(tmp_path, length, said):
+    """Files that are whole in themselves, of ranks that split a tensor wrongly."""
+    part = tmp_path / ".tmp"
+    part.mkdir()
+    for rank, (start, count) in enumerate([(32, 32), (0, length)]):
+        chunks = chunks_of("weight", "w", start, count, torch.float32)
+        write_rank(part, rank, chunks, {"w": [64]}, [tensor_bytes(torch.zeros(count))])
+    publish(part, tmp_path / "step-0000001", 1, 2, {})
+    with pytest.raises(InputError, match=said):
+        verify_checkpoint(tmp_path / "step-0000001")
 
 
 def test_moments_that_an_earlier_version_lost_after_an_evaluation_are_refused(tmp_path, accelerator, training):
@@ -280,11 +296,11 @@ def test_without_complete_it_is_never_read_and_never_counted(saved, accelerator,
     assert [p.name for p in complete_checkpoints(folder.parent)] == ["step-0000003", "step-0000004"]
 
 
-def test_a_complete_that_vouches_for_another_index_is_refused(saved):
+def test_a_complete_with_the_checksum_of_another_index_is_refused(saved):
     marker = saved[0] / "COMPLETE"
     for content in (b"", marker.read_bytes()[:8], b"0" * 16):
         marker.write_bytes(content)
-        with pytest.raises(InputError, match="not the one COMPLETE vouches for"):
+        with pytest.raises(InputError, match="its checksum does not match COMPLETE"):
             CheckpointReader(saved[0])
 
 
