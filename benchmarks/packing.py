@@ -51,7 +51,7 @@ class BenchmarkSettings:
 BARE = """
 import sys, time, json
 from dilqur.data.documents import read
-from dilqur.data.blocks import expand
+from dilqur.common.paths import expand
 from dilqur.tokenizer.text_tokenizer import TextTokenizer
 texts = [d.text for d in read(expand(sys.argv[2:]))]
 encode = TextTokenizer(sys.argv[1]).backend.encode_batch_fast
@@ -75,7 +75,7 @@ NANOGPT = """
 import sys, json
 import numpy as np
 from dilqur.data.documents import read
-from dilqur.data.blocks import expand
+from dilqur.common.paths import expand
 from dilqur.tokenizer.text_tokenizer import TextTokenizer
 from dilqur.tokenizer.engines import _ranks, split_pattern
 import tiktoken

@@ -176,7 +176,7 @@ def first_step(folder, strategy, phase, model, shards):
     flags += ["--global_batch_size", 8, "--per_device_train_batch_size", 2, "--max_steps", 1]
     flags += ["--learning_rate", 1e-3, "--output_dir", evidence / "run"]
     flags += ["--unfrozen_parameters", *PHASES[phase]] if PHASES[phase] else []
-    program = ROOT / "tests" / "distributed" / "phase_evidence.py"
+    program = ROOT / "tests" / "support" / "phase_evidence.py"
     run(strategy, 2, flags, evidence / "log", program=program, EVIDENCE=str(evidence))
     return together([json.loads(file.read_text()) for file in sorted(evidence.glob("rank-*.json"))])
 

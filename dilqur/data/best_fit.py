@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from dilqur.common.atomic import atomic_folder, write_json
-from dilqur.data.mapped_arrays import MappedArrays
+from dilqur.data.mapped_files import MappedFiles, map_npy
 from dilqur.data.npy_stream import save_npy
 
 VERSION = 1
@@ -34,16 +34,21 @@ class BestFitPlan:
         plan = json.loads((self.folder / "plan.json").read_text(encoding="utf-8"))
         self.totals, self.num_samples = plan["totals"], plan["totals"]["samples"]
         self._first_samples = np.cumsum([0, *plan["windows"]])
-        self._arrays = MappedArrays(self.folder, np.int64)
+        self._pieces, self._samples = (
+            MappedFiles(m, len(plan["windows"])) for m in (self._map_pieces, self._map_samples)
+        )
 
     def pieces(self, sample):
         """[(first token in the stream, tokens, whether the document goes on after it), …] of a sample."""
         window = int(np.searchsorted(self._first_samples, sample, side="right")) - 1
-        begin, end = self._arrays[f"samples-{window:05d}.npy"].values[sample - self._first_samples[window] :][:2]
-        return [
-            (start, coded >> 1, coded & 1)
-            for start, coded in self._arrays[f"pieces-{window:05d}.npy"].values[begin:end].tolist()
-        ]
+        begin, end = self._samples[window].values[sample - self._first_samples[window] :][:2]
+        return [(start, coded >> 1, coded & 1) for start, coded in self._pieces[window].values[begin:end].tolist()]
+
+    def _map_pieces(self, window):
+        return map_npy(self.folder / f"pieces-{window:05d}.npy", np.int64)
+
+    def _map_samples(self, window):
+        return map_npy(self.folder / f"samples-{window:05d}.npy", np.int64)
 
 
 def write_plan(shards, max_length, within):
@@ -154,7 +159,7 @@ def best_fit_decreasing(counts, room):
 
 
 def _assign(groups, order, first_of):
-    """Hand the documents out. order: documents by length; first_of[n]: where those of length n begin in it.
+    """Assign documents to samples. order: documents by length; first_of[n]: where those of length n begin in it.
 
     Returns (documents, sizes): the documents of sample after sample, and how many each one holds.
     """

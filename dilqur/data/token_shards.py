@@ -8,6 +8,7 @@
 """
 
 import gc
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,13 @@ import orjson
 
 from dilqur.common.errors import InputError
 from dilqur.common.hashing import file_checksum
-from dilqur.data.mapped_arrays import MappedArrays
+from dilqur.data.mapped_files import MappedFiles, map_npy
 
 FORMAT, VERSION = "dilqur-token-shards", 1
 MAX_ID = 2**31 - 1
+# After a batch that waited for the disk, the disk is asked to read ahead for so many. Not always: the asking takes a third of
+# a read from memory.
+READ_AHEAD_BATCHES = 256
 
 
 class TokenShards:
@@ -36,8 +40,9 @@ class TokenShards:
         self.shard_starts = np.cumsum([0, *(s["tokens"] for s in shards)], dtype=np.int64)  # first token of each shard
         self._first_documents = np.cumsum([0, *(s["documents"] for s in shards)], dtype=np.int64)
         self.num_tokens, self.num_documents = int(self.shard_starts[-1]), int(self._first_documents[-1])
-        self._tokens = MappedArrays(self.folder, np.int32, random_access=True)
-        self._offsets = MappedArrays(self.folder, np.int64)
+        self._tokens = MappedFiles(self._map_tokens, self.num_shards)
+        self._offsets = MappedFiles(self._map_offsets, self.num_shards)
+        self._read_ahead = READ_AHEAD_BATCHES  # batches to go
         if verify:
             self.check_files(verify=True)
 
@@ -50,7 +55,7 @@ class TokenShards:
         if length == 0:
             return np.empty(0, np.int32)
         shard = self._shard_of(start)
-        at, mapped = start - int(self.shard_starts[shard]), self._tokens_of(shard)
+        at, mapped = start - int(self.shard_starts[shard]), self._tokens[shard]
         if at + length <= len(mapped.values):
             mapped.will_need(at, at + length)
             return mapped.values[at : at + length]
@@ -63,20 +68,23 @@ class TokenShards:
 
         Where the stream ends before the row does, the rest of the row is left as it is.
         """
-        length, spans = out.shape[1], []
+        length, spans, faults = out.shape[1], [], _major_faults()
         shards = np.searchsorted(self.shard_starts, starts, side="right") - 1
         for row, shard, at in zip(rows, shards.tolist(), (starts - self.shard_starts[shards]).tolist(), strict=True):
-            mapped = self._tokens_of(shard)
+            mapped = self._tokens[shard]
             part = mapped.values[at : at + length]
-            mapped.will_need(at, at + len(part))  # of all rows before the first is copied: the disk reads them together
+            if self._read_ahead:  # for all rows before the first is copied: the disk reads them together
+                mapped.will_need(at, at + len(part))
             spans.append((row, shard, part))
         for row, shard, part in spans:
             out[row, : len(part)] = part
             filled = len(part)
             while filled < length and (shard := shard + 1) < self.num_shards:
-                part = self._tokens_of(shard).values[: length - filled]
+                part = self._tokens[shard].values[: length - filled]
                 out[row, filled : filled + len(part)] = part
                 filled += len(part)
+        waited = _major_faults() > faults
+        self._read_ahead = READ_AHEAD_BATCHES if waited else max(0, self._read_ahead - 1)
 
     # -- documents --------------------------------------------------------------------------------------------------------
 
@@ -84,7 +92,7 @@ class TokenShards:
         """int32 array: the tokens of document `index`, boundary tokens included."""
         shard = int(np.searchsorted(self._first_documents, index, side="right")) - 1
         begin, end = self.offsets(shard)[index - self._first_documents[shard] :][:2]
-        return self._tokens_of(shard).values[begin:end]
+        return self._tokens[shard].values[begin:end]
 
     def document_starts(self, start, length):
         """Positions, relative to `start`, at which a document begins inside the tokens [start, start + length)."""
@@ -98,7 +106,7 @@ class TokenShards:
 
     def offsets(self, shard):
         """int64 array of shape (documents + 1,): where the documents of a shard begin, in tokens from the shard's first."""
-        return self._checked(self._offsets[f"offsets-{shard:05d}.npy"], shard, "documents", 1).values
+        return self._offsets[shard].values
 
     @property
     def bytes_per_token(self):
@@ -108,8 +116,15 @@ class TokenShards:
     # -- files ------------------------------------------------------------------------------------------------------------
 
     def check_files(self, verify=False):
-        """Raises InputError for the first file that is missing or of another size; `verify` also reads every byte and
-        compares the checksums. Returns self. What a run calls before it takes a GPU."""
+        """Raises InputError for the first file that is missing or of another size, and for more shards than this process may
+        open; `verify` also reads every byte and compares the checksums. Returns self. What a run calls before it takes a GPU.
+        """
+        _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if self.num_shards > limit:
+            raise InputError(
+                f"{self.folder}: {self.num_shards} shards, and this process may open {limit} files: pack larger shards "
+                "(--shard_tokens), or raise the limit (ulimit -Hn)"
+            )
         for shard in range(self.num_shards):
             self.check_shard(shard, verify)
         return self
@@ -129,12 +144,20 @@ class TokenShards:
             if verify and file_checksum(path) != stated["xxh3"]:
                 raise InputError(f"{path}: its checksum is not the one in manifest.json: damaged; pack again")
 
-    def _tokens_of(self, shard):
-        return self._checked(self._tokens[f"tokens-{shard:05d}.npy"], shard, "tokens")
+    def _map_tokens(self, shard):
+        count = self.manifest["shards"][shard]["tokens"]
+        return self._map_npy(f"tokens-{shard:05d}.npy", np.int32, count, random_access=True)
 
-    def _checked(self, mapped, shard, what, more=0):
-        if mapped.values.shape != (count := self.manifest["shards"][shard][what] + more,):
-            path = self.folder / f"{'offsets' if more else 'tokens'}-{shard:05d}.npy"
+    def _map_offsets(self, shard):
+        return self._map_npy(f"offsets-{shard:05d}.npy", np.int64, self.manifest["shards"][shard]["documents"] + 1)
+
+    def _map_npy(self, name, dtype, count, random_access=False):
+        path = self.folder / name
+        try:
+            mapped = map_npy(path, dtype, random_access)
+        except FileNotFoundError:
+            raise InputError(f"{path}: missing, though manifest.json lists it; pack again") from None
+        if mapped.values.shape != (count,):
             raise InputError(f"{path}: holds {mapped.values.shape} numbers, manifest.json says {count}; pack again")
         return mapped
 
@@ -159,3 +182,8 @@ def _read_manifest(folder):
     if manifest["version"] > VERSION:
         raise InputError(f"{folder}: format version {manifest['version']} is newer than this program's {VERSION}")
     return manifest
+
+
+def _major_faults():
+    """How often this thread has waited for the disk because of a page that was not in memory."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_majflt

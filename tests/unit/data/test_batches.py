@@ -302,7 +302,7 @@ def test_what_is_wrong_in_a_reading_process_is_one_line(tmp_path):
         with pytest.raises(InputError) as problem:
             next(training_batches(TokenSamples([{"path": shards}], 40, 3), 0, 1, 4, 1, 0, 1, num_workers=workers))
         path = shards / "tokens-00000.npy"
-        assert str(problem.value).startswith(f"{path}: no whole .npy file of numbers (")
+        assert str(problem.value).startswith(f"{path}: not a whole .npy file")
         # while the error, and with it all that it came through, is still held: at the end of a program it would be waited for
         assert not multiprocessing.active_children()
 

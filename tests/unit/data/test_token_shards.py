@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 
@@ -91,10 +92,10 @@ def test_a_folder_without_a_manifest_of_ours_is_refused_at_once(folder, damage, 
         (
             lambda file: os.truncate(file, 136),
             r"00001\.npy: 136 bytes, manifest\.json says 140",
-            r"no whole \.npy file of numbers",
+            r"00001\.npy: not a whole \.npy file: damaged or truncated; pack again",
         ),
         (lambda file: file.open("ab").write(b"x"), r"00001\.npy: 141 bytes, manifest\.json says 140", None),
-        (lambda file: flip(file, 1), None, r"tokens-00001\.npy: no whole \.npy file"),  # in the header
+        (lambda file: flip(file, 1), None, r"tokens-00001\.npy: not a whole \.npy file"),  # in the header
         (lambda file: np.save(file, np.arange(3)), "152 bytes, manifest.json says 140", "holds int64, not int32"),
         (lambda file: np.save(file, np.arange(2, dtype=np.int32)), "136 bytes", "manifest.json says 3"),
     ],
@@ -132,38 +133,39 @@ def test_files_are_opened_when_they_are_used(folder):
     assert open_files(folder) == {"tokens-00000.npy", "tokens-00004.npy", "offsets-00004.npy"}
 
 
-def test_more_shards_than_the_process_may_open_can_be_read(tmp_path):
-    """Twice 300 shards where a soft limit allows 60 descriptors: it is raised."""
-    make_shards(tmp_path / "shards", [3] * 300, shard_tokens=3)
-    program = (
-        "import resource, sys, numpy as np; from dilqur.data.token_shards import TokenShards\n"
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (60, 2000))\n"
-        "both = [TokenShards(sys.argv[1]), TokenShards(sys.argv[1])]\n"
-        "for shards in both * 2:\n"
-        "    assert shards.read(0, 900).tolist() == list(range(900))\n"
-        "    assert [len(shards.document(i)) for i in range(300)] == [3] * 300\n"
-        "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program, tmp_path / "shards"], capture_output=True, text=True)
-    assert (done.stdout.strip(), done.stderr) == ("2000", "")
-
-
-def test_without_room_for_its_files_it_says_so(tmp_path):
-    make_shards(tmp_path / "shards", [3] * 300, shard_tokens=3)
+def read_300_shards(folder, hard):
+    """What a process says that reads 300 shards under a soft limit of 60 open files."""
+    make_shards(folder, [3] * 300, shard_tokens=3)
     program = (
         "import resource, sys; from dilqur.data.token_shards import TokenShards\n"
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (60, 100))\n"
-        "TokenShards(sys.argv[1]).read(0, 900)\n"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, (60, {hard}))\n"
+        "shards = TokenShards(sys.argv[1])\n"
+        "for use in (shards.check_files, lambda: shards.read(0, 900).tolist() == list(range(900)) or 1 / 0):\n"
+        "    try: use()\n"
+        "    except Exception as problem: print(problem)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program, tmp_path / "shards"], capture_output=True, text=True)
-    assert "no more than 100 files may be open: ulimit -n, or pack larger shards" in done.stderr
+    done = subprocess.run([sys.executable, "-c", program, folder], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def test_the_soft_limit_of_open_files_is_raised_for_many_shards(tmp_path):
+    assert read_300_shards(tmp_path / "shards", hard=400) == []
+
+
+def test_more_shards_than_the_process_may_open_are_refused_when_checked_or_used(tmp_path):
+    checked, used = read_300_shards(tmp_path / "shards", hard=100)
+    assert checked.endswith(
+        "shards: 300 shards, and this process may open 100 files: pack larger shards (--shard_tokens), or raise the limit "
+        "(ulimit -Hn)"
+    )
+    assert re.search(r"tokens-000\d\d\.npy: too many open files: pack larger shards \(--shard_tokens\)", used)
 
 
 def test_a_process_that_is_spawned_opens_its_own(folder):
     shards = TokenShards(folder)
     shards.read(0, 49)
     again = pickle.loads(pickle.dumps(shards))
-    assert again.read(0, 49).tolist() == STREAM
+    assert again.read(0, 49).tolist() == STREAM and len(again._tokens) == 5
 
 
 def test_two_jobs_read_a_folder_that_is_read_only_and_nothing_is_written_there(folder):
