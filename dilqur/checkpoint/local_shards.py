@@ -157,7 +157,9 @@ def _between_steps(model):
     """Every walk over the parameters of a prepared model is by this function: a forward pass without a backward one, such as an
     evaluation's, leaves FSDP2's last group gathered, in the dtype of the products (by design, pytorch#131965; accelerate#4015 makes
     such a group of embeddings, head and last norm). Those tensors are temporary copies: the optimizer steps others."""
-    units = [module for module in model.modules() if hasattr(module, "reshard")]
+    from torch.distributed.fsdp import FSDPModule
+
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
         unit.reshard()
     for name, parameter in model.named_parameters():

@@ -18,7 +18,7 @@ CLOCK_S = 1.0  # a file's time comes from a coarser clock than time.time(), and 
 
 class Interrupt:
     """Asked between steps, and between the batches of an evaluation. margin_s: seconds before the job's end that saving a
-    checkpoint may need; `observe_duration` raises it when steps and saves are seen to take longer."""
+    checkpoint may need; `observe_duration` raises it where steps and saves take longer."""
 
     def __init__(self, folder, max_minutes=None, stop_at_step=None, margin_s=300):
         self.stop_file, self.requeue_file = Path(folder) / "STOP", Path(folder) / "REQUEUE"

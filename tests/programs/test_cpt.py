@@ -310,14 +310,14 @@ def test_a_new_machine_goes_on_from_the_mirror_and_one_with_an_older_checkpoint_
     mirror = ("--mirror_to", tmp_path / "mirror")
     cpt(*training(made), *mirror, "--stop_at_step", 9, "--output_dir", tmp_path / "first")
     there = sorted(p.name for p in (tmp_path / "mirror").iterdir())
-    assert there == ["step-0000008", "step-0000009"]
+    assert there == ["WRITER", "step-0000008", "step-0000009"]
     done = cpt(*training(made), *mirror, "--stop_at_step", 10, "--output_dir", tmp_path / "new")
     assert f"bringing the checkpoint of step 9 from {tmp_path}/mirror" in done.stdout
     shutil.move(tmp_path / "first", tmp_path / "back")  # the first machine again: it has 8 and 9, the mirror 9 and 10
     done = cpt(*training(made), *mirror, "--output_dir", tmp_path / "back")
     assert f"bringing the checkpoint of step 10 from {tmp_path}/mirror" in done.stdout
     assert equal(weights(tmp_path / "back" / "model"), weights(base / "model"))
-    assert sorted(p.name for p in (tmp_path / "mirror").iterdir()) == ["step-0000028", "step-0000030"]
+    assert sorted(p.name for p in (tmp_path / "mirror").iterdir()) == ["WRITER", "step-0000028", "step-0000030"]
 
 
 def test_a_mirror_that_is_the_runs_own_folder_is_refused(cpt, tmp_path):

@@ -238,7 +238,7 @@ esac
     lines, out, code = check_nodes(lab, nodes=2, PATH=f"{program.parent}:{lab.environment['PATH']}")
     assert code == 2, out
     for check, advice in {
-        "holders": "n2: GPU memory is held by python3 (pid 4242, 73.3 GB): left over from an earlier job? end it",
+        "gpu_in_use": "n2: GPU memory is held by python3 (pid 4242, 73.3 GB): left over from an earlier job? end it",
         "versions": "driver is 580.82.07, but n2 has 570.10.01: use the same environment on all nodes",
         "gpus": "n1: no GPU for torch, and nvidia-smi shows 1",
     }.items():

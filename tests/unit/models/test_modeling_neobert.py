@@ -1,6 +1,5 @@
 """The encoder is the function that was published, whatever computes it, and transformers' EuroBERT is the same one."""
 
-import importlib.util
 import math
 
 import pytest
@@ -11,6 +10,7 @@ from transformers import AutoModelForMaskedLM, EuroBertForMaskedLM
 from dilqur.data.varlen import document_kwargs
 from dilqur.estimate.cost_model import parameter_sizes
 from dilqur.kernels.varlen_attention import attention_for, register_document_attention
+from dilqur.models.config import NEOBERT_KEYS
 from dilqur.models.modeling_neobert import NeoBERTConfig, NeoBERTLMHead
 from dilqur.models.neobert_folder import eurobert_config, eurobert_weights, neobert_weights
 
@@ -184,12 +184,8 @@ def test_the_published_shape_has_more_parameters_than_were_quoted_in_either_read
 
 
 def test_the_keys_that_are_checked_without_torch_are_the_configs_own():
-    from conftest import ROOT
-
-    spec = importlib.util.spec_from_file_location("mlm", ROOT / "scripts" / "mlm.py")
-    spec.loader.exec_module(mlm := importlib.util.module_from_spec(spec))
     config = NeoBERTConfig().to_dict()
-    assert {key: config[key] for key in mlm.MODEL_KEYS} == mlm.MODEL_KEYS
+    assert {key: config[key] for key in NEOBERT_KEYS} == NEOBERT_KEYS
 
 
 def test_it_begins_as_published_and_so_knows_nothing(ids):
