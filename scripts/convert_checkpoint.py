@@ -26,7 +26,7 @@ from dilqur.checkpoint.steps import complete_checkpoints
 from dilqur.common.atomic import atomic_files
 from dilqur.common.errors import InputError
 from dilqur.common.startup import quiet_libraries
-from dilqur.models.config import LAYOUTS, is_encoder
+from dilqur.models.config import LAYOUTS, is_encoder, read_config
 from dilqur.pipeline.inputs import Input, ModelPath
 from dilqur.pipeline.manifest import file_identity
 from dilqur.pipeline.program import program
@@ -59,7 +59,7 @@ def choose(settings):
         settings.checkpoint = str(complete[-1])
     checkpoint, model, output = settings.checkpoint, settings.model_name_or_path, settings.output_dir
     ours = bool(checkpoint) and is_ours(checkpoint)
-    encoder = is_mlm(checkpoint) if ours else bool(model and not checkpoint) and is_encoder(model)
+    encoder = is_mlm(checkpoint) if ours else bool(model and not checkpoint) and is_encoder(read_config(model))
     if not checkpoint and not model:
         raise InputError("give checkpoint (one to convert or verify), or model_name_or_path (a folder to make one of)")
     if settings.encoder_layout and not encoder:

@@ -3,8 +3,8 @@
 from dilqur.benchmarking.figures import loss_parity, over_rounds, utilisation
 from dilqur.benchmarking.variants import same_training
 from dilqur.estimate.cost_model import UnknownArchitecture, peak_flops
-from dilqur.estimate.job import Job, is_encoder
-from dilqur.models.config import new_model_config, read_config
+from dilqur.estimate.job import Job
+from dilqur.models.config import is_encoder, new_model_config, read_config
 from dilqur.pipeline.settings_parser import to_dict
 
 

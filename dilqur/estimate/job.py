@@ -7,7 +7,7 @@ from dilqur.data.batches import split_batch
 from dilqur.estimate.cost_model import activations, encoder_flops_per_token, parameter_sizes, training_flops_per_token
 from dilqur.estimate.lora import Lora, adapter_activations, adapter_flops_per_token, adapter_sizes
 from dilqur.kernels.settings import share_recomputed
-from dilqur.models.config import neobert_width
+from dilqur.models.config import is_encoder, neobert_width
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -170,7 +170,3 @@ class Job:
 def _layer(name):
     """The number, a str, of the layer a parameter belongs to; None for the embeddings, the head and what is between."""
     return next((word for word in name.split(".") if word.isdecimal()), None)
-
-
-def is_encoder(config):
-    return config.get("model_type", "llama") != "llama"

@@ -21,9 +21,9 @@ def new_model_config(kind, keys):
     return {**NEOBERT_KEYS, **keys} if kind == "mlm" else dict(keys)
 
 
-def is_encoder(folder):
-    """Does a folder's config.json say that it holds one?"""
-    return read_config(folder).get("model_type") in LAYOUTS
+def is_encoder(config):
+    """Is it one that mlm.py trains? config: of a config.json, a dict."""
+    return config.get("model_type") in LAYOUTS
 
 
 def check_length(config, max_length, path, longer=""):
@@ -37,7 +37,7 @@ def check_length(config, max_length, path, longer=""):
 def read_encoder_config(folder):
     """config.json of an encoder, as a dict. Raises InputError for another model's."""
     config = read_config(folder)
-    if config.get("model_type") not in LAYOUTS:
+    if not is_encoder(config):
         raise InputError(
             f"{folder}: a {config.get('model_type')}: only NeoBERT, and EuroBERT made of it, are trained here"
         )
